@@ -1,0 +1,108 @@
+"""Writes the dataset that training opens: all of it, or nothing."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+from tqdm import tqdm
+
+from preparing.ledger import Ledger
+
+# Rows held in memory before they go to disk. The library's default of 1,000 is a gigabyte of 1 MB photographs.
+ROWS_IN_MEMORY = 64
+
+
+def refuse_existing_output(output: Path) -> None:
+    """Raises ValueError when `output` exists. Call it first: nobody wants to learn this after ten minutes of work."""
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"{output} already exists and is never overwritten: remove it or choose another --output")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Path as given, size in bytes and SHA-256 of one source file, for the manifest."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
+
+
+def write_dataset(
+    output: Path,
+    splits: Mapping[str, Sequence[Any]],
+    features: datasets.Features,
+    *,
+    ledger: Ledger,
+    sources: Iterable[dict[str, Any]],
+    arguments: Mapping[str, Any],
+    split_rule: str,
+    make_row: Callable[[Any], dict[str, Any]] = lambda item: item,
+    **manifest: Any,
+) -> Path:
+    """Writes `output/` with one dataset split per entry of `splits`, `manifest.json` and `rejects.csv`.
+
+    `splits` holds light items (a finished row, or the indices it is built from); `make_row` turns one into a row of
+    `features` when it is its turn, so memory does not grow with the number of rows. An empty split is left out of the
+    dataset and stands in the manifest with 0 rows. Further keyword arguments become manifest entries as they are.
+    Everything is written beside `output` and renamed into place at the end: a run that dies leaves no half dataset.
+
+    Raises ValueError when `output` exists or when no split has a row (the message lists the reject reasons).
+    """
+    refuse_existing_output(output)
+    ledger.check()
+    num_rows = {name: len(items) for name, items in splits.items()}
+    if not sum(num_rows.values()):
+        raise ValueError(
+            f"no row was accepted, so {output} was not written. What was read, and why it was rejected:\n"
+            f"{ledger.table()}\nCorrect the input and run the command again."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        folder = Path(scratch) / "dataset"
+        written = datasets.DatasetDict()
+        datasets.disable_progress_bars()  # one bar over all splits instead
+        with tqdm(total=sum(num_rows.values()), desc="writing rows", unit="row") as progress:
+            for name, items in splits.items():
+                if not items:
+                    continue
+
+                def rows(items=items):
+                    for item in items:
+                        yield make_row(item)
+                        progress.update()
+
+                written[name] = datasets.Dataset.from_generator(
+                    rows,
+                    features=features,
+                    cache_dir=str(Path(scratch) / "cache"),
+                    split=datasets.NamedSplit(name),
+                    fingerprint=f"{name}-{len(items)}",  # else the library pickles every item to compute one
+                    writer_batch_size=ROWS_IN_MEMORY,
+                )
+        written.save_to_disk(folder)
+        ledger.write_csv(folder / "rejects.csv")
+        contents = {
+            "rows": num_rows,
+            "split_rule": split_rule,
+            "read": ledger.counts(),
+            "reject_reasons": dict(ledger.reasons().most_common()),
+            "sources": list(sources),
+            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
+            **manifest,
+            "written_with": {"datasets": version("datasets")},
+        }
+        (folder / "manifest.json").write_text(json.dumps(contents, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        folder.rename(output)
+    return output
+
+
+def summarise(output: Path, ledger: Ledger, num_rows: Mapping[str, int]) -> str:
+    """The closing words of a command: what was read, what became of it, and where everything is."""
+    rows = ", ".join(f"{name} {number:,}" for name, number in num_rows.items())
+    return (
+        f"{ledger.table()}\nrows written: {rows}\n"
+        f"dataset:  {output}\nmanifest: {output / 'manifest.json'}\nrejects:  {output / 'rejects.csv'}"
+    )
