@@ -1,0 +1,96 @@
+"""Arguments of the training commands: TRL's own, plus the few fields that TRL lacks. Unknown keys are errors."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from finetuning.hardware import choose_precision, compute_capability
+
+PLACEMENTS = ["frozen", "lora", "full"]
+
+
+@dataclass
+class ScriptArguments:
+    """Which data, and what is trained."""
+
+    dataset_name: str = field(metadata={"help": "Folder that data_prep wrote, or a Hub dataset with the same columns."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_validation_split: str = field(
+        default="validation", metadata={"help": "Split to evaluate on while training."}
+    )
+    language_model: str = field(
+        default="lora", metadata={"help": "How the language model is trained.", "choices": PLACEMENTS}
+    )
+    projector: str = field(default="frozen", metadata={"help": "How the projector is trained.", "choices": PLACEMENTS})
+    vision_tower: str = field(
+        default="frozen", metadata={"help": "How the vision tower is trained.", "choices": PLACEMENTS}
+    )
+    image_aspect_ratio: str = field(
+        default="pad",
+        metadata={
+            "help": "pad: the whole picture, made square with the mean colour, as LLaVA-1.5 was trained; crop: its "
+            "centre square, as the published processor does (a 4:3 frame loses a quarter of its people).",
+            "choices": ["pad", "crop"],
+        },
+    )
+    eval_answers: int = field(
+        default=64, metadata={"help": "Validation rows that are answered and scored at each evaluation; 0 for none."}
+    )
+    eval_max_new_tokens: int = field(default=32, metadata={"help": "Longest answer at an evaluation, in tokens."})
+    overwrite_completed_run: bool = field(
+        default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
+    )
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """TRL's SFTConfig; precision follows the GPU unless the recipe says, and only answers are supervised."""
+
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 mixed precision; unset: follows the GPU."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
+    )
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise the assistant's turns only."})
+
+    def __post_init__(self):
+        capability = None if self.use_cpu else compute_capability()
+        self.use_cpu = capability is None
+        self.fp16, self.bf16 = choose_precision(self.fp16, self.bf16, capability)
+        if self.tf32 is None and capability is not None:
+            self.tf32 = capability >= (8, 0)
+        super().__post_init__()
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's ModelConfig; weights follow the run's precision unless the recipe says."""
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Type of the base weights; auto: the 16-bit type of the run, float32 where they are trained.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+def parse_arguments(
+    default_recipe: Path, argv: list[str] | None = None
+) -> tuple[ScriptArguments, TrainingArguments, ModelArguments]:
+    """Recipe (`--config FILE`, `default_recipe` when none is named) overridden by the command line."""
+    argv = [part for word in (sys.argv[1:] if argv is None else argv) for part in split_config_flag(word)]
+    if "--config" not in argv:
+        argv = ["--config", str(default_recipe), *argv]
+    recipe = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else None
+    if recipe is None or not recipe.is_file():
+        recipes = ", ".join(sorted(str(path) for path in default_recipe.parent.glob("*.yaml")))
+        raise ValueError(f"--config {recipe or ''}: no such file. Recipes that come with the project: {recipes}")
+    parser = TrlParser((ScriptArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
+    return parser.parse_args_and_config(argv)
+
+
+def split_config_flag(word: str) -> list[str]:
+    # TrlParser knows `--config FILE` only, and would otherwise ignore the recipe without a word.
+    return word.split("=", 1) if word.startswith("--config=") else [word]

@@ -1,0 +1,40 @@
+"""The one place that makes batches of images and dialogues: for training, and for asking."""
+
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+
+class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
+    """Rows with `messages` and `images` -> one right-padded training batch, supervised on the assistant's turns only.
+
+    Called on a list of rows it returns TRL's batch: `input_ids`, `attention_mask`, `labels` of shape
+    (rows, tokens) and `pixel_values` of shape (images, 3, height, width). `labels` are -100 everywhere but on the
+    assistant's text and its end-of-sequence token. A row that carries its number in the dataset (`row`) keeps it
+    in `rows`, so that a bad batch can be named. Nothing is ever cut: a cut image token makes the row useless.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        super().__init__(processor=processor, max_length=None, assistant_only_loss=True)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if "row" in examples[0]:
+            batch["rows"] = [example["row"] for example in examples]
+        return batch
+
+    def prompts(self, examples: list[dict[str, Any]]) -> BatchFeature:
+        """Rows whose `messages` end with a user turn -> one left-padded batch to generate from.
+
+        Token for token the beginning of what training sees, which the tests and the data check assert.
+        """
+        return self.processor.apply_chat_template(
+            [prepare_multimodal_messages(example["messages"], images=example.get("images")) for example in examples],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+        )

@@ -1,0 +1,56 @@
+"""Opening the dataset that data preparation wrote, and refusing what training could not use."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+
+
+def open_dataset(name: str, *, vision: bool) -> DatasetDict:
+    """A folder that `data_prep` wrote, a folder of JSONL or Parquet files, or a Hub dataset; all splits.
+
+    Raises ValueError that lists every missing column, or says which command makes what is not there.
+    """
+    folder = Path(name)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            dataset = load_from_disk(name)
+        elif folder.exists() or name.startswith((".", "/", "~", "data/")):
+            if not folder.is_dir() or not any(folder.iterdir()):
+                example = "prepare_cctv.py --frames FRAMES --labels labels.csv --messages messages.txt" if vision else "prepare_anime.py --csv anime-dataset-2023.csv"
+                raise ValueError(f"{name}: no dataset here. Make it with: python data_prep/{example} --output {name}")
+            dataset = load_dataset(name)
+        else:
+            dataset = load_dataset(name)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"{name}: neither a folder nor a dataset that could be reached on the Hub ({str(error).splitlines()[0]}). "
+            "Check the name and the network; without network prepare a folder with the commands in data_prep/"
+        ) from error
+    wanted = {"messages", "images"} if vision else {"messages"}
+    problems = [
+        f"split {split!r} lacks {', '.join(sorted(wanted - set(rows.column_names)))} and has {', '.join(rows.column_names)}"
+        for split, rows in dataset.items()
+        if not wanted <= set(rows.column_names)
+    ]
+    if problems:
+        raise ValueError(f"{name}: " + "; ".join(problems) + ". The README describes the columns (The data contract)")
+    if vision:
+        dataset = DatasetDict({split: rows.cast_column("images", List(Image())) for split, rows in dataset.items()})
+    return dataset
+
+
+def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
+    """One split with at least one row; each row knows its number in the split (`row`), to be named by."""
+    if split not in dataset or not len(dataset[split]):
+        sizes = ", ".join(f"{key} ({len(rows)})" for key, rows in dataset.items())
+        raise ValueError(f"{name}: no rows in split {split!r}; there are {sizes}")
+    rows = dataset[split]
+    return rows.add_column("row", range(len(rows))) if "row" not in rows.column_names else rows
+
+
+def spread(rows: Dataset, number: int) -> Dataset:
+    """At most `number` rows, evenly spaced: consecutive frames of a video would all show the same scene."""
+    if len(rows) <= number:
+        return rows
+    return rows.select([round(position * (len(rows) - 1) / max(number - 1, 1)) for position in range(number)])

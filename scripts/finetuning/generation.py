@@ -1,0 +1,74 @@
+"""Asking a model many questions: greedy, batched, over all processes, in order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from finetuning.collator import LlavaDataCollator
+
+
+def prompt_batch(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> BatchFeature:
+    """Rows whose `messages` end with a user turn -> one left-padded batch (images too, for a vision model)."""
+    if isinstance(processing_class, ProcessorMixin):
+        return LlavaDataCollator(processing_class).prompts(list(rows))
+    return processing_class.apply_chat_template(
+        [row["messages"] for row in rows],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+
+
+def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the end of the sequence, and of the turn where the template has one (Gemma)."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokens = [tokenizer.eos_token, *(token for token in ("<end_of_turn>",) if token in tokenizer.get_vocab())]
+    return tokenizer.convert_tokens_to_ids(tokens)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    description: str = "Answering",
+) -> list[str]:
+    """One greedy answer per row, in the order of the rows, on every process.
+
+    `rows` is a list or Dataset with `messages` that end with a user turn, and `images` for a vision model. Rows are
+    batched by length, so that little is padded, and the batches are dealt out over the processes.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    order = sorted(range(len(rows)), key=lambda index: sum(len(str(turn["content"])) for turn in rows[index]["messages"]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    state = PartialState()
+    answers: list[tuple[int, str]] = []
+    was_training = model.training
+    model.eval()
+    mine = batches[state.process_index :: state.num_processes]
+    for indices in tqdm(mine, desc=description, unit="batch", disable=not state.is_main_process, leave=False):
+        inputs = prompt_batch(processing_class, [rows[index] for index in indices]).to(model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        output = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_tokens(processing_class),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += zip(indices, (text.strip() for text in texts), strict=True)
+    model.train(was_training)
+    return [text for _, text in sorted(gather_object(answers))]

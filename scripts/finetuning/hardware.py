@@ -1,0 +1,39 @@
+"""What the GPU (or the lack of one) decides: precision, weight type, TF32."""
+
+import torch
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of this process's CUDA device, None without one. A T4 is (7, 5), an A100 (8, 0), an H200 (9, 0)."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def choose_precision(fp16: bool, bf16: bool | None, capability: tuple[int, int] | None) -> tuple[bool, bool]:
+    """What the recipe asks for and what the device has -> (fp16, bf16) of mixed-precision training.
+
+    Nothing asked: bf16 from capability 8.0 (Ampere) on, fp16 with loss scaling below it. On a CPU always fp32: its
+    fp16 products are slower than fp32, and a recipe written for a GPU should still run there. Raises ValueError for
+    bf16 below 8.0, where it is emulated, slowly, or missing (LLaVA-NeXT#224, unsloth#7506).
+    """
+    if capability is None:
+        return False, False
+    if fp16 and bf16:
+        raise ValueError("fp16 and bf16 are both on: keep one, or neither to follow the GPU")
+    if bf16 and capability < (8, 0):
+        raise ValueError(
+            f"bf16 is on, but this GPU has compute capability {capability[0]}.{capability[1]} and bf16 needs 8.0 "
+            "(Ampere) or newer: remove bf16 from the recipe (fp16 is then chosen) or set fp16: true"
+        )
+    if fp16 or bf16:
+        return fp16, bool(bf16)
+    return capability < (8, 0), capability >= (8, 0)
+
+
+def weight_dtype(fp16: bool, bf16: bool) -> torch.dtype:
+    """Type that frozen base weights are held in: the 16-bit type of the run, fp32 where there is none."""
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+
+
+def inference_dtype() -> torch.dtype:
+    """Type to ask a model questions in on this device."""
+    return weight_dtype(*choose_precision(False, None, compute_capability()))

@@ -1,0 +1,159 @@
+"""Models and their processors: what is loaded, from where, in which type."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlavaImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from trl import ModelConfig
+
+from finetuning.hardware import inference_dtype
+
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
+TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja"}
+# Left in 16 bits when the base is quantised: what sees the picture is 5 % of LLaVA's weights, and the rows of
+# `lm_head` are read directly by TRL's fused loss.
+QUANTISATION_KEYS = [
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+]
+NOT_QUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
+
+
+def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
+    """Config of a Hub model or a folder. Raises ValueError that says how to get what is missing."""
+    looks_like_folder = name.startswith((".", "/", "~", "models/", "outputs/")) or Path(name).exists()
+    if looks_like_folder and not (Path(name) / "config.json").is_file():
+        hint = "python scripts/make_tiny_model.py --output " + name if "tiny" in name else "huggingface-cli download"
+        raise ValueError(f"{name}: no model here (config.json is missing). A command that makes one: {hint}")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"{name}: neither a folder nor a model that could be reached on the Hub ({str(error).splitlines()[0]}). "
+            "Check the name and the network; for a gated model accept its licence on its page and set HF_TOKEN; "
+            "on a machine without network download it before and set HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def is_vision(config: PreTrainedConfig) -> bool:
+    return hasattr(config, "vision_config")
+
+
+def load_processing_class(
+    name: str, *, image_aspect_ratio: str = "pad", chat_template_path: str | None = None, revision: str = "main"
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Processor (vision models) or tokenizer, with the template that training and asking share.
+
+    The project's template of the model's type is set, or the file `chat_template_path`. With
+    `image_aspect_ratio="pad"` pictures are made square by padding (`do_pad` of transformers' LlavaImageProcessor)
+    before they are resized; with "crop" the published processor cuts out their centre.
+    """
+    config = load_config(name, revision)
+    processing_class = (AutoProcessor if is_vision(config) else AutoTokenizer).from_pretrained(name, revision=revision)
+    if is_vision(config) and image_aspect_ratio == "pad":
+        settings = processing_class.image_processor.to_dict() | {"do_pad": True}
+        settings.pop("image_processor_type")
+        processing_class.image_processor = LlavaImageProcessor(**settings)
+    if chat_template_path is None and config.model_type in TEMPLATE_OF:
+        chat_template_path = CHAT_TEMPLATES / TEMPLATE_OF[config.model_type]
+    if chat_template_path is not None:
+        processing_class.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    return processing_class
+
+
+def quantization_config(model_args: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """TRL's flags (`load_in_4bit`, `bnb_4bit_quant_type`, `use_bnb_nested_quant`) -> bitsandbytes' config, or None."""
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
+        llm_int8_skip_modules=NOT_QUANTISED,
+    )
+
+
+def load_base_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None = None,
+    attn_implementation: str | None = None,
+    device_map: dict[str, int | str] | None = None,
+    revision: str = "main",
+) -> PreTrainedModel:
+    """The model class that the config of `name` asks for."""
+    model_class = AutoModelForImageTextToText if is_vision(load_config(name, revision)) else AutoModelForCausalLM
+    return model_class.from_pretrained(
+        name,
+        dtype=dtype,
+        quantization_config=quantization,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        revision=revision,
+    )
+
+
+def this_device() -> dict[str, int | str]:
+    """A device map that puts everything on this process's device."""
+    state = PartialState()
+    return {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
+
+
+def load_for_inference(
+    name: str, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
+    """A base model, a run's folder (adapter over its base, or full weights) or a merged folder -> model, processor.
+
+    The base of an adapter is read from its `adapter_config.json`, and is quantised as it was in training
+    (`arguments.yaml`). Returns the model in evaluation mode on this process's device.
+    """
+    folder = Path(name)
+    dtype = dtype or inference_dtype()
+    if not (folder / "adapter_config.json").is_file():
+        model = load_base_model(name, dtype=dtype, device_map=this_device())
+        keeps_own_template = (folder / "arguments.yaml").is_file() or (folder / "merge_report.json").is_file()
+        return model.eval(), load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
+    base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+    model_args = ModelConfig(**{key: arguments[key] for key in QUANTISATION_KEYS if key in arguments})
+    model = load_base_model(
+        base_name,
+        dtype=dtype,
+        quantization=quantization_config(model_args, dtype),
+        device_map=this_device(),
+        revision=arguments.get("model_revision", "main"),
+    )
+    model = PeftModel.from_pretrained(model, name)
+    for parameter in model.parameters():
+        # Parts trained in full come back in fp32, and their inputs in the type of the base.
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    return model.eval(), load_saved_processing_class(folder)
+
+
+def load_saved_processing_class(folder: Path) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """What training saved beside the weights: template and picture settings are taken as they are."""
+    is_processor = (folder / "processor_config.json").is_file()
+    return (AutoProcessor if is_processor else AutoTokenizer).from_pretrained(folder)
