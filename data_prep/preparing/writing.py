@@ -45,7 +45,8 @@ def write_dataset(
     """Writes `output/` with one dataset split per entry of `splits`, `manifest.json` and `rejects.csv`.
 
     `splits` holds light items (a finished row, or the indices it is built from); `make_row` turns one into a row of
-    `features` when it is its turn, so memory does not grow with the number of rows. An empty split is left out of the
+    `features` when it is its turn, so memory does not grow with the number of rows. A split may also be a finished
+    `datasets.Dataset`: text that fits into memory is written several times faster so. An empty split is left out of the
     dataset and stands in the manifest with 0 rows. Further keyword arguments become manifest entries as they are.
     Everything is written beside `output` and renamed into place at the end: a run that dies leaves no half dataset.
 
@@ -67,6 +68,10 @@ def write_dataset(
         with tqdm(total=sum(num_rows.values()), desc="writing rows", unit="row") as progress:
             for name, items in splits.items():
                 if not items:
+                    continue
+                if isinstance(items, datasets.Dataset):
+                    written[name] = items
+                    progress.update(len(items))
                     continue
 
                 def rows(items=items):

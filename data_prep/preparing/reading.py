@@ -1,0 +1,76 @@
+"""Reads text files that people made: UTF-8 or CP949, with the line on which every item starts."""
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """The file's text from UTF-8 (with or without BOM), else CP949 as Korean Excel saves it. ValueError names the file."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise ValueError(f"{path} holds NUL bytes, as UTF-16 text does: save it as UTF-8")
+    for encoding in ("utf-8-sig", "cp949"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"{path} is neither UTF-8 nor CP949 (line {line}): save it as UTF-8")
+
+
+def normalise_name(name: str) -> str:
+    """A file name for comparing: NFC (macOS writes NFD), forward slashes, case folded, no surrounding space."""
+    return unicodedata.normalize("NFC", name.strip()).replace("\\", "/").casefold()
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line on which the row starts, cells stripped of surrounding space), header first; blank lines are no rows."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield line, [cell.strip() for cell in cells]
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line} is not CSV: {error}") from error
+
+
+def json_items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """(line on which the item starts, item) of a JSON list, of JSON lines, or of one JSON object (a list of one).
+
+    Raises ValueError with file and line where the text stops being JSON.
+    """
+    decoder = json.JSONDecoder()
+    position = line_position = 0
+    line = 1
+
+    def skip(characters: str) -> None:
+        nonlocal position
+        while position < len(text) and text[position] in characters:
+            position += 1
+
+    skip(" \t\r\n")
+    in_list = text[position : position + 1] == "["
+    if in_list:
+        position += 1
+    while True:
+        skip(" \t\r\n")
+        if position == len(text) or (in_list and text[position] == "]"):
+            break
+        line += text.count("\n", line_position, position)
+        line_position = position
+        try:
+            item, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from error
+        yield line, item
+        skip(" \t\r\n")
+        if in_list and text[position : position + 1] == ",":
+            position += 1
+    if in_list and text[position:].strip() != "]":
+        raise ValueError(f"{path} is not JSON: the list that opens it does not close at the end of the file")

@@ -1,0 +1,101 @@
+"""Who goes into train, validation and test, and who stands between them so that nothing leaks."""
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Item = TypeVar("Item")
+Splits = dict[str, list[Item]]
+
+
+def split_sizes(number: int, validation_size: float, test_size: float) -> tuple[int, int]:
+    """How many of `number` items the two shares are: nearest whole number, at least one unless the share is 0."""
+    sizes = [max(1, round(number * share)) if share else 0 for share in (validation_size, test_size)]
+    return sizes[0], sizes[1]
+
+
+def split_into_blocks(
+    items: Sequence[Item], validation_size: float, test_size: float, gap: int
+) -> tuple[Splits, list[Item]]:
+    """Cuts one video, in order of time, into train, validation and test; also returns the `gap` items left out at
+    each cut. Raises ValueError when the video is too short for that."""
+    num_validation, num_test = split_sizes(len(items), validation_size, test_size)
+    gap_before_validation = gap if num_validation else 0
+    gap_before_test = gap if num_test else 0
+    num_train = len(items) - num_validation - num_test - gap_before_validation - gap_before_test
+    if num_train < 1:
+        raise ValueError(
+            f"{len(items)} usable frames are too few for {num_validation} validation and {num_test} test frames with "
+            f"a gap of {gap} before each: give more frames, or a smaller --gap, --validation_size or --test_size"
+        )
+    start_validation = num_train + gap_before_validation
+    end_validation = start_validation + num_validation
+    start_test = end_validation + gap_before_test
+    splits = {
+        "train": list(items[:num_train]),
+        "validation": list(items[start_validation:end_validation]),
+        "test": list(items[start_test:]),
+    }
+    return splits, [*items[num_train:start_validation], *items[end_validation:start_test]]
+
+
+def split_in_order(items: Sequence[Item], num_train: int, num_validation: int, gap: int) -> tuple[Splits, list[Item]]:
+    """The first `num_train` items to learn from, all others to test on, as published protocols have it.
+
+    Validation comes out of the end of the items to learn from, with `gap` items left out before it, so that the test
+    split stays the published one: train then has `num_train - num_validation - gap` items.
+    """
+    gap = gap if num_validation else 0
+    num_left = num_train - num_validation - gap
+    if num_left < 1 or num_train >= len(items):
+        raise ValueError(
+            f"--train {num_train} of {len(items)} usable frames, with --validation {num_validation} and --gap {gap}, "
+            f"leaves {num_left} to train on and {len(items) - num_train} to test on: both must be at least 1"
+        )
+    splits = {
+        "train": list(items[:num_left]),
+        "validation": list(items[num_left + gap : num_train]),
+        "test": list(items[num_train:]),
+    }
+    return splits, list(items[num_left : num_left + gap])
+
+
+def split_groups(groups: Sequence[Sequence[Item]], validation_size: float, test_size: float, seed: int) -> Splits:
+    """Shuffles groups that must stay together and fills test, then validation, then train; sizes count items.
+
+    A group that no longer fits into test or validation goes on to the next, so those two never exceed their share by
+    a large group. Raises ValueError when a split that was asked for stays empty.
+    """
+    number = sum(len(group) for group in groups)
+    num_validation, num_test = split_sizes(number, validation_size, test_size)
+    splits: Splits = {"train": [], "validation": [], "test": []}
+    for group in random.Random(seed).sample(groups, len(groups)):
+        if len(splits["test"]) + len(group) <= num_test:
+            splits["test"] += group
+        elif len(splits["validation"]) + len(group) <= num_validation:
+            splits["validation"] += group
+        else:
+            splits["train"] += group
+    wanted = {"train": True, "validation": num_validation > 0, "test": num_test > 0}
+    if empty := [name for name, items in splits.items() if wanted[name] and not items]:
+        raise ValueError(
+            f"{number} rows form {len(groups)} groups, the largest of {max(map(len, groups), default=0)}, that must not "
+            f"be torn apart (same or almost the same image), so {' and '.join(empty)} would be empty: "
+            "give more varied data, or a smaller --near_duplicate_bits, --validation_size or --test_size"
+        )
+    return splits
+
+
+def connected_groups(number: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The groups that `number` items fall into when each pair belongs together; in order of their first item."""
+    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(number, number))
+    _, labels = connected_components(graph, directed=False)
+    groups: dict[int, list[int]] = {}
+    for item, label in enumerate(labels.tolist()):
+        groups.setdefault(label, []).append(item)
+    return list(groups.values())
