@@ -9,6 +9,16 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from finetuning.hardware import choose_precision, compute_capability
 
 PLACEMENTS = ["frozen", "lora", "full"]
+# Fields of TRL's dataclasses that these scripts decide elsewhere: set, they would be ignored, which is worse than an error.
+DECIDED_ELSEWHERE = {
+    "use_peft": "language_model, projector and vision_tower say what is lora",
+    "lora_modules_to_save": "set the part to full instead",
+    "lora_target_parameters": "lora_target_modules names the layers",
+    "model_init_kwargs": "model_name_or_path, dtype and attn_implementation are flags of their own",
+    "trust_remote_code": "only model classes that transformers ships are loaded",
+    "eos_token": "the model's own is used",
+    "pad_token": "the model's own is used",
+}
 
 
 @dataclass
@@ -42,6 +52,11 @@ class ScriptArguments:
     overwrite_completed_run: bool = field(
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )
+
+    @property
+    def placement(self) -> dict[str, str]:
+        """Part of the model -> how it is trained."""
+        return {part: getattr(self, part) for part in ("language_model", "projector", "vision_tower")}
 
 
 @dataclass
@@ -88,7 +103,15 @@ def parse_arguments(
         recipes = ", ".join(sorted(str(path) for path in default_recipe.parent.glob("*.yaml")))
         raise ValueError(f"--config {recipe or ''}: no such file. Recipes that come with the project: {recipes}")
     parser = TrlParser((ScriptArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
-    return parser.parse_args_and_config(argv)
+    groups = parser.parse_args_and_config(argv)
+    refused = [
+        f"{key} has no effect here: {reason}"
+        for key, reason in DECIDED_ELSEWHERE.items()
+        if any(getattr(group, key, None) for group in groups)
+    ]
+    if refused:
+        raise ValueError("; ".join(refused))
+    return groups
 
 
 def split_config_flag(word: str) -> list[str]:

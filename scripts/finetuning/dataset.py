@@ -17,7 +17,11 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
             dataset = load_from_disk(name)
         elif folder.exists() or name.startswith((".", "/", "~", "data/")):
             if not folder.is_dir() or not any(folder.iterdir()):
-                example = "prepare_cctv.py --frames FRAMES --labels labels.csv --messages messages.txt" if vision else "prepare_anime.py --csv anime-dataset-2023.csv"
+                example = (
+                    "prepare_cctv.py --frames FRAMES --labels labels.csv --messages messages.txt"
+                    if vision
+                    else "prepare_anime.py --csv anime-dataset-2023.csv"
+                )
                 raise ValueError(f"{name}: no dataset here. Make it with: python data_prep/{example} --output {name}")
             dataset = load_dataset(name)
         else:

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.collator import LlavaDataCollator
 
 
-def prompt_batch(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> BatchFeature:
+def prompt_batch(
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
+) -> BatchFeature:
     """Rows whose `messages` end with a user turn -> one left-padded batch (images too, for a vision model)."""
     if isinstance(processing_class, ProcessorMixin):
         return LlavaDataCollator(processing_class).prompts(list(rows))
@@ -50,7 +53,10 @@ def generate_answers(
     batched by length, so that little is padded, and the batches are dealt out over the processes.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    order = sorted(range(len(rows)), key=lambda index: sum(len(str(turn["content"])) for turn in rows[index]["messages"]))
+    # A Dataset's column is read without decoding a single picture.
+    messages = rows["messages"] if isinstance(rows, Dataset) else [row["messages"] for row in rows]
+    lengths = [sum(len(turn["content"]) for turn in turns) for turns in messages]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     state = PartialState()
     answers: list[tuple[int, str]] = []

@@ -21,7 +21,8 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from finetuning.hardware import inference_dtype
+from finetuning.arguments import TrainingArguments
+from finetuning.hardware import inference_dtype, weight_dtype
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja"}
@@ -112,6 +113,33 @@ def load_base_model(
         attn_implementation=attn_implementation,
         device_map=device_map,
         revision=revision,
+    )
+
+
+def load_base_for_training(
+    model_args: ModelConfig, training_args: TrainingArguments, *, trains_base_weights: bool
+) -> PreTrainedModel:
+    """The base as the recipe wants it: quantised or not, in the run's precision, on this process's device.
+
+    Frozen weights are held in the 16-bit type of the run. `trains_base_weights` (a part is trained in full and nothing
+    is LoRA) holds all of them in fp32, since 16-bit weights lose small updates; `dtype` overrides both.
+    """
+    dtype = weight_dtype(training_args.fp16, training_args.bf16)
+    if model_args.dtype != "auto":
+        dtype = getattr(torch, model_args.dtype)
+    elif trains_base_weights:
+        dtype = torch.float32
+    quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
+    if quantization is not None and trains_base_weights:
+        raise ValueError("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
+    return load_base_model(
+        model_args.model_name_or_path,
+        dtype=dtype,
+        quantization=quantization,
+        attn_implementation=model_args.attn_implementation,
+        # bitsandbytes quantises while it loads: straight onto this process's GPU. The trainer moves any other model.
+        device_map=this_device() if quantization is not None else None,
+        revision=model_args.model_revision,
     )
 
 

@@ -49,7 +49,7 @@ def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: Mode
     `modules_to_save`, so that the adapter folder holds all that was trained (LLaVA#844: projector lost).
     Raises ValueError if the placement cannot be had, or if what is trainable then differs from it.
     """
-    wanted = {part: getattr(script_args, part) for part in parts_of(model)}
+    wanted = {part: script_args.placement[part] for part in parts_of(model)}
     if set(wanted.values()) == {"frozen"}:
         raise ValueError(f"every part is frozen ({', '.join(wanted)}): set at least one of them to lora or full")
     if "lora" in wanted.values():

@@ -87,20 +87,29 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def describe_run(trainer: Any) -> str:
+    """What follows from the arguments, for people: once, before the first step."""
+    args, processes = trainer.args, trainer.accelerator.num_processes
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    validation = f", {len(trainer.eval_dataset):,} to validate" if trainer.eval_dataset is not None else ""
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    return (
+        f"  {len(trainer.train_dataset):,} rows to train on{validation}\n"
+        f"  batch of {batch}: {args.per_device_train_batch_size} a process x {processes} processes x "
+        f"{args.gradient_accumulation_steps} accumulated; {precision} on {trainer.accelerator.device.type}"
+    )
+
+
 def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     """Save the weights, the processor, the trainer's state and the metrics; the metrics last: they say `completed`."""
     folder = Path(trainer.args.output_dir)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-        metrics = {
-            **train_metrics,
-            **(evaluations[-1] if evaluations else {}),
-            "global_step": trainer.state.global_step,
-            "completed": True,
-        }
-        metrics.pop("step", None)
+        metrics = dict(train_metrics)
+        for entry in trainer.state.log_history:  # the last evaluation wins
+            metrics |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+        metrics |= {"global_step": trainer.state.global_step, "completed": True}
         unfinished = folder / "metrics.json.unfinished"
         unfinished.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.rename(folder / "metrics.json")

@@ -1,0 +1,133 @@
+"""TRL's SFTTrainer, watched: speed and waiting in every log, answers scored at every evaluation, no step on a bad loss."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.trainer import TRAINING_ARGS_NAME
+from trl import SFTTrainer
+
+from finetuning import tracking
+from finetuning.generation import generate_answers
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the rows, and says what to try."""
+
+
+class FineTuningTrainer(SFTTrainer):
+    """SFTTrainer that also logs throughput, refuses a loss that is not finite, and asks questions while it trains.
+
+    Args (the rest is SFTTrainer's):
+        questions: rows whose `messages` end with a user turn (and `images`), asked at each evaluation; None for none.
+        score_answers: `(questions, answers) -> (metrics, table)`: metrics by name without the `eval_` prefix, and the
+            table as `{column: values}` for the trackers.
+
+    Logged beside TRL's metrics: `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
+    the time that this process waited for its next batch), `peak_memory_gib` (this process, CUDA only).
+    """
+
+    def __init__(
+        self,
+        *args,
+        questions: list[dict[str, Any]] | None = None,
+        score_answers: Callable[[list, list[str]], tuple[dict[str, float], dict[str, list]]] | None = None,
+        eval_max_new_tokens: int = 32,
+        **kwargs,
+    ):
+        model = kwargs["model"]
+        # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
+        # the fp32 masters are put back.
+        masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        super().__init__(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name in masters:
+                parameter.data = masters[name]
+        self.questions = questions
+        self.score_answers = score_answers
+        self.eval_max_new_tokens = eval_max_new_tokens
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._interval_started = time.perf_counter()
+        self._waited = 0.0
+        self._rows_seen = 0
+        self._tokens_before = self._total_train_tokens
+
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - started
+        return batches
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        rows = inputs.pop("rows", None)
+        self._rows_seen += len(inputs["input_ids"])
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(self._describe_divergence(loss.item(), rows, inputs["input_ids"]))
+        return result
+
+    def _describe_divergence(self, loss: float, rows: list[int] | None, input_ids: torch.Tensor) -> str:
+        split = "training" if self.model.training else "validation"
+        texts = self._tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        named = [
+            f"  row {rows[position] if rows else '(packed)'}: {' '.join(text.split())[-160:]}"
+            for position, text in enumerate(texts)
+        ]
+        return "\n".join(
+            [
+                f"the loss is {loss} at step {self.state.global_step + 1}. {split.capitalize()} rows of this batch:",
+                *named,
+                "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the GPU "
+                "has it; max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same command "
+                "with these changes and a new --output_dir starts again.",
+            ]
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._interval_started
+            logs["samples_per_second"] = round(self._rows_seen * self.accelerator.num_processes / seconds, 3)
+            logs["tokens_per_second"] = round((self._total_train_tokens - self._tokens_before) / seconds, 1)
+            logs["data_wait"] = round(self._waited / seconds, 4)
+            if torch.cuda.is_available():
+                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._start_interval()
+
+    def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        started = time.perf_counter()
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.questions:
+            with self.accelerator.autocast():
+                answers = generate_answers(
+                    self.accelerator.unwrap_model(self.model),
+                    self.processing_class,
+                    self.questions,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    max_new_tokens=self.eval_max_new_tokens,
+                )
+            scores, table = self.score_answers(self.questions, answers)
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            self.log(dict(scores))
+            metrics |= scores
+            if self.is_world_process_zero():
+                tracking.log_answers(self, table)
+        # An evaluation is no training time.
+        self._interval_started += time.perf_counter() - started
+        return metrics
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero():
+            # A pickle that nothing here reads: arguments.yaml says the same, to people too.
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""Make a small model of the real classes, to try everything offline on a CPU.
+
+    python scripts/make_tiny_model.py --architecture llava --output models/tiny-llava --pretrain
+    python scripts/make_tiny_model.py --architecture gemma --output models/tiny-gemma
+
+LLaVA: CLIP vision tower, projector, Llama, LlavaProcessor. Gemma: GemmaForCausalLM with Gemma's turn tokens. Both get a
+tokenizer of their own, trained on the text below (Hangul included). With --pretrain the LLaVA is trained in full, for
+about a minute on two cores, to count drawn shapes: LoRA on purely random weights does not learn, a base that has seen
+something does. The same seed gives the same weights on the same machine.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaTokenizer,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    set_seed,
+)
+
+from finetuning.collator import LlavaDataCollator
+from finetuning.models import CHAT_TEMPLATES, TEMPLATE_OF
+
+TEXT = """
+How many people are in view? Count the people in the picture. How many persons can you see in this frame?
+There are {n} people in view. {n} people. I can see {n} people. No one is there. one two three four five six seven eight
+Is it crowded? Yes, it is crowded. No, it is quiet. Describe the scene. A shopping mall seen by a CCTV camera.
+How many shapes are there? There are {n} shapes. How many circles, squares and triangles do you see? {n} shapes.
+사람이 몇 명 있나요? 이 장면에 사람이 몇 명 보이나요? CCTV 화면에 보이는 사람 수를 알려 주세요. 사람 수를 세어 주세요.
+{n}명입니다. 모두 {n}명이 보입니다. 아무도 없습니다. 화면이 붐비나요? 네, 붐빕니다. 아니요, 한산합니다. 쇼핑몰의 모습을 설명해 주세요.
+도형이 몇 개 있나요? 도형은 {n}개입니다. 일곱 여덟 아홉 열 스물 서른 하나 둘 셋 넷 다섯 여섯
+What is the anime about? Who made it? How was it received? Its genres are Action, Adventure, Comedy, Drama, Fantasy.
+It was produced by the studio, has {n} episodes, is rated PG-13 and was scored {n}.{n} by {n} users. Also known as.
+이 애니메이션은 어떤 작품인가요? 장르는 액션, 모험, 코미디입니다. 제작사는 어디인가요? 총 {n}화이며 평점은 {n}.{n}점입니다.
+"""
+
+
+def corpus() -> list[str]:
+    return [line.format(n=n) for n in range(60) for line in TEXT.strip().splitlines()]
+
+
+def train_vocabulary(special_tokens: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """BPE with byte fallback on `corpus()`; digits stay single, as in Llama and Gemma."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special_tokens + byte_tokens, show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    return learned["vocab"], [tuple(pair) for pair in learned["merges"]]
+
+
+def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    vocabulary, merges = train_vocabulary(["<unk>", "<s>", "</s>"], 800)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<pad>", legacy=False)  # noqa: S106
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    size = args.image_size
+    processor = LlavaProcessor(
+        image_processor=LlavaImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_pad=True
+        ),
+        tokenizer=tokenizer,
+        patch_size=args.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(CHAT_TEMPLATES / TEMPLATE_OF["llava"]).read_text(encoding="utf-8"),
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=args.vision_hidden_size,
+            intermediate_size=2 * args.vision_hidden_size,
+            num_hidden_layers=args.vision_layers,
+            num_attention_heads=4,
+            image_size=size,
+            patch_size=args.patch_size,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=2 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_id=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        vision_feature_layer=-2,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokenizer]:
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    vocabulary, merges = train_vocabulary(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns], 1000)
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=turns)
+    template = CHAT_TEMPLATES / TEMPLATE_OF["gemma"]
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    config = GemmaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=2 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=args.hidden_size // 4,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GemmaForCausalLM(config), tokenizer
+
+
+def draw_shapes(rng: random.Random, size: int, count: int) -> Image.Image:
+    """A square picture of `count` circles, squares and triangles on one plain background."""
+    image = Image.new("RGB", (size, size), tuple(rng.randint(110, 235) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    # One shape per cell of a grid, so that none hides another.
+    for cell in rng.sample(range(25), count):
+        side = size / 5
+        radius = side * rng.uniform(0.18, 0.36)
+        x = (cell % 5 + 0.5) * side + rng.uniform(-0.1, 0.1) * side
+        y = (cell // 5 + 0.5) * side + rng.uniform(-0.1, 0.1) * side
+        colour = tuple(rng.randint(0, 110) for _ in range(3))
+        kind = rng.choice(["circle", "square", "triangle"])
+        if kind == "circle":
+            draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+        elif kind == "square":
+            draw.rectangle([x - radius, y - radius, x + radius, y + radius], fill=colour)
+        else:
+            draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+    return image
+
+
+def shape_row(rng: random.Random, size: int) -> dict:
+    count = rng.randint(1, 20)
+    question, answer = rng.choice(
+        [("How many shapes are there?", f"{count} shapes."), ("도형이 몇 개 있나요?", f"{count}개입니다.")]
+    )
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": [draw_shapes(rng, size, count)]}
+
+
+def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    rng = random.Random(args.seed)
+    collator = LlavaDataCollator(processor)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+    model.train()
+    with tqdm(range(args.steps), desc="Pretraining on shapes", unit="step") as bar:
+        for _ in bar:
+            batch = collator([shape_row(rng, args.image_size) for _ in range(args.batch_size)])
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=["llava", "gemma"], required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/tiny-llava")
+    parser.add_argument("--pretrain", action="store_true", help="LLaVA only: train it to count drawn shapes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden_size", type=int, default=96, help="width of the language model")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the language model")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the picture in pixels")
+    parser.add_argument("--patch_size", type=int, default=8)
+    parser.add_argument("--vision_hidden_size", type=int, default=96)
+    parser.add_argument("--vision_layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=700, help="steps of --pretrain")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    args = parser.parse_args()
+    if args.pretrain and args.architecture != "llava":
+        sys.exit("make_tiny_model.py: --pretrain counts shapes in pictures, which a Gemma cannot see: leave it out")
+    if (args.output / "config.json").exists():
+        sys.exit(f"make_tiny_model.py: {args.output} holds a model already: delete it or choose another --output")
+    set_seed(args.seed)
+    model, processing_class = make_llava(args) if args.architecture == "llava" else make_gemma(args)
+    if args.pretrain:
+        pretrain(model, processing_class, args)
+    model.save_pretrained(args.output)
+    processing_class.save_pretrained(args.output)
+    print(f"{args.output}: {type(model).__name__} with {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()

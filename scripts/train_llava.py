@@ -1,0 +1,79 @@
+"""Fine-tune LLaVA on your own images and questions, with LoRA, QLoRA or in full.
+
+    accelerate launch scripts/train_llava.py
+    accelerate launch scripts/train_llava.py --config scripts/configs/llava_lora.yaml --learning_rate 2e-5
+
+Without --config it runs scripts/configs/llava_qlora.yaml on data/cctv: one 16 GB T4 is enough. The same command again
+continues an interrupted run. Everything that a recipe says can be overridden by a flag of the same name.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import set_seed
+
+from finetuning import tracking
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.collator import LlavaDataCollator
+from finetuning.dataset import open_dataset, open_split, spread
+from finetuning.models import load_base_for_training, load_config, load_processing_class
+from finetuning.placement import describe_placement, place
+from finetuning.questions import counting_questions, score_counting_answers
+from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.trainer import FineTuningTrainer, TrainingDiverged
+
+RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
+
+
+def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    # Run: a fresh start, or the checkpoint of an interrupted one
+    load_config(model_args.model_name_or_path, model_args.model_revision)
+    dataset = open_dataset(script_args.dataset_name, vision=True)
+    train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
+    validation_rows = open_split(dataset, script_args.dataset_validation_split, script_args.dataset_name)
+    checkpoint = start_or_continue(
+        training_args.output_dir,
+        resolved_arguments(script_args, training_args, model_args),
+        overwrite_completed=script_args.overwrite_completed_run,
+    )
+    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
+
+    # Model
+    set_seed(training_args.seed)
+    processor = load_processing_class(
+        model_args.model_name_or_path,
+        image_aspect_ratio=script_args.image_aspect_ratio,
+        chat_template_path=training_args.chat_template_path,
+        revision=model_args.model_revision,
+    )
+    model = load_base_for_training(
+        model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
+    )
+    model = place(model, script_args, model_args)
+
+    # Train
+    training_args.remove_unused_columns = False  # the collator takes what it needs, and keeps the row's number
+    trainer = FineTuningTrainer(
+        model=model,
+        args=training_args,
+        data_collator=LlavaDataCollator(processor),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        processing_class=processor,
+        questions=counting_questions(spread(validation_rows, script_args.eval_answers)),
+        score_answers=score_counting_answers,
+        eval_max_new_tokens=script_args.eval_max_new_tokens,
+    )
+    trainer.accelerator.print(describe_placement(model))
+    trainer.accelerator.print(describe_run(trainer))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Save
+    finish(trainer, result.metrics)
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_arguments(RECIPE))
+    except (ValueError, TrainingDiverged) as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
