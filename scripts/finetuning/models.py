@@ -25,7 +25,8 @@ from finetuning.arguments import TrainingArguments
 from finetuning.hardware import inference_dtype, weight_dtype
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
-TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja"}
+TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja", "gemma2": "gemma.jinja", "gemma3_text": "gemma.jinja"}
+GEMMA_TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
 # Left in 16 bits when the base is quantised: what sees the picture is 5 % of LLaVA's weights, and the rows of
 # `lm_head` are read directly by TRL's fused loss.
 QUANTISATION_KEYS = [
@@ -75,6 +76,10 @@ def load_processing_class(
         processing_class.image_processor = LlavaImageProcessor(**settings)
     if chat_template_path is None and config.model_type in TEMPLATE_OF:
         chat_template_path = CHAT_TEMPLATES / TEMPLATE_OF[config.model_type]
+    if config.model_type.startswith("gemma"):
+        # They stand in every Gemma vocabulary, but where the tokenizer's settings do not list them as special
+        # (google/gemma-2b, for one) transformers 5 cuts them into letters.
+        processing_class.add_tokens(GEMMA_TURN_MARKS, special_tokens=True)
     if chat_template_path is not None:
         processing_class.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     return processing_class
