@@ -1,0 +1,241 @@
+"""The fused LoRA computation is PEFT's: same loss, same gradients, same files."""
+
+from functools import partial
+
+import pytest
+import torch
+from finetuning.fused_lora import FusedLoraLinear, Projections, drop, fuse_lora
+from safetensors.torch import load_file
+from speed_models import (
+    DECODER,
+    LANGUAGE_MODEL,
+    VOCABULARY,
+    llava_batch,
+    lora_grads,
+    relative_error,
+    tiny_gemma,
+    tiny_llava,
+    with_lora,
+)
+
+
+def text_batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, VOCABULARY, (2, 20))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 13:] = 0
+    labels = torch.where(attention_mask == 1, input_ids, -100)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def loss_and_grads(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.item(), lora_grads(model)
+
+
+def assert_same(given, expected, tolerance=1e-5):
+    loss, grads = given
+    expected_loss, expected_grads = expected
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    assert grads.keys() == expected_grads.keys()
+    assert {name: round(relative_error(g, expected_grads[name]), 9) for name, g in grads.items()} == pytest.approx(
+        dict.fromkeys(grads, 0.0), abs=tolerance
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("make", "targets", "batch", "layers"),
+    [
+        (tiny_llava, LANGUAGE_MODEL, llava_batch, 21),
+        (tiny_llava, "all-linear", llava_batch, 21 + 18 + 2),  # tower (3 layers of 6) and projector too
+        (tiny_gemma, DECODER, text_batch, 21),
+        (tiny_llava, ["q_proj", "v_proj"], llava_batch, 0 + 6),
+    ],
+    ids=["llava", "llava-all-linear", "gemma", "llava-some"],
+)
+def test_loss_and_gradients_equal_peft(make, targets, batch, layers, checkpointing, attention):
+    model = with_lora(make(attention), targets).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = loss_and_grads(model, batch())
+    fused = fuse_lora(model)
+    assert fused == layers or targets == ["q_proj", "v_proj"]
+    assert fused > 0
+    assert_same(loss_and_grads(model, batch()), expected)
+
+
+def test_gradients_reach_a_trained_projector():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"]).train()
+    expected = loss_and_grads(model, llava_batch())
+    assert sum("projector" in name for name in expected[1]) == 4
+    fuse_lora(model)
+    assert_same(loss_and_grads(model, llava_batch()), expected)
+
+
+def test_nf4_gradients_equal_peft(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+    tiny_llava().save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+    )
+    base = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=quantization
+    )
+    model = with_lora(base, LANGUAGE_MODEL).train()
+    expected = loss_and_grads(model, llava_batch())
+    assert fuse_lora(model) == 21
+    assert_same(loss_and_grads(model, llava_batch()), expected)
+
+
+def test_only_supervised_rows_are_computed_after_the_last_attention():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL).train()
+    batch = llava_batch()
+    fuse_lora(model)
+    expected = loss_and_grads(model, batch)
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    rows = (shifted != -100).flatten().nonzero().flatten()
+    assert len(rows) == 10
+    assert_same(loss_and_grads(model, {**batch, "supervised_rows": rows}), expected)
+
+
+def test_dropout_drops_as_often_as_asked_and_backward_drops_the_same():
+    seed = torch.tensor([5])
+    ones = torch.ones(400, 500)
+    dropped = drop(ones, seed, 0.05)
+    assert dropped.unique().tolist() == [0, pytest.approx(1 / 0.95)]
+    assert (dropped == 0).double().mean().item() == pytest.approx(0.05, abs=0.002)  # 4 standard deviations
+    assert torch.equal(dropped, drop(ones, seed, 0.05))
+    assert ((dropped == 0) & (drop(ones, seed + 1, 0.05) == 0)).double().mean().item() == pytest.approx(
+        0.0025, abs=0.0005
+    )
+
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, lora_dropout=0.3).double().train()
+    fuse_lora(model)
+    batch = llava_batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(7)
+        return model(**batch, use_cache=False).loss
+
+    loss().backward()
+    probes = [name for name, p in model.named_parameters() if p.requires_grad and "layers.1" in name]
+    assert len(probes) == 14
+    parameters = dict(model.named_parameters())
+    for name in probes:
+        parameter = parameters[name]
+        direction = torch.randn_like(parameter)
+        step = 1e-3  # the final norm of Llama computes in fp32
+        with torch.no_grad():
+            parameter.add_(direction, alpha=step)
+            above = loss()
+            parameter.add_(direction, alpha=-2 * step)
+            below = loss()
+            parameter.add_(direction, alpha=step)
+        slope = float((above - below) / (2 * step))
+        assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-6), name
+    model.eval()
+    with torch.no_grad():
+        assert loss() == loss()
+
+
+def test_checkpointing_draws_the_same_dropout_again():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, lora_dropout=0.3).train()
+    fuse_lora(model)
+    torch.manual_seed(3)
+    expected = loss_and_grads(model, llava_batch())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(3)
+    assert_same(loss_and_grads(model, llava_batch()), expected)
+
+
+def test_adapters_stay_pefts(tmp_path):
+    model = with_lora(tiny_gemma(), DECODER).eval()
+    batch = text_batch()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with model.disable_adapter():
+            expected_base = model(**batch).logits
+    model.save_pretrained(tmp_path / "before")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    fuse_lora(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(**batch, use_cache=False).logits, expected_base, rtol=0, atol=0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    model.save_pretrained(tmp_path / "after")
+    saved = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("before", "after")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    model.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_with_a_cache_is_unchanged():
+    model = with_lora(tiny_gemma(), DECODER).eval()
+    prompt = text_batch()["input_ids"][:1]
+    generate = partial(model.generate, input_ids=prompt, max_new_tokens=8, do_sample=False)
+    expected = generate()
+    fuse_lora(model)
+    assert torch.equal(generate(), expected)
+
+
+def test_what_is_not_plain_lora_keeps_pefts_code():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, use_dora=True).train()
+    expected = loss_and_grads(model, llava_batch())
+    assert fuse_lora(model) == 0
+    assert_same(loss_and_grads(model, llava_batch()), expected, tolerance=1e-7)
+
+
+def test_16_bit_base_keeps_fp32_adapters_and_their_gradients():
+    model = with_lora(tiny_llava().to(torch.bfloat16), LANGUAGE_MODEL).train()
+    batch = llava_batch()
+    batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+    _, expected = loss_and_grads(model, batch)
+    fuse_lora(model)
+    _, grads = loss_and_grads(model, batch)
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    # bf16 keeps 8 bits; PEFT rounds the activations as often as this does.
+    assert max(relative_error(grad, expected[name]) for name, grad in grads.items()) < 0.06
+
+
+def test_stack_follows_weights_that_are_replaced():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+    layers = [model.get_submodule(f"base_model.model.model.language_model.layers.0.self_attn.{n}_proj") for n in "qkv"]
+    projections = Projections(layers)
+    assert projections.weight(torch.float32).data_ptr() == layers[0].get_base_layer().weight.data_ptr()
+    layers[1].get_base_layer().weight.data = torch.ones_like(layers[1].get_base_layer().weight)
+    assert projections.weight(torch.float32)[32:48].eq(1).all()
+    assert layers[1].get_base_layer().weight.data_ptr() == projections.weight(torch.float32)[32:].data_ptr()
+
+
+def test_zero_3_is_refused():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        fuse_lora(model)
+
+
+def test_lone_layers_keep_their_bias():
+    model = with_lora(tiny_llava(), "all-linear")
+    fuse_lora(model)
+    lone = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    assert len(lone) == 20
+    assert all(layer.get_base_layer().bias is not None for layer in lone)
