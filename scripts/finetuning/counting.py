@@ -188,7 +188,7 @@ def _find_numbers(sentence: str) -> list[_Number]:
     numbers = []
     for match in NUMBER.finditer(sentence):
         if match["digits"]:
-            negative = re.search(r"(?:^|\s)-$", sentence[: match.start()])
+            negative = re.search(r"(?:^|\s)-$", sentence[max(0, match.start() - 2) : match.start()])
             digits = match["digits"].replace(",", "")
             value = None if match["fraction"] or negative or len(digits) > 9 else int(digits)
         elif match["english"]:
