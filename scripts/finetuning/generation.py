@@ -31,9 +31,10 @@ def prompt_batch(
 
 
 def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the end of the sequence, and of the turn where the template has one (Gemma)."""
+    """Ids that end an answer: the tokenizer's own, and Gemma's ends of a turn and of a document."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    tokens = [tokenizer.eos_token, *(token for token in ("<end_of_turn>",) if token in tokenizer.get_vocab())]
+    gemma = {"<end_of_turn>", "<eos>"} & tokenizer.get_vocab().keys()
+    tokens = sorted({tokenizer.eos_token, *gemma})
     return tokenizer.convert_tokens_to_ids(tokens)
 
 

@@ -80,6 +80,8 @@ def load_processing_class(
         # They stand in every Gemma vocabulary, but where the tokenizer's settings do not list them as special
         # (google/gemma-2b, for one) transformers 5 cuts them into letters.
         processing_class.add_tokens(GEMMA_TURN_MARKS, special_tokens=True)
+        # What ends an answer, for whoever serves the tuned model by its tokenizer; <eos> would end a document.
+        processing_class.eos_token = GEMMA_TURN_MARKS[1]
     if chat_template_path is not None:
         processing_class.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     return processing_class
