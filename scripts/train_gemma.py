@@ -1,0 +1,78 @@
+"""Fine-tune Gemma on your own questions and answers, with LoRA, QLoRA or in full.
+
+    accelerate launch scripts/train_gemma.py
+    accelerate launch scripts/train_gemma.py --config scripts/configs/gemma_lora.yaml --num_train_epochs 5
+
+Without --config it runs scripts/configs/gemma_qlora.yaml on data/anime: one 16 GB T4 is enough. The same command again
+continues an interrupted run. Everything that a recipe says can be overridden by a flag of the same name.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import set_seed
+
+from finetuning import tracking
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.dataset import open_dataset, open_split, spread
+from finetuning.facts import FactReader, load_wording
+from finetuning.models import load_base_for_training, load_config, load_processing_class
+from finetuning.placement import describe_placement, place
+from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.trainer import FineTuningTrainer, TrainingDiverged
+
+RECIPE = Path(__file__).parent / "configs" / "gemma_qlora.yaml"
+
+
+def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    # Run: a fresh start, or the checkpoint of an interrupted one
+    load_config(model_args.model_name_or_path, model_args.model_revision)
+    dataset = open_dataset(script_args.dataset_name, vision=False)
+    train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
+    validation_rows = open_split(dataset, script_args.dataset_validation_split, script_args.dataset_name)
+    checkpoint = start_or_continue(
+        training_args.output_dir,
+        resolved_arguments(script_args, training_args, model_args),
+        overwrite_completed=script_args.overwrite_completed_run,
+    )
+    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
+
+    # Model
+    set_seed(training_args.seed)
+    tokenizer = load_processing_class(
+        model_args.model_name_or_path,
+        chat_template_path=training_args.chat_template_path,
+        revision=model_args.model_revision,
+    )
+    model = load_base_for_training(
+        model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
+    )
+    model = place(model, script_args, model_args)
+
+    # Train
+    wording = load_wording(script_args.dataset_name)
+    reader = FactReader(wording, train_rows) if wording else None
+    trainer = FineTuningTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows.select_columns(["messages"]),
+        eval_dataset=validation_rows.select_columns(["messages"]),
+        processing_class=tokenizer,
+        # Taught titles: on titles that it was never taught, a model can only guess.
+        questions=reader.questions(spread(train_rows, script_args.eval_answers)) if reader else None,
+        score_answers=reader.score_answers if reader else None,
+        eval_max_new_tokens=script_args.eval_max_new_tokens,
+    )
+    trainer.accelerator.print(describe_placement(model))
+    trainer.accelerator.print(describe_run(trainer))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Save
+    finish(trainer, result.metrics)
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_arguments(RECIPE))
+    except (ValueError, TrainingDiverged) as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
