@@ -224,7 +224,7 @@ def read_json(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
 
 def read_plain(text: str) -> Iterator[tuple[int, Any, str | None]]:
     """(line, turns, image or None) of each block between blank lines. A line that opens no turn continues the last."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [(number, line) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1)]
     blocks: list[list[tuple[int, str]]] = [[]]
     for number, line in lines:
         if line.strip():
@@ -292,7 +292,8 @@ def tie_dialogues(dialogues: list[Dialogue], index: FrameIndex) -> None:
 
 def check_empty_cells(dialogues: list[Dialogue], labels: list[Label]) -> None:
     """A template cannot fill in an empty cell: without its value a label is no use to a dialogue for any frame."""
-    needed = set().union(*(names for dialogue in dialogues if not dialogue.image for names in dialogue.fields))
+    for_any = [dialogue for dialogue in dialogues if not dialogue.problem and not dialogue.frame]
+    needed = set().union(*(names for dialogue in for_any for names in dialogue.fields))
     for label in labels:
         if not label.problem and (empty := sorted(name for name in needed if not label.values[name])):
             label.reject("empty_cell", f"{', '.join(empty)} is empty, but messages.txt uses it")

@@ -1,0 +1,427 @@
+"""Turn conversations that exist already, with or without images, into the dataset that training opens.
+
+    python data_prep/prepare_conversations.py --input llava_data.json --images images --output data/conversations
+
+--input is a file, a folder or a Hub name; each record is recognised by its own keys:
+
+    conversations   [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]: LLaVA JSON, ShareGPT
+    messages        [{"role": "user", "content": "..."}]; content as text, typed parts, or vsft parts: JSONL, Hub
+    question and answer   one turn each: CSV with columns of these names
+
+`image` or `images` names the pictures inside --images (or holds them, in Hub datasets); a record without is text only.
+Marks (<image>, or parts of type image) must be as many as the pictures and stand in the first user turn, where training
+puts the pictures; plain messages and CSV may leave the marks out. Every record ends up accepted, or in rejects.csv with
+a reason. Records that share an image, or have almost the same one, go to the same split.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+
+from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, Turns, read_turns
+from preparing.images import (
+    MAX_PIXELS,
+    NEAR_DUPLICATE_BITS,
+    Inspection,
+    Seen,
+    describe_leaks,
+    inspect_images,
+    is_inside,
+    near_duplicates,
+    report_leaks,
+    stack_hashes,
+)
+from preparing.ledger import Ledger
+from preparing.reading import csv_rows, json_items, read_text
+from preparing.splits import connected_groups, split_groups
+from preparing.writing import describe_file, refuse_existing_output, summarise, write_dataset
+
+FILE_SUFFIXES = (".json", ".jsonl", ".csv")
+COLUMN_TYPES = ("string", "int64", "float64")
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image that a record names: a path inside the images folder."""
+
+    name: str
+    folder: Path
+
+    def read(self) -> bytes:
+        return (self.folder / self.name).read_bytes()
+
+
+@dataclass(frozen=True)
+class HeldImage:
+    """An image that lies in a dataset itself: its row, and its place among the row's images."""
+
+    name: str
+    dataset: "HeldImages" = field(repr=False, compare=False)
+    row: int
+    place: int
+
+    def read(self) -> bytes:
+        return self.dataset.read(self.row, self.place)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldImages:
+    rows: datasets.Dataset  # with images undecoded, {"bytes", "path"}
+    column: str
+
+    def read(self, row: int, place: int) -> bytes:
+        held = self.rows[row][self.column]
+        image = held[place] if isinstance(held, list) else held
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+@dataclass(eq=False)
+class Record:
+    """One conversation of the input, with what is wrong with it."""
+
+    file: str
+    line: int  # line of a text file; number of the row, from 1, of a dataset
+    raw: Any
+    images: list[FileImage | HeldImage] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    image_id: str = ""
+    problem: tuple[str, str] | None = None
+
+    def reject(self, reason: str, detail: str) -> None:
+        self.problem = self.problem or (reason, detail)
+
+
+def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, Any]], HeldImages | None]:
+    """(records, sources for the manifest, the images that the input itself holds) of a file, folder or Hub name."""
+    path = Path(source)
+    if path.is_file() and path.suffix in FILE_SUFFIXES:
+        readers = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv}
+        return list(readers[path.suffix](path)), [describe_file(path)], None
+    dataset = open_dataset(source, split)
+    images = None
+    for name, feature in dataset.features.items():
+        inner = feature.feature if isinstance(feature, datasets.List) else feature
+        if isinstance(inner, datasets.Image):
+            undecoded = datasets.Image(decode=False)
+            dataset = dataset.cast_column(name, datasets.List(undecoded) if inner is not feature else undecoded)
+            if name in ("image", "images"):
+                images = HeldImages(dataset, name)
+    text_only = dataset.remove_columns(images.column) if images else dataset
+    records = [Record(source, number, raw) for number, raw in enumerate(text_only, start=1)]
+    # The library's fingerprint changes with the data; file hashes would not describe a Hub dataset.
+    return (
+        records,
+        [{"path": source, "split": split, "rows": len(records), "fingerprint": dataset._fingerprint}],
+        images,
+    )
+
+
+def open_dataset(source: str, split: str) -> datasets.Dataset:
+    path = Path(source)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        opened = datasets.load_from_disk(source)
+        dataset = opened if isinstance(opened, datasets.Dataset) else opened.get(split)
+        if dataset is None:
+            raise ValueError(f"{source} has the splits {', '.join(opened)}, not {split!r}: name one with --input_split")
+        return dataset
+    if not path.is_dir() and (
+        path.exists() or path.suffix in FILE_SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    ):
+        raise ValueError(
+            f"--input {source} is no file of {' '.join(FILE_SUFFIXES)}, no folder, and no Hub name such as owner/dataset"
+        )
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise ValueError(f"--input {source} could not be opened as a dataset, split {split!r}: {error}") from error
+
+
+def read_json(path: Path) -> Iterator[Record]:
+    for line, raw in json_items(path, read_text(path)):
+        yield Record(str(path), line, raw)
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
+        if text.strip():
+            try:
+                yield Record(str(path), line, json.loads(text))
+            except json.JSONDecodeError as error:
+                yield Record(str(path), line, None, problem=("not_json", f"{error.msg} at column {error.colno}"))
+
+
+def read_csv(path: Path) -> Iterator[Record]:
+    rows = csv_rows(path)
+    _, header = next(rows, (1, []))
+    if missing := {"question", "answer"} - set(header):
+        raise ValueError(
+            f"{path} has the columns {', '.join(header) or '(none)'}; {' and '.join(sorted(missing))} missing"
+        )
+    if "" in header or len(set(header)) < len(header):
+        raise ValueError(f"{path} has the columns {', '.join(header)}: expected each to have a name of its own")
+    for line, cells in rows:
+        record = Record(str(path), line, dict(zip(header, cells, strict=False)))
+        if len(cells) != len(header):
+            record.reject("wrong_number_of_cells", f"{len(cells)} cells under {len(header)} columns")
+        yield record
+
+
+def read_conversation(record: Record, folder: Path | None, held: HeldImages | None) -> None:
+    """Fills in messages and images from the raw record, or its problem."""
+    raw = record.raw
+    if record.problem:
+        return
+    if not isinstance(raw, Mapping):
+        return record.reject("not_an_object", f"expected an object, got {raw!r:.80}")
+    marks_may_be_left_out = True
+    if raw.get("conversations") is not None:
+        turns, marks_may_be_left_out = read_turns(raw["conversations"], "from", "value"), False
+    elif raw.get("messages") is not None:
+        turns = read_turns(raw["messages"])
+    elif raw.get("question") is not None and raw.get("answer") is not None:
+        pair = [{"role": "user", "content": raw["question"]}, {"role": "assistant", "content": raw["answer"]}]
+        turns = read_turns(pair)
+    else:
+        keys = ", ".join(map(str, raw))
+        return record.reject(
+            "unknown_form", f"expected conversations, messages, or question and answer; got {keys:.120}"
+        )
+    if turns.problems:
+        return record.reject(turns.problems[0][0], "; ".join(detail for _, detail in turns.problems))
+    record.messages = turns.messages
+    find_images(record, folder, held)
+    if not record.problem:
+        check_marks(record, turns, marks_may_be_left_out)
+
+
+def find_images(record: Record, folder: Path | None, held: HeldImages | None) -> None:
+    if held:
+        images = held.rows[record.line - 1][held.column] or []
+        for place, image in enumerate(images if isinstance(images, list) else [images]):
+            name = Path(image["path"] or "image").name
+            record.images.append(HeldImage(f"{record.line}-{place + 1}-{name}", held, record.line - 1, place))
+        return
+    names = record.raw.get("images") or record.raw.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        return record.reject("bad_image", f"expected the name of an image or a list of names, got {names!r:.80}")
+    if names and folder is None:
+        return record.reject("no_images_folder", f"it names {names[0]!r:.80}, but no --images folder was given")
+    for name in names:
+        if not is_inside(folder / name, folder):
+            record.reject("outside_folder", f"{name!r} lies outside {folder}")
+        elif not (folder / name).is_file():
+            record.reject("missing_image", f"{name!r} is no file in {folder}")
+        else:
+            # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
+            relative = (folder / name).resolve().relative_to(folder.resolve()).as_posix()
+            record.images.append(FileImage(relative, folder))
+
+
+def check_marks(record: Record, turns: Turns, marks_may_be_left_out: bool) -> None:
+    if turns.num_image_marks != len(record.images) and not (marks_may_be_left_out and turns.num_image_marks == 0):
+        record.reject("image_mark_count", f"{turns.num_image_marks} image marks, but {len(record.images)} images")
+
+
+def read_image(image: FileImage | HeldImage) -> bytes:
+    return image.read()
+
+
+def check_images(records: list[Record], max_pixels: int) -> dict[FileImage | HeldImage, Inspection]:
+    """Decodes every image once, however many records show it; returns the sound ones."""
+    images = list(dict.fromkeys(image for record in records if not record.problem for image in record.images))
+    inspections = dict(zip(images, inspect_images(images, read_image, max_pixels), strict=True))
+    for record in records:
+        for image in record.images if not record.problem else []:
+            if problem := inspections[image].problem:
+                record.reject(problem[0], f"{image.name}: {problem[1]}")
+    return {image: inspection for image, inspection in inspections.items() if not inspection.problem}
+
+
+def check_duplicates(records: list[Record], inspections: dict[FileImage | HeldImage, Inspection]) -> None:
+    first_lines: dict[tuple[Any, ...], int] = {}
+    for record in records:
+        if record.problem:
+            continue
+        pictures = tuple(inspections[image].sha256 for image in record.images)
+        words = tuple((message["role"], message["content"]) for message in record.messages)
+        if (pictures, words) in first_lines:
+            record.reject("duplicate", f"same images and words as line {first_lines[pictures, words]}")
+        first_lines.setdefault((pictures, words), record.line)
+
+
+def read_columns(records: list[Record], columns: dict[str, str]) -> None:
+    """Turns the values of --columns into their types; CSV holds them as text, and pandas writes 7 as 7.0."""
+    for record in records:
+        for name, type_name in columns.items() if not record.problem else []:
+            try:
+                record.raw[name] = read_value(record.raw.get(name), type_name)
+            except (ValueError, TypeError, OverflowError):
+                record.reject("bad_value", f"{name} is {record.raw.get(name)!r:.40}, expected {type_name}")
+
+
+def read_value(value: Any, type_name: str) -> str | int | float:
+    if type_name == "string":
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    number = float(value)
+    if isinstance(value, bool) or (type_name == "int64" and number != int(number)):
+        raise ValueError
+    return int(number) if type_name == "int64" else number
+
+
+def group_records(
+    records: list[Record], inspections: dict[FileImage | HeldImage, Inspection], max_bits: int
+) -> list[list[Record]]:
+    """Records that share an image, or have near-duplicate images, in one group; `image_id` names the first image."""
+    images = list(inspections)
+    number_of = {image: number for number, image in enumerate(images)}
+    hashes = stack_hashes([inspections[image].difference_hash for image in images]) if images else []
+    pairs = [(left, right) for left, right, _ in near_duplicates(hashes, hashes, max_bits)] if images else []
+    # Records are nodes after the images, tied to each image they show.
+    for place, record in enumerate(records):
+        record.image_id = record.images[0].name if record.images else f"text-{record.line}"
+        pairs += [(len(images) + place, number_of[image]) for image in record.images]
+    groups = [
+        [records[node - len(images)] for node in group if node >= len(images)]
+        for group in connected_groups(len(images) + len(records), pairs)
+    ]
+    return [group for group in groups if group]
+
+
+def make_row(record: Record, columns: dict[str, str], has_images: bool) -> dict[str, Any]:
+    row = {"messages": record.messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
+    if has_images:
+        row["images"] = [{"bytes": image.read(), "path": Path(image.name).name} for image in record.images]
+    return row
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", required=True, help="file (.json .jsonl .csv), folder or Hub name")
+    parser.add_argument("--input_split", default="train", help="split of a folder or Hub dataset (default %(default)s)")
+    parser.add_argument("--images", type=Path, help="folder that the names of images are looked up in")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME:TYPE",
+        help=f"columns to keep as ground truth, as in count:int64; types: {', '.join(COLUMN_TYPES)}",
+    )
+    parser.add_argument("--validation_size", type=float, default=0.1, help="share of the records (default %(default)s)")
+    parser.add_argument("--test_size", type=float, default=0.1, help="share of the records (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="for the split (default %(default)s)")
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected (default 50 million)"
+    )
+    parser.add_argument(
+        "--near_duplicate_bits",
+        type=int,
+        default=NEAR_DUPLICATE_BITS,
+        help="differing bits of 256 up to which two images are near-duplicates (default %(default)s)",
+    )
+    args = parser.parse_args()
+    problems = []
+    if args.images is not None and not args.images.is_dir():
+        problems.append(f"--images {args.images} is not a folder")
+    if min(args.validation_size, args.test_size) < 0 or args.validation_size + args.test_size >= 1:
+        problems.append(
+            f"--validation_size {args.validation_size} and --test_size {args.test_size}: expected shares that leave some to train"
+        )
+    if args.max_pixels < 1:
+        problems.append(f"--max_pixels {args.max_pixels}: expected 1 or more")
+    if args.near_duplicate_bits < 0:
+        problems.append(f"--near_duplicate_bits {args.near_duplicate_bits}: expected 0 or more")
+    for column in args.columns:
+        name, _, type_name = column.partition(":")
+        if type_name not in COLUMN_TYPES or name in ("", "messages", "images", "image", "image_id", "conversations"):
+            problems.append(
+                f"--columns {column}: expected a column's name and one of {', '.join(COLUMN_TYPES)}: count:int64"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    refuse_existing_output(args.output)
+    columns = dict(column.split(":") for column in args.columns)
+
+    # Read.
+    records, sources, held = read_records(args.input, args.input_split)
+
+    # Check.
+    for record in records:
+        read_conversation(record, args.images, held)
+    inspections = check_images(records, args.max_pixels)
+    check_duplicates(records, inspections)
+    read_columns(records, columns)
+    ledger = Ledger()
+    for record in records:
+        ledger.read("records")
+        if record.problem:
+            ledger.reject("records", record.file, record.line, *record.problem)
+        else:
+            ledger.accept("records")
+    accepted = [record for record in records if not record.problem]
+
+    # Split.
+    splits, leaks = {}, {"between": {}}
+    if accepted:
+        groups = group_records(accepted, inspections, args.near_duplicate_bits)
+        splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
+        seen = {
+            name: [
+                Seen(image.name, None, 0, inspections[image].difference_hash)
+                for image in dict.fromkeys(image for record in of_split for image in record.images)
+            ]
+            for name, of_split in splits.items()
+        }
+        leaks = report_leaks(seen, args.near_duplicate_bits)
+
+    # Write.
+    has_images = any(record.images for record in accepted)
+    features = datasets.Features(
+        {
+            "messages": MESSAGES_FEATURE,
+            # Training takes any dataset with images for one of a vision model, so a text-only one has no such column.
+            **({"images": IMAGES_FEATURE} if has_images else {}),
+            "image_id": datasets.Value("string"),
+            **{name: datasets.Value(type_name) for name, type_name in columns.items()},
+        }
+    )
+    write_dataset(
+        args.output,
+        splits,
+        features,
+        ledger=ledger,
+        sources=sources,
+        arguments=vars(args),
+        split_rule=f"groups of records with the same or almost the same image, shuffled with seed {args.seed}",
+        make_row=functools.partial(make_row, columns=columns, has_images=has_images),
+        leak_report=leaks,
+    )
+    print(summarise(args.output, ledger, {name: len(of_split) for name, of_split in splits.items()}))
+    if leaks["between"]:
+        print(describe_leaks(leaks))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))
