@@ -41,7 +41,7 @@ COLUMNS = (
 # How MyAnimeList and its copies write "nobody knows"; compared without case. A score or a count of 0 says the same.
 MISSING = {"", "unknown", "none", "nan", "n/a", "none found", "none found, add some", "add some"}
 NO_SYNOPSIS = re.compile(r"no (description|synopsis) ", re.IGNORECASE)
-CREDIT = re.compile(r"\s*[(\[](source|written by)\b[^)\]]*[)\]]$", re.IGNORECASE)
+CREDIT = re.compile(r"\s*[(\[](source|written by)\b[^)\]]*[)\]]", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 TEXT, WHOLE_NUMBER = datasets.Value("string"), datasets.Value("int64")
@@ -218,12 +218,8 @@ def clean_row(row: dict[str, str], line: int) -> Title:
 
 
 def clean_synopsis(text: str) -> str:
-    """Without the credit at its end, "(Source: ANN)" or "[Written by MAL Rewrite]"; "" for the site's "No synopsis…"."""
-    if NO_SYNOPSIS.match(text):
-        return ""
-    while (shorter := CREDIT.sub("", text)) != text:
-        text = shorter
-    return text
+    """Without credits such as "(Source: ANN)" or "[Written by MAL Rewrite]"; "" for the site's "No synopsis …"."""
+    return "" if NO_SYNOPSIS.match(text) else CREDIT.sub("", text).strip()
 
 
 def split_names(text: str) -> list[str]:
