@@ -49,6 +49,9 @@ class ScriptArguments:
         default=64, metadata={"help": "Validation rows that are answered and scored at each evaluation; 0 for none."}
     )
     eval_max_new_tokens: int = field(default=32, metadata={"help": "Longest answer at an evaluation, in tokens."})
+    log_adapter: bool = field(
+        default=False, metadata={"help": "Store the finished run's adapter in W&B, as an artifact."}
+    )
     overwrite_completed_run: bool = field(
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )

@@ -7,12 +7,14 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
+
+from finetuning import progress, tracking
+from finetuning.preemption import last_whole_checkpoint
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
     "config", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
-    "include_num_input_tokens_seen", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
+    "include_num_input_tokens_seen", "log_adapter", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "overwrite_completed_run", "per_device_eval_batch_size", "project", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "restore_callback_states_from_checkpoint",
@@ -59,7 +61,9 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
                 folder.rename(kept)
                 print(f"The completed run is kept as {kept}")
     PartialState().wait_for_everyone()
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    checkpoint = last_whole_checkpoint(folder)
+    from_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    progress.refuse_futile_restart(folder, from_step)
     saved = folder / "arguments.yaml"
     if checkpoint is not None and saved.is_file():
         before = yaml.safe_load(saved.read_text(encoding="utf-8"))
@@ -73,12 +77,14 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
                 f"{folder}: this run was begun with other arguments ({'; '.join(changed)}). Continue it with the old "
                 "ones, or give the new run its own folder with --output_dir"
             )
+    PartialState().wait_for_everyone()  # all have read what is written now
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         saved.write_text(yaml.safe_dump(arguments, allow_unicode=True, sort_keys=True), encoding="utf-8")
+        progress.begin_attempt(folder, from_step)
         if checkpoint is not None:
             print(f"Continuing from {checkpoint}")
-    return checkpoint
+    return str(checkpoint) if checkpoint else None
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -113,3 +119,5 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         unfinished = folder / "metrics.json.unfinished"
         unfinished.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.rename(folder / "metrics.json")
+        progress.end_attempt(folder, trainer.state.global_step, "completed")
+        tracking.close(trainer.args, 0, metrics)

@@ -1,15 +1,23 @@
 """TensorBoard always; W&B as well where the environment can reach it; one W&B run per training, however often restarted."""
 
+import hashlib
 import importlib.util
 import netrc
 import os
 import secrets
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
 from accelerate import PartialState
-from PIL import Image
-from transformers import Trainer
+from PIL import Image, ImageDraw
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+PROJECT = "llava-gemma-finetuning"
+THUMBNAIL = 160  # pixels, longest side, in TensorBoard's picture of the answers
 
 
 def wandb_is_set_up() -> bool:
@@ -25,25 +33,121 @@ def wandb_is_set_up() -> bool:
 
 
 def set_up(output_dir: str, run_name: str | None) -> list[str]:
-    """What to report to. For W&B the run's id is kept in the folder, so that a restart continues the same run."""
+    """Begin (or go on with) the tracking of the run in `output_dir`; what its trainer reports to.
+
+    The W&B run's id is kept in the folder, so that a restart continues the same run; its config is the folder's
+    `arguments.yaml`. WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_TAGS and a sweep's WANDB_RUN_ID are honoured.
+    """
+    folder = Path(output_dir)
+    # One folder for all attempts: TensorBoard then draws one curve.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     if not wandb_is_set_up():
         return ["tensorboard"]
-    folder = Path(output_dir)
-    id_file = folder / "wandb_run_id.txt"
     if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        import wandb
+
+        id_file = folder / "wandb_run_id.txt"
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        os.environ.setdefault("WANDB_RUN_ID", id_file.read_text(encoding="utf-8").strip())
-        os.environ.setdefault("WANDB_RESUME", "allow")
-        os.environ.setdefault("WANDB_NAME", run_name or folder.name)
-        os.environ.setdefault("WANDB_PROJECT", "llava-gemma-finetuning")
-        os.environ.setdefault("WANDB_DIR", str(folder))
+            id_file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n", encoding="utf-8")
+        arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+        facts = facts_of_the_run(arguments.get("dataset_name", ""))
+        tags = [f"{name}:{value}"[:64] for name, value in facts.items()]
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            name=os.environ.get("WANDB_NAME") or run_name or folder.name,
+            group=os.environ.get("WANDB_RUN_GROUP") or group_of_the_job(),
+            tags=[tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag] + tags,
+            job_type="train",
+            dir=str(folder),
+            config=arguments | facts,
+        )
     return ["tensorboard", "wandb"]
 
 
+def facts_of_the_run(dataset_name: str) -> dict[str, Any]:
+    """What to find a run by: strategy, number of processes, commit, manifest of the data, and job and nodes under Slurm."""
+    state = PartialState()
+    facts: dict[str, Any] = {
+        "strategy": os.environ.get("STRATEGY", state.distributed_type.value),
+        "processes": state.num_processes,
+    }
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        facts["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pass  # unpacked from an archive: there is no commit to name
+    manifest = Path(dataset_name) / "manifest.json"
+    if manifest.is_file():
+        facts["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+    for name, variable in (("job", "SLURM_JOB_ID"), ("nodes", "SLURM_JOB_NODELIST")):
+        if variable in os.environ:
+            facts[name] = os.environ[variable]
+    return facts
+
+
+def group_of_the_job() -> str | None:
+    """Runs of one array (a sweep) are a group; other runs group by the job's name."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"array-{array}"
+    return os.environ.get("SLURM_JOB_NAME")
+
+
+def wandb_address(args: TrainingArguments) -> str | None:
+    """The run's page; offline the command that will upload it. None without W&B or in other processes."""
+    if "wandb" not in args.report_to:
+        return None
+    import wandb
+
+    if wandb.run is None:
+        return None
+    return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parent}"
+
+
+def close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | None = None) -> None:
+    """End the W&B run of this process: with its verdict (and its adapter, when asked) or as interrupted. Main process."""
+    if "wandb" not in args.report_to:
+        return
+    import wandb
+
+    if metrics is None:
+        wandb.run.mark_preempting()
+    else:
+        wandb.run.summary.update(metrics | {"verdict": verdict(metrics)})
+        if wandb.run.config.get("log_adapter"):
+            artifact = wandb.Artifact(f"adapter-{wandb.run.id}", type="model", metadata=metrics)
+            for path in sorted(Path(args.output_dir).iterdir()):
+                if path.is_file() and path.name not in ("progress.json", "trainer_state.json", "wandb_run_id.txt"):
+                    artifact.add_file(str(path))
+            wandb.run.log_artifact(artifact)
+    address = wandb_address(args)
+    wandb.finish(exit_code=exit_code)
+    print(f"W&B: {address}")
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """One sentence on a finished run: the last held-out counting error beside what not looking would cost."""
+    error, baseline = metrics.get("eval_count_mae"), metrics.get("eval_count_mae_train_median")
+    if error is None or baseline is None:
+        return f"trained for {metrics['global_step']} steps; no counting error was measured while training"
+    comparison = "better than" if error < baseline else "no better than"
+    return (
+        f"off by {error:.2f} people on {metrics['eval_count_n']:.0f} held-out questions: {comparison} always answering "
+        f"the training median ({baseline:.2f})"
+    )
+
+
 def log_answers(trainer: Trainer, table: dict[str, list[Any]]) -> None:
-    """The answers of an evaluation as a W&B table, pictures as pictures; main process only, nothing without W&B."""
+    """The answers of an evaluation, pictures as pictures, as a W&B table and in TensorBoard; main process only."""
+    step = trainer.state.global_step
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            words = {name: values for name, values in table.items() if not isinstance(values[0], Image.Image)}
+            callback.tb_writer.add_text("eval/answers", markdown_table(words), step)
+            if "image" in table:
+                callback.tb_writer.add_image("eval/answers", contact_sheet(table), step, dataformats="HWC")
+            callback.tb_writer.flush()
     if "wandb" not in trainer.args.report_to:
         return
     import wandb
@@ -53,6 +157,27 @@ def log_answers(trainer: Trainer, table: dict[str, list[Any]]) -> None:
         for name, values in table.items()
     }
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    wandb.log(
-        {"eval/answers": wandb.Table(columns=list(columns), data=rows), "train/global_step": trainer.state.global_step}
-    )
+    wandb.log({"eval/answers": wandb.Table(columns=list(columns), data=rows), "train/global_step": step})
+
+
+def markdown_table(columns: dict[str, list[Any]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def contact_sheet(table: dict[str, list[Any]], num_columns: int = 8) -> np.ndarray:
+    """Thumbnails of the questions' pictures, captioned `truth -> counted`: (height, width, 3), uint8."""
+    caption = 14
+    num_rows = -(-len(table["image"]) // num_columns)
+    sheet = Image.new("RGB", (num_columns * THUMBNAIL, num_rows * (THUMBNAIL + caption)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, truth, counted) in enumerate(
+        zip(table["image"], table["truth"], table["answer_count"], strict=True)
+    ):
+        left, top = number % num_columns * THUMBNAIL, number // num_columns * (THUMBNAIL + caption)
+        thumbnail = image.convert("RGB")
+        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        sheet.paste(thumbnail, (left, top + caption))
+        colour = "darkgreen" if truth == counted else "darkred"
+        draw.text((left + 2, top + 1), f"{truth} -> {'?' if counted is None else counted}", fill=colour)
+    return np.asarray(sheet)

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import SFTTrainer
 
 from finetuning import tracking
 from finetuning.generation import generate_answers
+from finetuning.preemption import InterruptibleTrainer
 
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the rows, and says what to try."""
 
 
-class FineTuningTrainer(SFTTrainer):
-    """SFTTrainer that also logs throughput, refuses a loss that is not finite, and asks questions while it trains.
+class FineTuningTrainer(InterruptibleTrainer):
+    """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
 
     Args (the rest is SFTTrainer's):
         questions: rows whose `messages` end with a user turn (and `images`), asked at each evaluation; None for none.
