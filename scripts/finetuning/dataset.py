@@ -1,6 +1,7 @@
 """Opening the dataset that data preparation wrote, and refusing what training could not use."""
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
@@ -40,8 +41,18 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems) + ". The README describes the columns (The data contract)")
     if vision:
-        dataset = DatasetDict({split: rows.cast_column("images", List(Image())) for split, rows in dataset.items()})
+        dataset = DatasetDict(
+            {
+                # A cast copies the split into a cache beside it: only for pictures that are not pictures yet.
+                split: rows if is_pictures(rows.features["images"]) else rows.cast_column("images", List(Image()))
+                for split, rows in dataset.items()
+            }
+        )
     return dataset
+
+
+def is_pictures(feature: Any) -> bool:
+    return isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode
 
 
 def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:

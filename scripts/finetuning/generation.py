@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.generation.streamers import BaseStreamer
 
 from finetuning.collator import LlavaDataCollator
 
@@ -33,12 +34,39 @@ def prompt_batch(
 def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the tokenizer's own, and Gemma's ends of a turn and of a document."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    gemma = {"<end_of_turn>", "<eos>"} & tokenizer.get_vocab().keys()
-    tokens = sorted({tokenizer.eos_token, *gemma})
-    return tokenizer.convert_tokens_to_ids(tokens)
+    tokens = sorted({tokenizer.eos_token, "<end_of_turn>", "<eos>"})
+    # An unknown token becomes the unknown id; asking for the vocabulary itself would copy 256,000 entries.
+    return [
+        number for number in tokenizer.convert_tokens_to_ids(tokens) if number not in (None, tokenizer.unk_token_id)
+    ]
 
 
 @torch.no_grad()
+def answer_batch(
+    model: PreTrainedModel,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> list[str]:
+    """One greedy answer per row, as one batch on this process; `streamer` shows a single row's words as they come."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    inputs = prompt_batch(processing_class, rows).to(model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_tokens(processing_class),
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
+    )
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
 def generate_answers(
     model: PreTrainedModel,
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
@@ -53,7 +81,6 @@ def generate_answers(
     `rows` is a list or Dataset with `messages` that end with a user turn, and `images` for a vision model. Rows are
     batched by length, so that little is padded, and the batches are dealt out over the processes.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     # A Dataset's column is read without decoding a single picture.
     messages = rows["messages"] if isinstance(rows, Dataset) else [row["messages"] for row in rows]
     lengths = [sum(len(turn["content"]) for turn in turns) for turns in messages]
@@ -65,17 +92,9 @@ def generate_answers(
     model.eval()
     mine = batches[state.process_index :: state.num_processes]
     for indices in tqdm(mine, desc=description, unit="batch", disable=not state.is_main_process, leave=False):
-        inputs = prompt_batch(processing_class, [rows[index] for index in indices]).to(model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        output = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop_tokens(processing_class),
-            pad_token_id=tokenizer.pad_token_id,
+        batch = [rows[index] for index in indices]
+        answers += zip(
+            indices, answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens), strict=True
         )
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += zip(indices, (text.strip() for text in texts), strict=True)
     model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]

@@ -1,0 +1,148 @@
+"""Check every row of a dataset as the model will see it, on a CPU, before a GPU is paid for.
+
+    python scripts/check_data.py
+    python scripts/check_data.py --config scripts/configs/gemma_qlora.yaml --preview 20
+
+Takes the recipe and the flags of the training that it is for (--config, --dataset_name, --model_name_or_path, ...), and
+runs the same processor, template and collator over all rows on all cores; of the model it reads only the configuration,
+no weights. Every fault has a reason code and a row. Exit status 1 when there is one, 0 when the data is clean. What was
+found is kept in outputs/data-check/<dataset>/check.json; with --preview N a page beside it shows N rows (faulty ones
+first) with their pictures as preprocessed and their tokens, the supervised ones marked.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.audit import Auditor, RowAudit, describe_faults, open_image
+from finetuning.dataset import open_dataset, open_split
+from finetuning.models import is_vision, load_config, load_processing_class
+from finetuning.preview import length_table, preview_page
+
+RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
+BATCH_SIZE = 8
+
+
+def audit_indices(auditor: Auditor, rows: Dataset, indices: list[int]) -> list[RowAudit]:
+    # Out of Arrow pictures come undecoded: the auditor opens them, and can name the one that does not open.
+    return auditor(rows[indices].to_pylist())
+
+
+def audit_rows(auditor: Auditor, rows: Dataset, num_processes: int) -> list[RowAudit]:
+    """All rows through the auditor, on `num_processes` processes; in the order of the rows."""
+    audits = []
+    audit_batch = functools.partial(audit_indices, auditor, rows.with_format("arrow"))
+    loader = DataLoader(range(len(rows)), batch_size=BATCH_SIZE, collate_fn=audit_batch, num_workers=num_processes)
+    with tqdm(total=len(rows), desc=f"Checking {auditor.split}", unit="row") as bar:
+        for batch in loader:
+            audits += batch
+            bar.update(len(batch))
+    return audits
+
+
+def rows_to_show(audits: Sequence[RowAudit], number: int) -> list[RowAudit]:
+    """At most `number`: faulty rows on up to half of the page, each kind once before any twice; then good ones, spread."""
+    turns: list[tuple[int, RowAudit]] = []
+    seen: dict[tuple[str, ...], int] = {}
+    for audit in audits:
+        if audit.faults:
+            kind = tuple(code for code, _ in audit.faults)
+            turns.append((seen.setdefault(kind, 0), audit))
+            seen[kind] += 1
+    faulty = [audit for _, audit in sorted(turns, key=lambda turn: turn[0])][: (number + 1) // 2]
+    good = [audit for audit in audits if not audit.faults]
+    wanted = min(number - len(faulty), len(good))
+    return faulty + [good[place * len(good) // wanted] for place in range(wanted)]
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    options: argparse.Namespace,
+) -> list[RowAudit]:
+    # What training would load, without weights
+    config = load_config(model_args.model_name_or_path, model_args.model_revision)
+    vision = is_vision(config)
+    processing_class = load_processing_class(
+        model_args.model_name_or_path,
+        image_aspect_ratio=script_args.image_aspect_ratio,
+        chat_template_path=training_args.chat_template_path,
+        revision=model_args.model_revision,
+    )
+    dataset = open_dataset(script_args.dataset_name, vision=vision)
+    columns = ["messages", "images", "row"] if vision else ["messages", "row"]
+    splits = {
+        name: open_split(dataset, name, script_args.dataset_name).select_columns(columns)
+        for name in dataset
+        if dataset[name]
+    }
+
+    # Every row
+    audits: list[RowAudit] = []
+    for name, rows in splits.items():
+        auditor = Auditor(processing_class, config, training_args.max_length, name)
+        audits += audit_rows(auditor, rows, options.processes)
+
+    # What was found
+    faulty = [audit for audit in audits if audit.faults]
+    folder = options.output or Path("outputs/data-check") / Path(script_args.dataset_name).name
+    folder.mkdir(parents=True, exist_ok=True)
+    table = [["split", "rows", "images", "shortest", "median", "longest", "supervised"], *length_table(audits)]
+    print("\n".join("".join(f"{cell:>12}" for cell in line) for line in table) + "   (lengths in tokens)")
+    faults = [
+        {"split": audit.split, "row": audit.row, "reason": reason, "detail": detail}
+        for audit in faulty
+        for reason, detail in audit.faults
+    ]
+    found = {
+        "dataset": script_args.dataset_name,
+        "model": model_args.model_name_or_path,
+        "rows": len(audits),
+        "faulty_rows": len(faulty),
+        "faults": faults,
+    }
+    (folder / "check.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"Report: {folder / 'check.json'}")
+    if options.preview:
+        shown = []
+        for audit in rows_to_show(audits, options.preview):
+            row = splits[audit.split].with_format("arrow")[[audit.row]].to_pylist()[0]
+            if audit.num_tokens:
+                row["images"] = [open_image(image) for image in row.get("images") or []]
+            shown.append((audit, row))
+        title = f"{script_args.dataset_name}, as {model_args.model_name_or_path} sees it"
+        (folder / "preview.html").write_text(preview_page(title, audits, shown, processing_class), encoding="utf-8")
+        print(f"Preview: {folder / 'preview.html'}")
+    return audits
+
+
+def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--preview", type=int, default=0, metavar="N", help="write an HTML page with N rows")
+    parser.add_argument("--output", type=Path, help="folder of the report (outputs/data-check/<dataset>)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes to check on (all cores)")
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    options, recipe_flags = parse_options(sys.argv[1:])
+    try:
+        audits = main(*parse_arguments(RECIPE, recipe_flags), options)
+    except ValueError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
+    if any(audit.faults for audit in audits):
+        num_faulty = sum(bool(audit.faults) for audit in audits)
+        sys.exit(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{describe_faults(audits)}")
+    print(f"All {len(audits):,} rows are good: every picture, prompt and answer is what the model will be asked with.")
