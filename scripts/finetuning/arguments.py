@@ -1,12 +1,20 @@
 """Arguments of the training commands: TRL's own, plus the few fields that TRL lacks. Unknown keys are errors."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from finetuning.hardware import choose_precision, compute_capability
+from finetuning.hardware import (
+    choose_precision,
+    compute_capability,
+    divide_batch,
+    launched_precision,
+    refuse_more_processes_than_gpus,
+)
 
 PLACEMENTS = ["frozen", "lora", "full"]
 # Fields of TRL's dataclasses that these scripts decide elsewhere: set, they would be ignored, which is worse than an error.
@@ -66,6 +74,13 @@ class ScriptArguments:
 class TrainingArguments(SFTConfig):
     """TRL's SFTConfig; precision follows the GPU unless the recipe says, and only answers are supervised."""
 
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows a step, over all processes. Set, the recipe computes the same on any number of GPUs: "
+            "per_device_train_batch_size is then the most that one GPU takes at once, and accumulation follows."
+        },
+    )
     bf16: bool | None = field(default=None, metadata={"help": "bf16 mixed precision; unset: follows the GPU."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
@@ -73,12 +88,25 @@ class TrainingArguments(SFTConfig):
     assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise the assistant's turns only."})
 
     def __post_init__(self):
-        capability = None if self.use_cpu else compute_capability()
+        capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()
         self.use_cpu = capability is None
-        self.fp16, self.bf16 = choose_precision(self.fp16, self.bf16, capability)
+        if not self.use_cpu:
+            refuse_more_processes_than_gpus()
+        self.fp16, self.bf16 = choose_precision(*launched_precision(self.fp16, self.bf16), capability)
+        # What transformers would take where both are off.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         if self.tf32 is None and capability is not None:
             self.tf32 = capability >= (8, 0)
         super().__post_init__()
+        if self.global_batch_size is not None:
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError(
+                    f"global_batch_size: {self.global_batch_size} decides how often gradients are accumulated: remove "
+                    f"gradient_accumulation_steps: {self.gradient_accumulation_steps}, or remove global_batch_size"
+                )
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = divide_batch(
+                self.global_batch_size, self.per_device_train_batch_size, self.world_size
+            )
 
 
 @dataclass

@@ -1,6 +1,9 @@
-"""What the GPU (or the lack of one) decides: precision, weight type, TF32."""
+"""What the GPU (or the lack of one) and the launch decide: precision, weight type, TF32, strategy, rows a step."""
+
+import os
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -29,6 +32,20 @@ def choose_precision(fp16: bool, bf16: bool | None, capability: tuple[int, int] 
     return capability < (8, 0), capability >= (8, 0)
 
 
+def launched_precision(fp16: bool, bf16: bool | None) -> tuple[bool, bool | None]:
+    """(fp16, bf16) of the recipe, and of `accelerate launch` (its file or --mixed_precision) where the recipe is silent.
+
+    Raises ValueError where the two say different things.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched == "no":
+        return fp16, bf16
+    asked = "fp16" if fp16 else "bf16" if bf16 else launched
+    if launched not in ("fp16", "bf16") or asked != launched:
+        raise ValueError(f"the launch says mixed_precision: {launched}, the recipe {asked}: keep one, fp16 or bf16")
+    return launched == "fp16", launched == "bf16"
+
+
 def weight_dtype(fp16: bool, bf16: bool) -> torch.dtype:
     """Type that frozen base weights are held in: the 16-bit type of the run, fp32 where there is none."""
     return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
@@ -37,3 +54,46 @@ def weight_dtype(fp16: bool, bf16: bool) -> torch.dtype:
 def inference_dtype() -> torch.dtype:
     """Type to ask a model questions in on this device."""
     return weight_dtype(*choose_precision(False, None, compute_capability()))
+
+
+def strategy() -> str:
+    """How this launch divides the work: `one process`, `DDP`, `ZeRO-0` to `ZeRO-3`, `FSDP1` or `FSDP2`.
+
+    Read from the environment that `accelerate launch` sets, so that it is known before anything is loaded.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return "DDP" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "one process"
+
+
+def weights_are_divided() -> bool:
+    """Whether no process holds the whole model: every forward pass is then one of all processes together."""
+    return strategy() in ("ZeRO-3", "FSDP2")
+
+
+def refuse_more_processes_than_gpus() -> None:
+    """Raise ValueError where this machine's processes outnumber its GPUs; CUDA would say `invalid device ordinal`."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus > 0:
+        raise ValueError(
+            f"{processes} processes on this machine, but it shows {gpus} GPUs: launch with --num_processes {gpus} (for "
+            "each machine), or look at CUDA_VISIBLE_DEVICES and at what the scheduler granted"
+        )
+
+
+def divide_batch(global_batch_size: int, largest: int, processes: int) -> tuple[int, int]:
+    """Rows a step -> (rows a process takes at once, at most `largest`; how many times it does before a step).
+
+    Raises ValueError with the nearest sizes that can be had when the processes cannot share the rows evenly.
+    """
+    share, rest = divmod(global_batch_size, processes)
+    if rest or not share:
+        nearest = [size for size in (share * processes, (share + 1) * processes) if size]
+        raise ValueError(
+            f"global_batch_size: {global_batch_size} rows a step cannot be shared evenly by {processes} processes: set it "
+            f"to {' or '.join(map(str, nearest))}, or launch a number of processes that divides {global_batch_size}"
+        )
+    at_once = max(rows for rows in range(1, min(largest, share) + 1) if share % rows == 0)
+    return at_once, share // at_once

@@ -33,6 +33,8 @@ def resolved_arguments(*groups: Any) -> dict[str, Any]:
             for key, value in values.items()
             if key in known and value is not None and "token" not in key.split("_") and not str(value).startswith("<")
         }
+    if "global_batch_size" in resolved:
+        resolved.pop("gradient_accumulation_steps", None)  # follows from it and the number of processes
     # Enums and paths become what the parser takes.
     return json.loads(json.dumps(resolved, default=str))
 
@@ -67,10 +69,12 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
     saved = folder / "arguments.yaml"
     if checkpoint is not None and saved.is_file():
         before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        # Where the rows of a step are given, how many a process takes at once computes the same.
+        may_change = MAY_CHANGE | ({"per_device_train_batch_size"} if "global_batch_size" in arguments else set())
         changed = [
             f"{key}: {before.get(key)} -> {arguments.get(key)}"
             for key in sorted(before.keys() | arguments.keys())
-            if key not in MAY_CHANGE and before.get(key) != arguments.get(key)
+            if key not in may_change and before.get(key) != arguments.get(key)
         ]
         if changed:
             raise ValueError(
