@@ -27,15 +27,15 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetNotFoundError
 
-from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, Turns, read_turns
+from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS, Turns, read_turns
 from preparing.images import (
     MAX_PIXELS,
     NEAR_DUPLICATE_BITS,
     Inspection,
     Seen,
     describe_leaks,
+    find_inside,
     inspect_images,
-    is_inside,
     near_duplicates,
     report_leaks,
     stack_hashes,
@@ -217,14 +217,12 @@ def find_images(record: Record, folder: Path | None, held: HeldImages | None) ->
     if names and folder is None:
         return record.reject("no_images_folder", f"it names {names[0]!r:.80}, but no --images folder was given")
     for name in names:
-        if not is_inside(folder / name, folder):
-            record.reject("outside_folder", f"{name!r} lies outside {folder}")
-        elif not (folder / name).is_file():
-            record.reject("missing_image", f"{name!r} is no file in {folder}")
+        path = find_inside(name, folder)
+        if isinstance(path, tuple):
+            record.reject(*path)
         else:
             # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
-            relative = (folder / name).resolve().relative_to(folder.resolve()).as_posix()
-            record.images.append(FileImage(relative, folder))
+            record.images.append(FileImage(path.resolve().relative_to(folder.resolve()).as_posix(), folder))
 
 
 def check_marks(record: Record, turns: Turns, marks_may_be_left_out: bool) -> None:
@@ -347,7 +345,7 @@ def parse_arguments() -> argparse.Namespace:
         problems.append(f"--near_duplicate_bits {args.near_duplicate_bits}: expected 0 or more")
     for column in args.columns:
         name, _, type_name = column.partition(":")
-        if type_name not in COLUMN_TYPES or name in ("", "messages", "images", "image", "image_id", "conversations"):
+        if type_name not in COLUMN_TYPES or name in ("", *RESERVED_COLUMNS):
             problems.append(
                 f"--columns {column}: expected a column's name and one of {', '.join(COLUMN_TYPES)}: count:int64"
             )
@@ -423,5 +421,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -234,6 +234,18 @@ def test_every_dialogue_that_cannot_be_used_is_in_the_ledger_with_its_reason(raw
     )
 
 
+def test_columns_of_any_name_can_be_filled_in_and_text_beside_the_pictures_does_not_confuse(raw, prepare):
+    (raw / "frames" / "seq_000003.txt").write_text("boxes of some other tool")
+    rows = "".join(f"{number},{10 + number},{number},입구\n" for number in range(1, 11))
+    (raw / "labels.csv").write_text("frame,count,no. of women,7\n" + rows, encoding="utf-8")
+    text = "USER: {7} {{now}}?\nASSISTANT: {count} people.\nUSER: Women?\nASSISTANT: {no. of women} women.\n"
+    (raw / "messages.txt").write_text(text)
+    dataset, _, rejects = prepare(raw, *NO_GAP)
+    assert rejects == {("seq_000003.txt", "", "not_an_image")}
+    contents = [message["content"] for message in dataset["test"]["messages"][1]]
+    assert contents == ["입구 {now}?", "20 people.", "Women?", "10 women."]
+
+
 def test_a_dialogue_with_an_image_belongs_to_that_frame_alone(raw, prepare):
     (raw / "messages.txt").write_text(
         QUESTION
@@ -379,13 +391,16 @@ def test_zero_rows_leave_nothing_and_say_why(raw, prepare, tmp_path):
 
 
 def test_too_few_frames_for_the_gap_say_what_to_change(raw, prepare):
-    with pytest.raises(ValueError, match=r"10 usable frames are too few .* smaller --gap"):
+    with pytest.raises(ValueError, match=r"frames: 10 usable frames are too few .* smaller --gap"):
         prepare(raw)
 
 
 def test_unusable_files_are_named(raw, prepare):
     (raw / "labels.csv").write_text("1,29\n2,30\n")
     with pytest.raises(ValueError, match=r"labels\.csv opens with the columns 1, 29: expected .* column called count"):
+        prepare(raw)
+    (raw / "labels.csv").write_text("image,count,text\n1,3,x\n")
+    with pytest.raises(ValueError, match="text means something else to training"):
         prepare(raw)
     (raw / "labels.csv").write_text("id,count\n1,3\n", encoding="utf-16")
     with pytest.raises(ValueError, match=r"labels\.csv holds NUL bytes.*save it as UTF-8"):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -129,6 +130,18 @@ def test_datasets_that_hold_their_images(tmp_path, images, prepare, save):
     assert (manifest["sources"][0]["rows"], manifest["rows"]["train"]) == (20, 16)
 
 
+@pytest.mark.parametrize(("on_disk", "in_text"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_hangul_file_names_in_either_form(tmp_path, images, prepare, on_disk, in_text):
+    records = [llava_record(number) for number in range(1, 11)]
+    for number, record in enumerate(records, start=1):
+        path = images / record["image"]
+        path.rename(path.with_name(unicodedata.normalize(on_disk, f"복도{number}.jpg")))
+        record["image"] = unicodedata.normalize(in_text, f"coco/복도{number}.jpg")
+    dataset, _, rejects = prepare(save_json(tmp_path / "data.json", records), "--images", images)
+    assert rejects == set()
+    assert sum(map(len, dataset.values())) == 10
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp949"])
 def test_csv_of_questions_and_answers_with_columns_to_keep(tmp_path, images, prepare, encoding):
     lines = [
@@ -214,6 +227,9 @@ def test_every_record_that_cannot_be_used_is_in_the_ledger_with_its_reason(tmp_p
         ("outside_folder", llava("../secret.jpg")),
         ("outside_folder", llava(str(tmp_path / "secret.jpg"))),
         ("bad_image", llava({"path": "x.jpg"})),
+        ("bad_name", llava("data:image/jpeg;base64," + "A" * 5000)),
+        ("bad_name", llava("a\0.jpg")),
+        ("bad_content", {"messages": [{"role": "user", "content": "half a pair \ud83d"}, answer]}),
         ("corrupt_image", llava("broken.jpg")),
         ("oversized_image", llava("large.png")),
         (None, llava("coco/000000000001.jpg")),
@@ -224,7 +240,7 @@ def test_every_record_that_cannot_be_used_is_in_the_ledger_with_its_reason(tmp_p
     source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for _, line in lines))
     dataset, manifest, rejects = prepare(source, "--images", images, "--max_pixels", "100000")
     assert rejects == {("data.jsonl", str(number), reason) for number, (reason, _) in enumerate(lines, 1) if reason}
-    assert manifest["read"] == {"records": {"read": 27, "accepted": 3, "rejected": 24}}
+    assert manifest["read"] == {"records": {"read": 30, "accepted": 3, "rejected": 27}}
     assert sum(map(len, dataset.values())) == 3
 
 

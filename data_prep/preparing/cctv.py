@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preparing.conversations import read_turns
-from preparing.images import SUFFIXES, inspect_images, is_inside
+from preparing.conversations import RESERVED_COLUMNS, read_turns
+from preparing.images import SUFFIXES, find_inside, inspect_images, is_inside
 from preparing.ledger import Ledger
 from preparing.reading import csv_rows, json_items, normalise_name, read_text
 
@@ -19,7 +19,6 @@ from preparing.reading import csv_rows, json_items, normalise_name, read_text
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from finetuning.counting import parse_count
 
-CONTRACT_COLUMNS = ("messages", "images", "image_id")
 TEXT_TURN = re.compile(
     r"^\s*(?P<role>user|assistant|system|image|사용자|어시스턴트|시스템|이미지)\s*[:：]\s*(?P<text>.*)$", re.IGNORECASE
 )
@@ -114,8 +113,8 @@ def read_labels(path: Path) -> tuple[list[Label], list[str]]:
         problems.append("expected a first column that names the frame, and one other column called count")
     if "" in header or len(set(header)) < len(header):
         problems.append("expected every column to have a name of its own")
-    if taken := [name for name in header[1:] if name in CONTRACT_COLUMNS]:
-        problems.append(f"{', '.join(taken)}: the dataset has a column of that name already, choose another")
+    if taken := [name for name in header[1:] if name in RESERVED_COLUMNS]:
+        problems.append(f"{', '.join(taken)} means something else to training, choose another name")
     if problems:
         raise ValueError(f"{path} opens with the columns {', '.join(header) or '(none)'}: " + "; ".join(problems))
     labels = []
@@ -147,7 +146,8 @@ class FrameIndex:
     def __init__(self, frames: Iterable[Frame], folder: Path) -> None:
         self.folder = folder
         self.frames: dict[str, list[Frame]] = {}
-        for frame in frames:
+        # A text file beside each picture must not make their common stem ambiguous.
+        for frame in (frame for frame in frames if frame.path.suffix.lower() in SUFFIXES):
             for name in dict.fromkeys(names_of(frame)):
                 self.frames.setdefault(name, []).append(frame)
 
@@ -162,9 +162,10 @@ class FrameIndex:
                     return found[0]
                 ids = ", ".join(frame.image_id for frame in found[:3])
                 return "ambiguous_frame", f"{key!r} fits {len(found)} files ({ids}): write the path inside the folder"
-        if not is_inside(self.folder / key.strip(), self.folder):
-            return "outside_folder", f"{key!r} lies outside {self.folder}"
-        return "missing_frame", f"{key!r} fits no file in {self.folder}"
+        found = find_inside(key.strip(), self.folder)
+        if isinstance(found, tuple) and found[0] != "missing_image":
+            return found
+        return "missing_frame", f"{key!r} fits no image in {self.folder}"
 
 
 def match_labels(labels: list[Label], index: FrameIndex) -> None:
@@ -217,8 +218,9 @@ def read_json(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
         if not isinstance(item, dict):
             yield line, item, None
             continue
-        images = item.get("images") or []
-        image = item.get("image", images[0] if isinstance(images, list) and len(images) == 1 else images or None)
+        image = item.get("image") or item.get("images") or None
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
         yield line, item.get("messages"), image
 
 
@@ -279,6 +281,12 @@ def check_templates(dialogues: list[Dialogue], columns: list[str]) -> None:
         first_lines.setdefault(content, dialogue.line)
 
 
+def fill_in(template: str, values: dict[str, str]) -> str:
+    """Like str.format, but a column may be called `a.b` or `7`, and nothing but columns is ever looked up."""
+    parts = string.Formatter().parse(template)
+    return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)
+
+
 def tie_dialogues(dialogues: list[Dialogue], index: FrameIndex) -> None:
     for dialogue in dialogues:
         if dialogue.problem or dialogue.image is None:
@@ -314,7 +322,7 @@ def check_numbers(dialogues: list[Dialogue], frames: list[Frame]) -> None:
                 # An answer made of other columns alone states those, not the number of people.
                 if message["role"] != "assistant" or (names and "count" not in names):
                     continue
-                answer = message["content"].format_map(label.values)
+                answer = fill_in(message["content"], label.values)
                 stated = read_number(answer)
                 if stated is not None and stated != label.count:
                     detail = f"{answer!r:.80} says {stated}, but {label.file}:{label.line} says {label.count}"

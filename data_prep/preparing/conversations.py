@@ -9,6 +9,9 @@ import datasets
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_MARK = "<image>"
 
+# Column names that training or TRL reads; another meaning under one of them would change what is trained.
+RESERVED_COLUMNS = ("messages", "images", "image", "image_id", "row", "conversations", "prompt", "completion", "text")
+
 MESSAGES_FEATURE = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 IMAGES_FEATURE = datasets.List(datasets.Image())
 
@@ -44,7 +47,9 @@ def read_content(content: Any) -> tuple[str, int]:
             raise ValueError(f"a text part holds {part.get('text')!r:.80}, expected a string")
         num_marks += part["text"].count(IMAGE_MARK)
         texts.append(re.sub(rf"[ \t]*{IMAGE_MARK}[ \t]*\n?", " ", part["text"]).strip())
-    return "\n".join(filter(None, texts)), num_marks
+    text = "\n".join(filter(None, texts))
+    text.encode()  # JSON can hold half a surrogate pair, which no dataset can: UnicodeEncodeError is a ValueError
+    return text, num_marks
 
 
 def read_turns(raw: Any, role_key: str = "role", content_key: str = "content") -> Turns:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import struct
+import unicodedata
 import warnings
 import zlib
 from bisect import bisect_left
@@ -90,6 +91,19 @@ def inspect_images(sources: Sequence[Any], read: Callable[[Any], bytes], max_pix
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether `path`, with its links followed, lies in `folder`."""
     return path.resolve().is_relative_to(folder.resolve())
+
+
+def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
+    """The file called `name` in `folder`, in whichever Unicode form it lies on disk; or (reason, detail)."""
+    # macOS writes file names in NFD, most text files have them in NFC.
+    paths = [folder / form for form in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))]
+    try:
+        path = next((path for path in paths if path.is_file()), paths[0])
+        if not is_inside(path, folder):
+            return "outside_folder", f"{name!r} lies outside {folder}"
+        return path if path.is_file() else ("missing_image", f"{name!r} is no file in {folder}")
+    except (OSError, ValueError):  # too long (a picture written out in base64), or characters no file name can have
+        return "bad_name", f"{name!r:.60} is no file name"
 
 
 def near_duplicates(left: np.ndarray, right: np.ndarray, max_bits: int) -> Iterator[tuple[int, int, int]]:
