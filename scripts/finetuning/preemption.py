@@ -173,9 +173,8 @@ class InterruptibleTrainer(SFTTrainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        loader.worker_init_fn = partial(
-            _ignore_signals, signals=self.stop_request.signals, then=getattr(loader, "worker_init_fn", None)
-        )
+        inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
+        inner.worker_init_fn = partial(_ignore_signals, signals=self.stop_request.signals, then=inner.worker_init_fn)
         return loader
 
     def _get_output_dir(self, trial) -> str:
