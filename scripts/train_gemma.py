@@ -38,7 +38,6 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 
     # Model
-    set_seed(training_args.seed)
     tokenizer = load_processing_class(
         model_args.model_name_or_path,
         chat_template_path=training_args.chat_template_path,
@@ -47,6 +46,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
+    set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
 
     # Train

@@ -39,7 +39,6 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 
     # Model
-    set_seed(training_args.seed)
     processor = load_processing_class(
         model_args.model_name_or_path,
         image_aspect_ratio=script_args.image_aspect_ratio,
@@ -49,6 +48,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
+    set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
 
     # Train

@@ -12,6 +12,7 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.collator import LlavaDataCollator
+from finetuning.hardware import weights_are_divided
 
 
 def prompt_batch(
@@ -62,6 +63,7 @@ def answer_batch(
         eos_token_id=stop_tokens(processing_class),
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
+        synced_gpus=weights_are_divided(),  # a process whose answers are done goes on until all are
     )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -91,10 +93,13 @@ def generate_answers(
     was_training = model.training
     model.eval()
     mine = batches[state.process_index :: state.num_processes]
-    for indices in tqdm(mine, desc=description, unit="batch", disable=not state.is_main_process, leave=False):
+    # Where the weights are divided, a process without a batch would keep the others waiting: it answers one unheard.
+    turns = -(-len(batches) // state.num_processes)
+    unheard = batches[:1] if weights_are_divided() and len(mine) < turns else []
+    for indices in tqdm(mine + unheard, desc=description, unit="batch", disable=not state.is_main_process, leave=False):
         batch = [rows[index] for index in indices]
-        answers += zip(
-            indices, answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens), strict=True
-        )
+        texts = answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens)
+        if len(answers) < sum(map(len, mine)):
+            answers += zip(indices, texts, strict=True)
     model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]

@@ -22,7 +22,7 @@ from transformers import (
 from trl import ModelConfig
 
 from finetuning.arguments import TrainingArguments
-from finetuning.hardware import inference_dtype, weight_dtype
+from finetuning.hardware import inference_dtype, strategy, weight_dtype
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja", "gemma2": "gemma.jinja", "gemma3_text": "gemma.jinja"}
@@ -129,12 +129,13 @@ def load_base_for_training(
     """The base as the recipe wants it: quantised or not, in the run's precision, on this process's device.
 
     Frozen weights are held in the 16-bit type of the run. `trains_base_weights` (a part is trained in full and nothing
-    is LoRA) holds all of them in fp32, since 16-bit weights lose small updates; `dtype` overrides both.
+    is LoRA) holds all of them in fp32, since 16-bit weights lose small updates, unless DeepSpeed does that itself;
+    `dtype` overrides both.
     """
     dtype = weight_dtype(training_args.fp16, training_args.bf16)
     if model_args.dtype != "auto":
         dtype = getattr(torch, model_args.dtype)
-    elif trains_base_weights:
+    elif trains_base_weights and not strategy().startswith("ZeRO"):
         dtype = torch.float32
     quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
     if quantization is not None and trains_base_weights:

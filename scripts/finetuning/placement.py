@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from finetuning.arguments import ScriptArguments
+from finetuning.hardware import strategy
 
 # Part of the model -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
 MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
@@ -45,11 +46,15 @@ def without_gradient(name: str, config: PreTrainedConfig) -> bool:
 def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Freeze, adapt or open each part as the recipe says; trainable weights become fp32 masters.
 
+    Under DeepSpeed they keep the type of the base: it holds fp32 masters of its own, and ZeRO-3 cannot gather weights of
+    two types (DeepSpeed#8072).
+
     Returns a PeftModel if any part is `lora`, else the same model. Parts trained in full next to LoRA are PEFT's
     `modules_to_save`, so that the adapter folder holds all that was trained (LLaVA#844: projector lost).
     Raises ValueError if the placement cannot be had, or if what is trainable then differs from it.
     """
     wanted = {part: script_args.placement[part] for part in parts_of(model)}
+    deepspeed = strategy().startswith("ZeRO")
     if set(wanted.values()) == {"frozen"}:
         raise ValueError(f"every part is frozen ({', '.join(wanted)}): set at least one of them to lora or full")
     if "lora" in wanted.values():
@@ -70,6 +75,7 @@ def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: Mode
                 target_modules=lora_targets(model, wanted, model_args.lora_target_modules),
                 modules_to_save=[MODULE_OF[part] for part in wanted if wanted[part] == "full"] or None,
             ),
+            autocast_adapter_dtype=not deepspeed,
         )
     else:
         for name, parameter in model.named_parameters():
@@ -77,7 +83,7 @@ def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: Mode
     for name, parameter in model.named_parameters():
         if without_gradient(name, model.config):
             parameter.requires_grad_(False)
-        if parameter.requires_grad:
+        if parameter.requires_grad and not deepspeed:
             parameter.data = parameter.data.float()
     check_placement(model, wanted)
     return model
@@ -125,7 +131,10 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
             continue
         # bitsandbytes packs two 4-bit numbers into a byte, and says so in `quant_state` once it has quantised.
         quant_state = getattr(parameter, "quant_state", None)
-        size = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        # ZeRO-3 leaves an empty tensor where a divided weight was, and says how large it is in `ds_numel`.
+        size = (
+            quant_state.shape.numel() if quant_state is not None else getattr(parameter, "ds_numel", parameter.numel())
+        )
         part = counts[part_of(name)]
         part["total"] += size
         part["trainable"] += size if parameter.requires_grad else 0

@@ -44,8 +44,8 @@ class FineTuningTrainer(InterruptibleTrainer):
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(*args, **kwargs)
         for name, parameter in model.named_parameters():
-            if name in masters:
-                parameter.data = masters[name]
+            if name in masters and parameter.dtype != masters[name].dtype:
+                parameter.data = masters[name].to(parameter.device)
         self.questions = questions
         self.score_answers = score_answers
         self.eval_max_new_tokens = eval_max_new_tokens
