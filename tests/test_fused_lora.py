@@ -1,10 +1,13 @@
 """The fused LoRA computation is PEFT's: same loss, same gradients, same files."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from finetuning.fused_lora import FusedLoraLinear, Projections, drop, fuse_lora
 from safetensors.torch import load_file
 from speed_models import (
     DECODER,
@@ -17,6 +20,10 @@ from speed_models import (
     tiny_llava,
     with_lora,
 )
+
+from finetuning import layer_kernels
+from finetuning.fused_lora import FusedLoraLinear, Projections, fuse_lora
+from finetuning.layer_kernels import drop
 
 
 def text_batch() -> dict[str, torch.Tensor]:
@@ -109,7 +116,7 @@ def test_only_supervised_rows_are_computed_after_the_last_attention():
 
 
 def test_dropout_drops_as_often_as_asked_and_backward_drops_the_same():
-    seed = torch.tensor([5])
+    seed = torch.tensor([5, 9])
     ones = torch.ones(400, 500)
     dropped = drop(ones, seed, 0.05)
     assert dropped.unique().tolist() == [0, pytest.approx(1 / 0.95)]
@@ -143,7 +150,7 @@ def test_dropout_drops_as_often_as_asked_and_backward_drops_the_same():
             below = loss()
             parameter.add_(direction, alpha=step)
         slope = float((above - below) / (2 * step))
-        assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-6), name
+        assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=5e-3), name
     model.eval()
     with torch.no_grad():
         assert loss() == loss()
@@ -220,10 +227,12 @@ def test_stack_follows_weights_that_are_replaced():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
     layers = [model.get_submodule(f"base_model.model.model.language_model.layers.0.self_attn.{n}_proj") for n in "qkv"]
     projections = Projections(layers)
-    assert projections.weight(torch.float32).data_ptr() == layers[0].get_base_layer().weight.data_ptr()
+    projections.refresh(None)
+    assert projections.weight().data_ptr() == layers[0].get_base_layer().weight.data_ptr()
     layers[1].get_base_layer().weight.data = torch.ones_like(layers[1].get_base_layer().weight)
-    assert projections.weight(torch.float32)[32:48].eq(1).all()
-    assert layers[1].get_base_layer().weight.data_ptr() == projections.weight(torch.float32)[32:].data_ptr()
+    projections.refresh(None)
+    assert projections.weight()[32:48].eq(1).all()
+    assert layers[1].get_base_layer().weight.data_ptr() == projections.weight()[32:].data_ptr()
 
 
 def test_zero_3_is_refused():
@@ -239,3 +248,47 @@ def test_lone_layers_keep_their_bias():
     lone = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
     assert len(lone) == 20
     assert all(layer.get_base_layer().bias is not None for layer in lone)
+
+
+def kernel_cases(layer_kernels):
+    """Name -> result of each function on the same numbers."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 40), torch.randn(40)
+    grad, residual = torch.randn(6, 40), torch.randn(6, 40)
+    gate_up, grad_activated = torch.randn(6, 2 * 24), torch.randn(6, 24)
+    cos, sin = torch.randn(1, 3, 12), torch.randn(1, 3, 12)
+    qkv = torch.randn(2, 3, (3 + 2 + 2) * 12)
+    rotated = layer_kernels.split_and_rotate(qkv, cos, sin, (3, 2))
+    cases = {
+        "rms_norm": (layer_kernels.rms_norm(hidden, weight, 1.0, 1e-5, torch.float32),),
+        "rms_norm_backward": layer_kernels.rms_norm_backward(hidden, weight, 0.0, 1e-5, grad, residual),
+        "rotate": rotated,
+        "rotate_backward": (layer_kernels.split_and_rotate_backward(*rotated, cos, sin),),
+        "drop": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4),),
+        "quantize_rows": (layer_kernels.quantize_rows(hidden)[1],),
+    }
+    for is_gelu in (False, True):
+        cases[f"activation {is_gelu}"] = (layer_kernels.gated_activation(gate_up, is_gelu),)
+        cases[f"activation_backward {is_gelu}"] = layer_kernels.gated_activation_backward(
+            gate_up, grad_activated, is_gelu
+        )
+    return cases
+
+
+def compare_kernels():
+    expected = kernel_cases(layer_kernels)
+    layer_kernels.has_kernel = lambda tensor: True
+    given = kernel_cases(layer_kernels)
+    assert given.keys() == expected.keys()
+    for name in given:
+        torch.testing.assert_close(given[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gpu_kernels_compute_what_plain_torch_does():
+    pytest.importorskip("triton", reason="Triton comes with the CUDA build of torch")
+    # Triton's interpreter runs the kernels on a CPU; it must be asked for before Triton is imported.
+    paths = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-c", "import test_fused_lora; test_fused_lora.compare_kernels()"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,344 @@
+"""What lies between the matrix products of a decoder layer, forward and backward, each in one pass over memory.
+
+Every function is plain torch; on a CUDA device with Triton the kernel of the same name takes over, which reads and
+writes each number once (autograd's chain of small operations reads them five to ten times). Everything is computed in
+fp32 (fp64 stays fp64 in plain torch) and rounded once at the end.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+GELU_TANH = 0.7978845608028654  # sqrt(2 / pi)
+E4M3_MAX = 448.0
+
+
+def has_kernel(tensor: Tensor) -> bool:
+    return triton is not None and tensor.is_cuda
+
+
+def widen(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Tensor:
+    """(rows, width) -> hidden / rms(hidden) * (offset + weight) as `dtype`; Gemma's offset is 1, Llama's 0."""
+    if has_kernel(hidden):
+        rows, width = hidden.shape
+        normed = torch.empty(rows, width, dtype=dtype, device=hidden.device)
+        block = triton.next_power_of_2(width)
+        rms_norm_kernel[(rows,)](hidden, weight, normed, width, offset, eps, BLOCK=block, num_warps=8)
+        return normed
+    wide = widen(hidden)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (offset + widen(weight))).to(dtype)
+
+
+def rms_norm_backward(
+    hidden: Tensor, weight: Tensor, offset: float, eps: float, grad: Tensor, grad_residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of `hidden` through the norm and past it, and the norm's output once more (in the type of `grad`)."""
+    if has_kernel(hidden):
+        rows, width = hidden.shape
+        grad_hidden, normed = torch.empty_like(hidden), torch.empty_like(grad)
+        rms_norm_backward_kernel[(rows,)](
+            hidden, weight, grad, grad_residual.contiguous(), grad_hidden, normed, width, offset, eps,
+            BLOCK=triton.next_power_of_2(width), num_warps=8,
+        )  # fmt: skip
+        return grad_hidden, normed
+    wide = widen(hidden)
+    scale = offset + widen(weight)
+    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * inverse_rms
+    scaled = widen(grad) * scale
+    through = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return (through + widen(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
+
+
+def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
+    """(rows, [gate, up]) -> silu(gate) * up, or Gemma's tanh-approximated gelu(gate) * up; (rows, width)"""
+    if has_kernel(gate_up):
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        activated = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+        gated_activation_kernel[(rows, triton.cdiv(width, 1024))](
+            gate_up, activated, width, IS_GELU=is_gelu, BLOCK=1024
+        )
+        return activated
+    gate, up = widen(gate_up).chunk(2, dim=-1)
+    if is_gelu:
+        activated = 0.5 * gate * (1 + torch.tanh(GELU_TANH * (gate + 0.044715 * gate * gate * gate)))
+    else:
+        activated = gate * torch.sigmoid(gate)
+    return (activated * up).to(gate_up.dtype)
+
+
+def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of the stacked [gate, up], and the activation's output once more."""
+    if has_kernel(gate_up):
+        rows, width = grad.shape
+        grad_gate_up, activated = torch.empty_like(gate_up), torch.empty_like(grad)
+        gated_activation_backward_kernel[(rows, triton.cdiv(width, 1024))](
+            gate_up, grad, grad_gate_up, activated, width, IS_GELU=is_gelu, BLOCK=1024
+        )
+        return grad_gate_up, activated
+    gate, up = widen(gate_up).chunk(2, dim=-1)
+    if is_gelu:
+        tanh = torch.tanh(GELU_TANH * (gate + 0.044715 * gate * gate * gate))
+        activated = 0.5 * gate * (1 + tanh)
+        slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * GELU_TANH * (1 + 3 * 0.044715 * gate * gate)
+    else:
+        sigmoid = torch.sigmoid(gate)
+        activated = gate * sigmoid
+        slope = sigmoid * (1 + gate * (1 - sigmoid))
+    wide = widen(grad)
+    grad_gate_up = torch.cat([wide * up * slope, wide * activated], dim=-1)
+    return grad_gate_up.to(gate_up.dtype), (activated * up).to(gate_up.dtype)
+
+
+def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, tokens, q + k + v) -> queries and keys turned to their positions, values: (batch, tokens, heads, width).
+
+    `cos` and `sin` are (batch or 1, tokens, width), `heads` the numbers of query heads and of key heads.
+    """
+    batch, tokens, _ = qkv.shape
+    num_heads, num_kv_heads = heads
+    width = cos.shape[-1]
+    if has_kernel(qkv):
+        query = qkv.new_empty(batch, tokens, num_heads, width)
+        key, value = (qkv.new_empty(batch, tokens, num_kv_heads, width) for _ in range(2))
+        launch_rotate(qkv, query, key, value, cos, sin, backward=False)
+        return query, key, value
+    stacked = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, width))
+    first, second = widen(stacked[:, :, : num_heads + num_kv_heads]).chunk(2, dim=-1)
+    cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
+    sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
+    turned = [first * cos_first - second * sin_first, second * cos_second + first * sin_second]
+    query, key = torch.cat(turned, dim=-1).to(qkv.dtype).split(heads, dim=2)
+    return query, key, stacked[:, :, num_heads + num_kv_heads :].contiguous()
+
+
+def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradients of queries, keys and values -> gradient of the stacked (batch, tokens, q + k + v)."""
+    if has_kernel(query):
+        batch, tokens, num_heads, width = query.shape
+        qkv = query.new_empty(batch, tokens, (num_heads + 2 * key.shape[2]) * width)
+        launch_rotate(qkv, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, backward=True)
+        return qkv
+    first, second = widen(torch.cat([query, key], dim=2)).chunk(2, dim=-1)
+    cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
+    sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
+    turned = [first * cos_first + second * sin_second, second * cos_second - first * sin_first]
+    return torch.cat([torch.cat(turned, dim=-1).to(query.dtype), value], dim=2).flatten(2)
+
+
+def launch_rotate(
+    qkv: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *, backward: bool
+) -> None:
+    batch, tokens, num_heads, width = query.shape
+    num_kv_heads = key.shape[2]
+    rotate_kernel[(batch * tokens, 3)](
+        qkv, query, key, value, cos, sin, cos.shape[0] * tokens, num_heads, num_kv_heads,
+        HALF=width // 2, BLOCK_HALF=triton.next_power_of_2(width // 2), BACKWARD=backward,
+        BLOCK_HEADS=triton.next_power_of_2(num_heads), num_warps=8 if num_heads * width > 2048 else 4,
+    )  # fmt: skip
+
+
+MIX = 0x45D9F3B  # multiplier of Thomas Mueller's 32-bit integer hash
+
+
+def drop(tensor: Tensor, seeds: Tensor, probability: float) -> Tensor:
+    """Zero each element with `probability` and scale the others by 1 / (1 - probability).
+
+    The mask is a hash of the element's position and two 31-bit `seeds`, so it costs no memory: the same seeds give the
+    same mask in the backward pass.
+    """
+    if has_kernel(tensor):
+        dropped = torch.empty_like(tensor)
+        grid = (triton.cdiv(tensor.numel(), 1024),)
+        threshold = int(probability * 2**31)
+        drop_kernel[grid](tensor, seeds, dropped, tensor.numel(), threshold, 1 / (1 - probability), BLOCK=1024)
+        return dropped
+    low_32_bits = 0xFFFFFFFF
+    mixed = (torch.arange(tensor.numel(), device=tensor.device) + seeds[0]) & low_32_bits
+    for step in range(4):
+        if step == 2:
+            mixed = mixed ^ seeds[1]
+        mixed = ((mixed ^ (mixed >> 16)) * MIX) & low_32_bits
+    mixed = (mixed ^ (mixed >> 16)) >> 1
+    return torch.where(mixed.view_as(tensor) >= int(probability * 2**31), tensor * (1 / (1 - probability)), 0)
+
+
+def quantize_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, columns) -> values in FP8 (E4M3) and the fp32 scale of each row, (rows, 1), that brings them back."""
+    if has_kernel(tensor):
+        rows, width = tensor.shape
+        values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=tensor.device)
+        scale = torch.empty(rows, 1, dtype=torch.float32, device=tensor.device)
+        quantize_rows_kernel[(rows,)](
+            tensor, values, scale, E4M3_MAX, width, BLOCK=min(triton.next_power_of_2(width), 16384), num_warps=8
+        )
+        return values, scale
+    wide = tensor.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
+    return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+if triton is not None:
+
+    @triton.jit
+    def rms_norm_kernel(hidden_ptr, weight_ptr, normed_ptr, width, offset, eps, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        hidden = tl.load(hidden_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(hidden * hidden, 0) / width + eps)
+        normed = hidden * inverse_rms * (offset + weight)
+        tl.store(normed_ptr + row * width + columns, normed, mask=inside)
+
+    @triton.jit
+    def rms_norm_backward_kernel(
+        hidden_ptr, weight_ptr, grad_ptr, grad_residual_ptr, grad_hidden_ptr, normed_ptr, width, offset, eps,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        places = row * width + columns
+        hidden = tl.load(hidden_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        scale = offset + tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        scaled = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32) * scale
+        residual = tl.load(grad_residual_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(hidden * hidden, 0) / width + eps)
+        normed = hidden * inverse_rms
+        through = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 0) / width))
+        tl.store(grad_hidden_ptr + places, through + residual, mask=inside)
+        tl.store(normed_ptr + places, normed * scale, mask=inside)
+
+    @triton.jit
+    def activation(gate, IS_GELU: tl.constexpr):
+        """Activated gate and the slope there."""
+        if IS_GELU:
+            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            tanh = 2 * tl.sigmoid(2 * inner) - 1
+            activated = 0.5 * gate * (1 + tanh)
+            inner_slope = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
+            slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * inner_slope
+        else:
+            sigmoid = tl.sigmoid(gate)
+            activated = gate * sigmoid
+            slope = sigmoid * (1 + gate * (1 - sigmoid))
+        return activated, slope
+
+    @triton.jit
+    def gated_activation_kernel(gate_up_ptr, activated_ptr, width, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < width
+        gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+        activated, _ = activation(gate, IS_GELU)
+        tl.store(activated_ptr + row * width + columns, activated * up, mask=inside)
+
+    @triton.jit
+    def gated_activation_backward_kernel(
+        gate_up_ptr, grad_ptr, grad_gate_up_ptr, activated_ptr, width, IS_GELU: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < width
+        gate_place = row * 2 * width + columns
+        gate = tl.load(gate_up_ptr + gate_place, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + gate_place + width, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        activated, slope = activation(gate, IS_GELU)
+        tl.store(grad_gate_up_ptr + gate_place, grad * up * slope, mask=inside)
+        tl.store(grad_gate_up_ptr + gate_place + width, grad * activated, mask=inside)
+        tl.store(activated_ptr + row * width + columns, activated * up, mask=inside)
+
+    @triton.jit
+    def rotate_kernel(
+        qkv_ptr, query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, positions, num_heads, num_kv_heads,
+        HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(1)  # queries, keys, values
+        heads = num_heads
+        before = 0
+        part_ptr = query_ptr
+        if part == 1:
+            heads = num_kv_heads
+            before = num_heads
+            part_ptr = key_ptr
+        if part == 2:
+            heads = num_kv_heads
+            before = num_heads + num_kv_heads
+            part_ptr = value_ptr
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        column = tl.arange(0, BLOCK_HALF)[None, :]
+        inside = (head < heads) & (column < HALF)
+        stacked = qkv_ptr + (row * (num_heads + 2 * num_kv_heads) + before + head) * 2 * HALF + column
+        alone = part_ptr + (row * heads + head) * 2 * HALF + column
+        if BACKWARD:
+            first = tl.load(alone, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(alone + HALF, mask=inside, other=0.0).to(tl.float32)
+        else:
+            first = tl.load(stacked, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(stacked + HALF, mask=inside, other=0.0).to(tl.float32)
+        if part < 2:
+            angle = (row % positions) * 2 * HALF + column
+            cos_first = tl.load(cos_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
+            cos_second = tl.load(cos_ptr + angle + HALF, mask=column < HALF, other=0.0).to(tl.float32)
+            sin_first = tl.load(sin_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
+            sin_second = tl.load(sin_ptr + angle + HALF, mask=column < HALF, other=0.0).to(tl.float32)
+            if BACKWARD:
+                turned = first * cos_first + second * sin_second
+                second = second * cos_second - first * sin_first
+            else:
+                turned = first * cos_first - second * sin_first
+                second = second * cos_second + first * sin_second
+            first = turned
+        if BACKWARD:
+            tl.store(stacked, first, mask=inside)
+            tl.store(stacked + HALF, second, mask=inside)
+        else:
+            tl.store(alone, first, mask=inside)
+            tl.store(alone + HALF, second, mask=inside)
+
+    @triton.jit
+    def drop_kernel(tensor_ptr, seeds_ptr, dropped_ptr, size, threshold, scale, BLOCK: tl.constexpr):
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        mixed = (places + tl.load(seeds_ptr)).to(tl.uint32)
+        second_seed = tl.load(seeds_ptr + 1).to(tl.uint32)
+        for step in tl.static_range(4):
+            if step == 2:
+                mixed = mixed ^ second_seed
+            mixed = (mixed ^ (mixed >> 16)) * 0x45D9F3B
+        mixed = (mixed ^ (mixed >> 16)) >> 1
+        values = tl.load(tensor_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        kept = tl.where(mixed.to(tl.int32) >= threshold, values * scale, 0.0)
+        tl.store(dropped_ptr + places, kept, mask=inside)
+
+    @triton.jit
+    def quantize_rows_kernel(tensor_ptr, values_ptr, scale_ptr, largest, width: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        maximum = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            part = tl.load(tensor_ptr + row * width + start + columns, mask=inside, other=0.0).to(tl.float32)
+            maximum = tl.maximum(maximum, tl.abs(part))
+        scale = tl.maximum(tl.max(maximum, 0), 1e-12) / largest
+        tl.store(scale_ptr + row, scale)
+        inverse = 1.0 / scale
+        for start in range(0, width, BLOCK):
+            inside = start + columns < width
+            part = tl.load(tensor_ptr + row * width + start + columns, mask=inside, other=0.0).to(tl.float32)
+            quantized = tl.minimum(tl.maximum(part * inverse, -largest), largest)
+            tl.store(values_ptr + row * width + start + columns, quantized.to(tl.float8e4nv), mask=inside)
