@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS, Turns, read_turns
 from preparing.images import (
@@ -141,7 +141,7 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
         )
     try:
         return datasets.load_dataset(source, split=split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, DatasetGenerationError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(f"--input {source} could not be opened as a dataset, split {split!r}: {error}") from error
 
 

@@ -325,10 +325,11 @@ def test_blocks_keep_the_gap_and_random_does_not(raw_cctv, prepare):
         "train/test": 13,
         "validation/test": 4,
     }
+    assert not between["train/test"]["leaks"]
     dataset, manifest, _ = prepare(raw_cctv, "--split", "random", output="random")
     assert {name: len(rows) for name, rows in dataset.items()} == {"train": 42, "validation": 6, "test": 12}
     found = manifest["leak_report"]["between"]["train/test"]
-    assert (found["nearest_frames_apart"], found["images_near_in_time"]) == (1, 1.0)
+    assert (found["nearest_frames_apart"], found["images_near_in_time"], found["leaks"]) == (1, 1.0, True)
 
 
 def test_ordered_keeps_the_published_test_frames(raw_cctv, prepare):
@@ -448,6 +449,7 @@ def test_the_real_mall_frames_go_through_whole(raw, prepare, tmp_path):
     dataset, manifest, rejects = prepare(mall, "--split", "ordered", "--train", "800")
     assert rejects == set()
     assert manifest["rows"] == {"train": 800, "validation": 0, "test": 200}
+    assert manifest["leak_report"]["between"]["train/test"]["images_near_in_time"] == 0.05  # frames 801 to 810
     truth = np.array(dataset["test"]["count"])
     assert np.median(dataset["train"]["count"]) == 29
     assert round(float(np.abs(truth - 29).mean()), 2) == 5.88

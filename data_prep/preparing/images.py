@@ -32,6 +32,8 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zli
 # median of 35 and in at most 25 for 17% of them; frames 10 apart in 56 and never under 28; frames 300 apart in 64.
 HASH_SIDE = 16
 NEAR_DUPLICATE_BITS = 25
+# Two splits leak when at least this share of the second looks like, or is a moment away from, something in the first.
+LEAK_SHARE = 0.5
 
 
 class Inspection(NamedTuple):
@@ -109,12 +111,15 @@ def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
 def near_duplicates(left: np.ndarray, right: np.ndarray, max_bits: int) -> Iterator[tuple[int, int, int]]:
     """(row of left, row of right, differing bits) of all pairs of hashes at most `max_bits` apart.
 
-    `left` and `right` are (n, 4) and (m, 4) uint64, as `stack_hashes` makes them. Memory is 32 * m * 40 bytes.
+    `left` and `right` are (n, 4) and (m, 4) uint64, as `stack_hashes` makes them. 10^8 pairs take 0.6 s on one core.
     """
-    for start in range(0, len(left), 32):
-        differing = np.bitwise_count(left[start : start + 32, None] ^ right[None]).sum(axis=2, dtype=np.uint16)
-        for row, column in np.argwhere(differing <= max_bits):
-            yield start + int(row), int(column), int(differing[row, column])
+    words = np.ascontiguousarray(right.T)
+    for row, of_row in enumerate(left):
+        differing = np.zeros(len(right), dtype=np.uint16)  # up to 256, which is 0 in a byte
+        for word, of_word in zip(words, of_row, strict=True):
+            differing += np.bitwise_count(word ^ of_word)
+        for column in np.flatnonzero(differing <= max_bits):
+            yield row, int(column), int(differing[column])
 
 
 def stack_hashes(hashes: Sequence[bytes]) -> np.ndarray:
@@ -136,7 +141,8 @@ def report_leaks(splits: dict[str, list[Seen]], max_bits: int, max_frames_apart:
 
     `images_with_twin` is the share of the second split's images that have a near-duplicate in the first, and
     `images_near_in_time` the share that has a frame of the first at most `max_frames_apart` frames away: on a fixed
-    camera the second says more, because a few people moving change the hash while the count stays.
+    camera the second says more, because a few people moving change the hash while the count stays. `leaks` is true
+    where one of the two shares is LEAK_SHARE or more.
     """
     between: dict[str, dict[str, Any]] = {}
     for first, second in combinations([name for name, images in splits.items() if images], 2):
@@ -160,6 +166,7 @@ def report_leaks(splits: dict[str, list[Seen]], max_bits: int, max_frames_apart:
             apart = frames_apart(left, right)
             found["nearest_frames_apart"] = min(apart, default=None)
             found["images_near_in_time"] = round(sum(d <= max_frames_apart for d in apart) / len(right), 4)
+        found["leaks"] = max(found["images_with_twin"], found.get("images_near_in_time", 0)) >= LEAK_SHARE
     return {
         "method": f"difference hash of {HASH_SIDE * HASH_SIDE} bits (ImageHash {imagehash.__version__})",
         "near_duplicate_bits": max_bits,
@@ -193,5 +200,7 @@ def describe_leaks(report: dict[str, Any]) -> str:
         if found.get("nearest_frames_apart") is not None:
             words += f"; nearest frames {found['nearest_frames_apart']:,} apart"
             words += f", {found['images_near_in_time']:.1%} of {second} within {report['max_frames_apart']}"
+        if found["leaks"]:
+            words += f"\n  LEAK: scores on {second} will flatter a model that was trained or chosen on the other side"
         lines.append(words)
     return "\n".join(lines)
