@@ -1,6 +1,7 @@
 """Models and their processors: what is loaded, from where, in which type."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -140,7 +141,7 @@ def load_base_for_training(
     quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
     if quantization is not None and trains_base_weights:
         raise ValueError("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
-    return load_base_model(
+    model = load_base_model(
         model_args.model_name_or_path,
         dtype=dtype,
         quantization=quantization,
@@ -149,6 +150,10 @@ def load_base_for_training(
         device_map=this_device() if quantization is not None else None,
         revision=model_args.model_revision,
     )
+    # FSDP wraps each layer class named here, and fails on one that the model lacks (LLaVA's CLIP has no text half).
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = [name for name in model._no_split_modules if name in present]
+    return model
 
 
 def this_device() -> dict[str, int | str]:
@@ -157,36 +162,51 @@ def this_device() -> dict[str, int | str]:
     return {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
 
 
+def base_name(name: str) -> str:
+    """The model itself; of a run's adapter the base that it was trained on, which its `adapter_config.json` names."""
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter else name
+
+
+def run_arguments(folder: Path) -> dict[str, Any] | None:
+    """`arguments.yaml` of a run's folder or of one of its checkpoints; None where no run of this project wrote one."""
+    for place in (folder, folder.parent):
+        if (place / "arguments.yaml").is_file():
+            return yaml.safe_load((place / "arguments.yaml").read_text(encoding="utf-8"))
+    return None
+
+
 def load_for_inference(
-    name: str, *, dtype: torch.dtype | None = None
+    name: str, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """A base model, a run's folder (adapter over its base, or full weights) or a merged folder -> model, processor.
 
     The base of an adapter is read from its `adapter_config.json`, and is quantised as it was in training
-    (`arguments.yaml`). Returns the model in evaluation mode on this process's device.
+    (`arguments.yaml`); `load_in_4bit` quantises any model. Returns the model in evaluation mode on this process's device.
     """
     folder = Path(name)
     dtype = dtype or inference_dtype()
-    if not (folder / "adapter_config.json").is_file():
-        model = load_base_model(name, dtype=dtype, device_map=this_device())
-        keeps_own_template = (folder / "arguments.yaml").is_file() or (folder / "merge_report.json").is_file()
-        return model.eval(), load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
-    base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
-    model_args = ModelConfig(**{key: arguments[key] for key in QUANTISATION_KEYS if key in arguments})
+    base, arguments = base_name(name), run_arguments(folder)
+    is_adapter = base != name
+    if is_adapter and arguments is None:
+        raise ValueError(f"{name}: an adapter without the arguments.yaml that training writes beside it")
+    model_args = ModelConfig(**{key: arguments[key] for key in QUANTISATION_KEYS if key in (arguments or {})})
+    model_args.load_in_4bit |= load_in_4bit
     model = load_base_model(
-        base_name,
+        base,
         dtype=dtype,
         quantization=quantization_config(model_args, dtype),
         device_map=this_device(),
-        revision=arguments.get("model_revision", "main"),
+        revision=arguments.get("model_revision", "main") if is_adapter else "main",
     )
-    model = PeftModel.from_pretrained(model, name)
-    for parameter in model.parameters():
-        # Parts trained in full come back in fp32, and their inputs in the type of the base.
-        if parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(dtype)
-    return model.eval(), load_saved_processing_class(folder)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, name)
+        for parameter in model.parameters():
+            # Parts trained in full come back in fp32, and their inputs in the type of the base.
+            if parameter.dtype == torch.float32:
+                parameter.data = parameter.data.to(dtype)
+    keeps_own_template = arguments is not None or (folder / "merge_report.json").is_file()
+    return model.eval(), load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
 
 
 def load_saved_processing_class(folder: Path) -> ProcessorMixin | PreTrainedTokenizerBase:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning import tracking
+from finetuning.divided import trained_weights
 from finetuning.generation import generate_answers
+from finetuning.hardware import strategy
 from finetuning.preemption import InterruptibleTrainer
 
 
@@ -127,7 +130,14 @@ class FineTuningTrainer(InterruptibleTrainer):
         """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        divided = strategy() not in ("one process", "DDP")
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and divided:
+            self._save(output_dir, state_dict=trained_weights(self.model))
+        elif self.accelerator.is_fsdp2 and not _internal_call:
+            # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
             # A pickle that nothing here reads: arguments.yaml says the same, to people too.
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
