@@ -11,6 +11,7 @@ something does. The same seed gives the same weights on the same machine.
 
 import argparse
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -133,28 +134,32 @@ def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokeniz
 
 
 def draw_shapes(rng: random.Random, size: int, count: int) -> Image.Image:
-    """A square picture of `count` circles, squares and triangles on one plain background."""
+    """A square picture of `count` shapes (discs, bars, and pins: a disc on a bar) that may hide one another in part."""
     image = Image.new("RGB", (size, size), tuple(rng.randint(110, 235) for _ in range(3)))
     draw = ImageDraw.Draw(image)
-    # One shape per cell of a grid, so that none hides another.
-    for cell in rng.sample(range(25), count):
-        side = size / 5
-        radius = side * rng.uniform(0.18, 0.36)
-        x = (cell % 5 + 0.5) * side + rng.uniform(-0.1, 0.1) * side
-        y = (cell // 5 + 0.5) * side + rng.uniform(-0.1, 0.1) * side
-        colour = tuple(rng.randint(0, 110) for _ in range(3))
-        kind = rng.choice(["circle", "square", "triangle"])
-        if kind == "circle":
-            draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-        elif kind == "square":
-            draw.rectangle([x - radius, y - radius, x + radius, y + radius], fill=colour)
-        else:
-            draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+    scale = size * rng.uniform(0.5, 1.0) * min(1.0, math.sqrt(20 / max(count, 20)))
+    placed: list[tuple[float, float]] = []
+    while len(placed) < count:
+        x, y = rng.uniform(0.08, 0.92) * size, rng.uniform(0.08, 0.92) * size
+        # A shape wholly behind another could not be counted: centres keep a distance, given up if there is no room.
+        distance = scale * 0.09 * rng.random() ** 0.3
+        if any(math.hypot(x - other_x, y - other_y) < distance for other_x, other_y in placed):
+            continue
+        placed.append((x, y))
+    for x, y in sorted(placed, key=lambda position: position[1]):
+        width, height = scale * rng.uniform(0.025, 0.04), scale * rng.uniform(0.05, 0.09)
+        head, body = (tuple(rng.randint(0, 110) for _ in range(3)) for _ in range(2))
+        kind = rng.choice(["disc", "bar", "pin", "pin"])
+        if kind != "disc":
+            draw.rectangle([x - width, y - height, x + width, y + height], fill=body)
+        if kind != "bar":
+            top = y if kind == "disc" else y - height
+            draw.ellipse([x - width, top - width, x + width, top + width], fill=head)
     return image
 
 
-def shape_row(rng: random.Random, size: int) -> dict:
-    count = rng.randint(1, 20)
+def shape_row(rng: random.Random, size: int, max_count: int) -> dict:
+    count = rng.randint(1, max_count)
     question, answer = rng.choice(
         [("How many shapes are there?", f"{count} shapes."), ("도형이 몇 개 있나요?", f"{count}개입니다.")]
     )
@@ -165,13 +170,14 @@ def shape_row(rng: random.Random, size: int) -> dict:
 def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
     collator = LlavaDataCollator(processor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
-    model.train()
     with tqdm(range(args.steps), desc="Pretraining on shapes", unit="step") as bar:
         for _ in bar:
-            batch = collator([shape_row(rng, args.image_size) for _ in range(args.batch_size)])
-            loss = model(**batch).loss
+            batch = collator([shape_row(rng, args.image_size, args.max_count) for _ in range(args.batch_size)])
+            loss = model(**batch.to(device)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -193,6 +199,7 @@ def main() -> None:
     parser.add_argument("--vision_hidden_size", type=int, default=96)
     parser.add_argument("--vision_layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=700, help="steps of --pretrain")
+    parser.add_argument("--max_count", type=int, default=20, help="shapes in a picture at most")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     args = parser.parse_args()

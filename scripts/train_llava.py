@@ -15,7 +15,7 @@ from transformers import set_seed
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.collator import LlavaDataCollator
-from finetuning.dataset import open_dataset, open_split, spread
+from finetuning.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.models import load_base_for_training, load_config, load_processing_class
 from finetuning.placement import describe_placement, place
 from finetuning.questions import counting_questions, score_counting_answers
@@ -30,7 +30,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=True)
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
-    validation_rows = open_split(dataset, script_args.dataset_validation_split, script_args.dataset_name)
+    validation_rows = open_validation(dataset, script_args, training_args)
     checkpoint = start_or_continue(
         training_args.output_dir,
         resolved_arguments(script_args, training_args, model_args),
@@ -60,7 +60,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         processing_class=processor,
-        questions=counting_questions(spread(validation_rows, script_args.eval_answers)),
+        questions=counting_questions(spread(validation_rows, script_args.eval_answers)) if validation_rows else None,
         score_answers=score_counting_answers,
         eval_max_new_tokens=script_args.eval_max_new_tokens,
     )

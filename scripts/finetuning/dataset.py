@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
+from transformers import IntervalStrategy
+
+from finetuning.arguments import ScriptArguments, TrainingArguments
 
 
 def open_dataset(name: str, *, vision: bool) -> DatasetDict:
@@ -62,6 +66,21 @@ def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
         raise ValueError(f"{name}: no rows in split {split!r}; there are {sizes}")
     rows = dataset[split]
     return rows.add_column("row", range(len(rows))) if "row" not in rows.column_names else rows
+
+
+def open_validation(
+    dataset: DatasetDict, script_args: ScriptArguments, training_args: TrainingArguments
+) -> Dataset | None:
+    """The split to evaluate on while training, or None, and then no evaluation: `--split ordered` holds none back."""
+    split = script_args.dataset_validation_split
+    if split in dataset and len(dataset[split]):
+        return open_split(dataset, split, script_args.dataset_name)
+    if training_args.eval_strategy != "no":
+        PartialState().print(
+            f"{script_args.dataset_name}: no rows in split {split!r}, so nothing is evaluated while training"
+        )
+        training_args.eval_strategy = IntervalStrategy.NO
+    return None
 
 
 def spread(rows: Dataset, number: int) -> Dataset:

@@ -1,0 +1,46 @@
+# make sample        the main job in small, offline: data, a tiny model, training, evaluation (minutes, two CPU cores)
+# make sample-anime  the same for the text use case
+# make test          all tests that need no cluster; make test-cluster: the job files on a real Slurm (Debian, root)
+# make lint          style of the Python files, and the shell files
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: sample sample-anime test test-cluster lint
+
+# An environment is made anew when the pins change. Tools for tests and style are added only where they are needed.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --quiet --upgrade -r requirements-dev.txt
+	touch $@
+
+data/sample-raw/labels.csv: | .venv/installed
+	$(BIN)/python data_prep/make_sample_cctv.py --output data/sample-raw --frames 600 --size 128x128
+
+data/sample-cctv/manifest.json: data/sample-raw/labels.csv
+	$(BIN)/python data_prep/prepare_cctv.py --frames data/sample-raw/frames --labels data/sample-raw/labels.csv \
+		--messages data/sample-raw/messages.txt --output data/sample-cctv
+
+models/tiny-llava/config.json: | .venv/installed
+	$(BIN)/python scripts/make_tiny_model.py --architecture llava --output models/tiny-llava --pretrain
+
+outputs/llava-sample/metrics.json: data/sample-cctv/manifest.json models/tiny-llava/config.json
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_llava.py \
+		--config scripts/configs/llava_sample.yaml
+
+sample: outputs/llava-sample/metrics.json
+	$(BIN)/python scripts/evaluate_llava.py --run outputs/llava-sample --dataset data/sample-cctv --split test
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest tests --ignore tests/cluster
+
+test-cluster: .venv/installed-dev
+	$(BIN)/python -m pytest tests/cluster
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.slurm' .ci/run)
