@@ -1,0 +1,149 @@
+"""Before training, on every node of a job: is all there, and do the nodes reach each other? Names the node that is bad.
+
+    srun --ntasks-per-node=1 python scripts/check_nodes.py scripts/train_llava.py ddp --config RECIPE [flags]
+
+slurm/train.slurm runs it. On each node: GPUs, as many as the job should have, each of which computes; dataset and base
+model readable; the run's folder writable, with room. Then all nodes meet at the first one and add a number up (NCCL
+where there are GPUs). Exits with 1 and one line per problem; a node that does not come within 20 seconds is one.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from finetuning.arguments import parse_arguments
+from finetuning.dataset import open_dataset
+from finetuning.launching import launch_problems
+from finetuning.models import is_vision, load_config
+
+PATIENCE = datetime.timedelta(seconds=20)
+ROOM = 5 * 2**30  # bytes: a few checkpoints of a LoRA, or the file system is close to full
+
+
+def gpu_problems(expected: int) -> list[str]:
+    visible = torch.cuda.device_count()
+    problems = [] if visible >= expected else [f"{visible} GPUs visible, {expected} expected"]
+    for index in range(min(visible, expected)):
+        try:
+            if torch.ones(1024, device=f"cuda:{index}").sum().item() != 1024:
+                problems.append(f"GPU {index} computes wrongly")
+        except RuntimeError as error:
+            problems.append(f"GPU {index}: {str(error).splitlines()[0]}")
+    return problems
+
+
+def file_problems(dataset_name: str, model_name: str, revision: str, output_dir: str) -> list[str]:
+    problems = []
+    try:
+        vision = is_vision(load_config(model_name, revision))
+        open_dataset(dataset_name, vision=vision)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    folder = Path(output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problems.append(f"{folder}: cannot be written ({error.strerror})")
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        problems.append(f"{folder}: {free / 2**30:.1f} GiB free, {ROOM / 2**30:.0f} GiB wanted")
+    return problems
+
+
+def sum_over_nodes(store: dist.Store, rank: int, world: int) -> str | None:
+    """What went wrong when all nodes added up one number each; None when nothing did."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    device = "cuda:0" if backend == "nccl" else "cpu"
+    try:
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("sum", store), rank=rank, world_size=world, timeout=PATIENCE
+        )
+        number = torch.full((1,), float(rank + 1), device=device)
+        work = dist.all_reduce(number, async_op=True)
+        work.wait(PATIENCE)
+        expected = world * (world + 1) / 2
+        return None if number.item() == expected else f"{backend} added up to {number.item()}, not {expected}"
+    except RuntimeError as error:
+        return f"{backend} over all nodes: {str(error).splitlines()[0]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="training command, such as scripts/train_llava.py")
+    parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
+    args, flags = parser.parse_known_args()
+    try:
+        rank, world = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        processes = int(os.environ["PROCESSES_PER_NODE"])
+    except KeyError as error:
+        sys.exit(f"check_nodes.py: {error.args[0]} is not set: this command is run by slurm/train.slurm")
+    try:
+        script_args, training_args, model_args = parse_arguments(Path(args.script), flags)
+    except ValueError as error:
+        sys.exit(f"check_nodes.py: {error}")
+    gpus = processes if "SLURM_GPUS_ON_NODE" in os.environ else 0
+    problems = launch_problems(args.script, args.strategy, world * processes) + gpu_problems(gpus)
+    problems += file_problems(
+        script_args.dataset_name,
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        training_args.output_dir,
+    )
+    host = socket.gethostname()
+    try:
+        # The first node may be the last to have read its Python files.
+        store = dist.TCPStore(address, port, world, rank == 0, 3 * PATIENCE, wait_for_workers=False)
+        store.set(f"node-{rank}", json.dumps([host, problems]))
+    except RuntimeError as error:
+        sys.exit(f"check_nodes.py: {host} does not reach {address}:{port} ({str(error).splitlines()[0]})")
+    if rank == 0:
+        if not report(store, world):
+            sys.exit(1)
+        store.set("all-there", "yes")
+    else:
+        try:
+            store.wait(["all-there"], 3 * PATIENCE)
+        except RuntimeError:
+            sys.exit(1)  # the first node has said what is wrong
+    failure = sum_over_nodes(store, rank, world)
+    if failure:
+        sys.exit(f"check_nodes.py: {host}: {failure}")
+    if rank == 0:
+        print(f"Nodes checked: {world}, {processes} processes each; they reach each other")
+    dist.destroy_process_group()
+
+
+def report(store: dist.Store, world: int) -> bool:
+    """Print the problems of all nodes, on the first one; whether there are none."""
+    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    lines = []
+    for rank in range(world):
+        name = names[rank] if rank < len(names) else f"node {rank}"
+        try:
+            store.wait([f"node-{rank}"], PATIENCE)
+            host, problems = json.loads(store.get(f"node-{rank}"))
+            lines += [f"{host}: {problem}" for problem in problems]
+        except RuntimeError:
+            lines.append(f"{name}: did not reach {os.environ['MASTER_ADDR']} within {PATIENCE.seconds} s")
+    for line in lines:
+        print(f"check_nodes.py: {line}", file=sys.stderr)
+    return not lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""What a launch consists of besides its recipe: a training command and a strategy."""
+
+from pathlib import Path
+
+import yaml
+
+COMMANDS = Path(__file__).parent.parent
+STRATEGIES = COMMANDS.parent / "accelerate_configs"
+
+
+def launch_problems(script: str, strategy: str, processes: int | None = None) -> list[str]:
+    """What is wrong with a training command, a file of accelerate_configs/ and a number of processes, if known."""
+    commands = sorted(path.name for path in COMMANDS.glob("train_*.py"))
+    problems = []
+    if not Path(script).is_file() or Path(script).name not in commands:
+        problems.append(f"{script}: no training command; there are {', '.join(f'scripts/{name}' for name in commands)}")
+    path = STRATEGIES / f"{strategy}.yaml"
+    if not path.is_file():
+        known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
+        problems.append(f"{strategy}: no strategy; accelerate_configs/ has {', '.join(known)}")
+    elif (processes or 1) > 1 and yaml.safe_load(path.read_text(encoding="utf-8"))["distributed_type"] == "NO":
+        problems.append(f"{strategy} is for one process, and this job has {processes}: try ddp")
+    return problems
