@@ -103,6 +103,8 @@ def test_a_stated_count_is_read(answer, count):
         "죄송하지만 알 수 없습니다.",
         "몇 명인지 셀 수 없습니다.",
         "7명인지 확실하지 않습니다",
+        "22222222 people",  # a model that repeats a digit
+        "22222명입니다.",
         "7 or 8",
         "7 or 8 people",
         "seven to eight people",

@@ -126,6 +126,10 @@ FILLER = re.compile(
 )
 
 
+# No picture shows more people than this that anyone could count; one 22222222222 would be the whole mean error.
+LARGEST_COUNT = 9_999
+
+
 class _Number(NamedTuple):
     start: int
     end: int
@@ -147,6 +151,7 @@ def parse_count(text: str) -> int | None:
        "There are 7."
     4. Two numbers that differ, a hedge between two ("7 or 8", "5~6명", "대여섯 명"), a bound ("at least 7", "7명 이상")
        or a decimal is None. "About 7" and "7명 정도" are 7.
+    5. More than `LARGEST_COUNT` is a model that repeats a digit, not a count.
 
     Never raises for a string; an answer is unparsable rather than guessed.
     """
@@ -180,7 +185,8 @@ def parse_count(text: str) -> int | None:
                 alone = len(sentence) <= 100 and not FILLER.sub("", before + " " + after)
                 bare.add(value if alone and not year else None)
     stated = totals or bound or bare
-    return stated.pop() if len(stated) == 1 else None
+    count = stated.pop() if len(stated) == 1 else None
+    return count if count is None or count <= LARGEST_COUNT else None
 
 
 def _find_numbers(sentence: str) -> list[_Number]:
