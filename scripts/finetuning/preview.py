@@ -98,7 +98,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: lis
 
     Letters outside the vocabulary are several byte tokens (`<0xEC>`), shown together as the letter they spell.
     """
-    special = set(tokenizer.all_special_ids)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[tuple[str, bool, bool]] = []
     place = 0
     while place < len(ids):
