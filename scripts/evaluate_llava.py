@@ -142,33 +142,24 @@ def write_evaluation(
         guess: f"always {value} ({guess.replace('_', ' ')})" for guess, value in guesses.items()
     }
     tables = [score_table(scores, labels), crowd_table(by_size, labels)]
+    dots = "Each dot is a question, larger where several coincide; on the line the answer is right."
     plots = [
-        Plot(
-            "Predicted against true",
-            predicted_against_true(true, counts),
-            "Each dot is a question, larger where several coincide; on the line the answer is right.",
-        ),
-        Plot(
-            "Error by crowd size",
-            error_by_crowd_size(
-                sizes,
-                {
-                    "reference" if model == "train_median" else model: [
-                        part["penalised_mae"] for part in by_size[model]
-                    ]
-                    for model in by_size
-                    if model != "train_mean"
-                },
-                "mean absolute error",
-            ),
-            "Unparsable answers are taken as 0.",
-        ),
+        Plot(f"Predicted against true, {model}", predicted_against_true(true, {model: counts[model]}), dots)
+        for model in counts
     ]
+    bars = {
+        "reference" if model == "train_median" else model: [part["penalised_mae"] for part in parts]
+        for model, parts in by_size.items()
+        if model != "train_mean"
+    }
+    crowd = error_by_crowd_size(sizes, bars, "mean absolute error")
+    plots.append(Plot("Error by crowd size", crowd, "Unparsable answers are taken as 0."))
     loss = loss_curves(read_log_history(run))
     if loss is not None:
         plots.append(Plot("Loss while training", loss, "Per supervised token."))
-    for plot, file_name in zip(plots, ("predicted_vs_true.png", "error_by_crowd_size.png", "loss.png"), strict=False):
-        (folder / file_name).write_bytes(plot.picture.light)
+        (folder / "loss.png").write_bytes(loss.light)
+    (folder / "predicted_vs_true.png").write_bytes(predicted_against_true(true, counts).light)
+    (folder / "error_by_crowd_size.png").write_bytes(crowd.light)
     groups = items_to_look_at(questions, facts, answers, counts, errors)
 
     # Page and files
@@ -307,7 +298,7 @@ def positive(text: str) -> int:
     return number
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -318,7 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=positive, default=32, help="longest answer, in tokens")
     parser.add_argument("--limit", type=positive, help="ask only so many questions, evenly spaced over the split")
     parser.add_argument("--overwrite", action="store_true", help="evaluate anew; the old evaluation is kept beside it")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

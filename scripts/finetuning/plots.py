@@ -56,7 +56,7 @@ def draw(plot: Callable[[Figure, dict[str, str]], None], width: float = 5.2, hei
 
 
 def predicted_against_true(true: Sequence[int], predicted: dict[str, Sequence[int | None]]) -> Picture:
-    """One panel for each of `base` and `tuned`: predicted over true count, larger dots where items coincide.
+    """A panel for each of `base` and `tuned` that is given: predicted over true count, larger dots where items coincide.
 
     A prediction far above the largest true count is drawn at the upper edge; an unparsable one is only counted in the
     panel's title.
@@ -76,14 +76,14 @@ def predicted_against_true(true: Sequence[int], predicted: dict[str, Sequence[in
                 axes.scatter(x, y, s=sizes, color=colours[name], alpha=0.55, linewidths=0)
             remarks = [f"{len(guesses) - len(parsed)} unparsable"] if len(parsed) < len(guesses) else []
             remarks += [f"{beyond} above {top}"] if beyond else []
-            axes.set_title("\n".join([name, ", ".join(remarks)]), fontsize=11)
+            axes.set_title(", ".join([name, *remarks]), fontsize=11)
             axes.set_xlim(0, top)
             axes.set_ylim(0, top * 1.03)
             axes.set_aspect("equal")
             axes.set_xlabel("people, true")
         panels[0].set_ylabel("people, answered")
 
-    return draw(plot, width=3.1 * len(predicted) + 0.4, height=3.9)
+    return draw(plot, width=3.5 * len(predicted) + 0.7, height=3.9)
 
 
 def error_by_crowd_size(
