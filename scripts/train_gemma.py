@@ -14,10 +14,11 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.dataset import open_dataset, open_split, spread
+from finetuning.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.facts import FactReader, load_wording
 from finetuning.models import load_base_for_training, load_config, load_processing_class
 from finetuning.placement import describe_placement, place
+from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -29,7 +30,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=False)
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
-    validation_rows = open_split(dataset, script_args.dataset_validation_split, script_args.dataset_name)
+    validation_rows = open_validation(dataset, script_args, training_args)
+    training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
+    refuse_what_cannot_work(script_args, training_args, model_args, train_rows)
     checkpoint = start_or_continue(
         training_args.output_dir,
         resolved_arguments(script_args, training_args, model_args),
@@ -56,7 +59,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         model=model,
         args=training_args,
         train_dataset=train_rows.select_columns(["messages"]),
-        eval_dataset=validation_rows.select_columns(["messages"]),
+        eval_dataset=validation_rows.select_columns(["messages"]) if validation_rows else None,
         processing_class=tokenizer,
         # Taught titles: on titles that it was never taught, a model can only guess.
         questions=reader.questions(spread(train_rows, script_args.eval_answers)) if reader else None,

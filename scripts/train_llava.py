@@ -8,6 +8,7 @@ continues an interrupted run. Everything that a recipe says can be overridden by
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -18,7 +19,8 @@ from finetuning.collator import LlavaDataCollator
 from finetuning.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.models import load_base_for_training, load_config, load_processing_class
 from finetuning.placement import describe_placement, place
-from finetuning.questions import counting_questions, score_counting_answers
+from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
+from finetuning.questions import counting_questions, image_counts, score_counting_answers
 from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -31,6 +33,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     dataset = open_dataset(script_args.dataset_name, vision=True)
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
+    training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
+    refuse_what_cannot_work(script_args, training_args, model_args, train_rows)
     checkpoint = start_or_continue(
         training_args.output_dir,
         resolved_arguments(script_args, training_args, model_args),
@@ -61,7 +65,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         eval_dataset=validation_rows,
         processing_class=processor,
         questions=counting_questions(spread(validation_rows, script_args.eval_answers)) if validation_rows else None,
-        score_answers=score_counting_answers,
+        score_answers=partial(score_counting_answers, train_counts=image_counts(train_rows)),
         eval_max_new_tokens=script_args.eval_max_new_tokens,
     )
     trainer.accelerator.print(describe_placement(model))

@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from finetuning import progress, tracking
 from finetuning.preemption import last_whole_checkpoint
+from finetuning.preflight import continuation_problems
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
@@ -76,10 +77,13 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
             for key in sorted(before.keys() | arguments.keys())
             if key not in may_change and before.get(key) != arguments.get(key)
         ]
+        problems = continuation_problems(checkpoint, global_batch_size=arguments.get("global_batch_size"))
         if changed:
+            problems.append(f"this run was begun with other arguments ({'; '.join(changed)})")
+        if problems:
             raise ValueError(
-                f"{folder}: this run was begun with other arguments ({'; '.join(changed)}). Continue it with the old "
-                "ones, or give the new run its own folder with --output_dir"
+                f"{folder}: cannot be continued from {checkpoint.name}: {'; '.join(problems)}. Continue it as it was "
+                "begun, or give the new run its own folder with --output_dir"
             )
     PartialState().wait_for_everyone()  # all have read what is written now
     if PartialState().is_main_process:

@@ -1,0 +1,251 @@
+"""What cannot work is refused before any weight is loaded, all of it at once: what, why, and what to set instead."""
+
+import importlib.util
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.hardware import compute_capability, strategy, weight_dtype, weights_are_divided
+from finetuning.models import is_vision, load_config
+from finetuning.placement import count_parameters, place
+
+CONFIGS = "accelerate_configs"
+
+
+def refuse_what_cannot_work(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments, train_rows: Dataset
+) -> None:
+    """Raise ValueError that lists every reason for which this run would fail, hang, or train something else.
+
+    Loads no weights: what would be trained is found on the meta device. Takes a second or two for a 7B model.
+    """
+    capability = None if training_args.use_cpu else compute_capability()
+    problems = [
+        *strategy_problems(script_args, training_args, model_args),
+        *precision_problems(training_args, model_args, capability),
+        *row_problems(train_rows),
+    ]
+    try:
+        counts = count_what_is_trained(script_args, model_args)
+    except ValueError as error:
+        problems.append(str(error))
+        counts = {}
+    problems += disk_problems(training_args, counts, len(train_rows))
+    if problems:
+        raise ValueError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def strategy_problems(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> list[str]:
+    """Quantisation, checkpointing and the optimizer against how the work is divided."""
+    problems = []
+    how, quantised = strategy(), model_args.load_in_4bit or model_args.load_in_8bit
+    placements = set(script_args.placement.values())
+    checkpointing = (training_args.gradient_checkpointing_kwargs or {}) if training_args.gradient_checkpointing else {}
+
+    if how == "one process" and training_args.n_gpu > 1:
+        problems.append(
+            f"one process sees {training_args.n_gpu} GPUs and would copy the model at every step (nn.DataParallel, which "
+            f"SFTTrainer refuses): launch with accelerate launch --config_file {CONFIGS}/ddp.yaml --num_processes "
+            f"{training_args.n_gpu}, or put CUDA_VISIBLE_DEVICES=0 before the command"
+        )
+    if how.startswith("FSDP"):
+        if how != "FSDP2":
+            problems.append(f"fsdp_version 1 is not supported here: launch with {CONFIGS}/fsdp2.yaml")
+        if PartialState().distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+            problems.append(
+                "FSDP without GPUs: accelerate would train plain DDP without a word. Launch with "
+                f"{CONFIGS}/ddp.yaml (several processes) or {CONFIGS}/cpu.yaml"
+            )
+    if model_args.load_in_4bit and model_args.load_in_8bit:
+        problems.append("load_in_4bit and load_in_8bit are both on: keep one")
+    if quantised and how == "ZeRO-3":
+        problems.append(
+            "ZeRO-3 cannot divide quantised weights, each GPU would load the whole model or fail (peft#2016, "
+            f"transformers#24395): launch with {CONFIGS}/ddp.yaml, since a 4-bit 7B model takes 5 GB on each GPU, with "
+            f"{CONFIGS}/fsdp2.yaml to divide it, or set load_in_4bit: false"
+        )
+    if model_args.load_in_8bit and how == "FSDP2":
+        problems.append(
+            f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
+        )
+    stored = str(weight_dtype(training_args.fp16, training_args.bf16)).removeprefix("torch.")
+    if model_args.load_in_4bit and how == "FSDP2" and model_args.bnb_4bit_quant_storage != stored:
+        problems.append(
+            f"FSDP2 divides 4-bit weights only when they are stored as the type of the run (accelerate leaves others "
+            f"whole on every GPU): set bnb_4bit_quant_storage: {stored}, which is {model_args.bnb_4bit_quant_storage}"
+        )
+    if quantised and "lora" not in placements:
+        problems.append("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
+    if "lora" in placements and checkpointing.get("use_reentrant") is False and how == "ZeRO-3":
+        problems.append(
+            "LoRA under ZeRO-3 needs reentrant checkpointing (trl#2514): remove use_reentrant from "
+            "gradient_checkpointing_kwargs"
+        )
+    if "lora" in placements and checkpointing.get("use_reentrant") and how == "DDP":
+        problems.append(
+            "reentrant checkpointing of LoRA under DDP fails with 'marked ready twice' (trl#921, peft#313): remove "
+            "use_reentrant from gradient_checkpointing_kwargs"
+        )
+    if checkpointing.get("selective") and "lora" in placements and how == "ZeRO-3":
+        problems.append(
+            "LoRA under ZeRO-3 needs reentrant checkpointing, selective checkpointing the other kind: remove selective "
+            "from gradient_checkpointing_kwargs"
+        )
+    offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+    if how.startswith("ZeRO") and offloads and not training_args.optim.value.startswith("adamw_torch"):
+        problems.append(
+            f"optim: {training_args.optim.value} keeps its state on the GPU, but this launch offloads the optimizer to "
+            f"main memory: set optim: adamw_torch, or launch with {CONFIGS}/deepspeed_zero3.yaml"
+        )
+    return problems
+
+
+def precision_problems(
+    training_args: TrainingArguments, model_args: ModelArguments, capability: tuple[int, int] | None
+) -> list[str]:
+    """Types and attention against the GPU: `capability` as CUDA gives it, None without a GPU."""
+    problems = []
+    if model_args.dtype == "bfloat16" and capability is not None and capability < (8, 0):
+        problems.append(
+            f"dtype: bfloat16, but this GPU has compute capability {capability[0]}.{capability[1]} and computes in fp16 "
+            "(unsloth#7506: BFloat16 != Half): remove dtype, the weights then follow the GPU"
+        )
+    attention = model_args.attn_implementation or "sdpa"
+    if attention in ("flash_attention_2", "flash_attention_3"):
+        needs, package = {
+            "flash_attention_2": ((8, 0), "flash_attn"),
+            "flash_attention_3": ((9, 0), "flash_attn_interface"),
+        }[attention]
+        if capability is None:
+            problems.append(f"attn_implementation: {attention} needs a GPU: set attn_implementation: sdpa")
+        elif capability < needs:
+            problems.append(
+                f"attn_implementation: {attention} needs compute capability {needs[0]}.{needs[1]}, this GPU has "
+                f"{capability[0]}.{capability[1]} (LLaVA-NeXT#224): set attn_implementation: sdpa"
+            )
+        elif importlib.util.find_spec(package) is None:
+            problems.append(
+                f"attn_implementation: {attention}, but {package} is not installed: set attn_implementation: sdpa, "
+                "which PyTorch brings and which is as fast on LLaVA's rows"
+            )
+        elif not (training_args.fp16 or training_args.bf16):
+            problems.append(f"attn_implementation: {attention} computes in 16 bits only: set bf16: true or sdpa")
+    elif "/" not in attention and attention not in ("sdpa", "eager", "flex_attention"):
+        problems.append(
+            f"attn_implementation: {attention} is unknown; there are sdpa, eager, flex_attention, flash_attention_2, "
+            "flash_attention_3"
+        )
+    return problems
+
+
+def rows_without_image(rows: Dataset) -> int:
+    """How many rows of a vision dataset carry no image; no picture is decoded. 0 for a text dataset."""
+    if "images" not in rows.column_names:
+        return 0
+    return pc.sum(pc.equal(pc.list_value_length(rows.data.column("images")), 0)).as_py() or 0
+
+
+def row_problems(rows: Dataset) -> list[str]:
+    if weights_are_divided() and (without := rows_without_image(rows)):
+        return [
+            f"{without} of {len(rows)} training rows have no image. Where weights are divided, a process whose rows skip "
+            "the vision tower waits for ever for the others (DeepSpeed#7170): leave these rows out, or launch with "
+            f"{CONFIGS}/ddp.yaml or {CONFIGS}/deepspeed_zero2.yaml"
+        ]
+    return []
+
+
+def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:
+    """`ddp_find_unused_parameters` of the recipe; where it is silent, whether DDP must look for parameters without gradient at every step, which costs a walk over the whole graph.
+
+    Only a batch without a single image leaves something out, and only what sees the image. TRL searches for every
+    vision model, and transformers for every model without checkpointing.
+    """
+    if training_args.ddp_find_unused_parameters is not None:
+        return training_args.ddp_find_unused_parameters
+    sees = {script_args.projector, script_args.vision_tower} - {"frozen"}
+    return bool(sees) and rows_without_image(rows) > 0
+
+
+def count_what_is_trained(script_args: ScriptArguments, model_args: ModelArguments) -> dict[str, dict[str, int]]:
+    """`count_parameters` of the model as it will be placed. Raises ValueError where the placement cannot be had."""
+    config = load_config(model_args.model_name_or_path, model_args.model_revision)
+    auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        # Not from_config: under ZeRO-3 that would divide these weights, which do not exist, over the GPUs.
+        model = auto_class._model_mapping[type(config)](config)
+        return count_parameters(place(model, script_args, model_args))
+
+
+def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, int]], num_rows: int) -> list[str]:
+    """Whether the run's folder can be written, and its checkpoints fit on the disk; a low estimate, in bytes."""
+    folder = Path(training_args.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        return [f"output_dir: {folder} cannot be made, {existing} is a file: give another folder"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"output_dir: no permission to write in {existing}: give another folder, or ask for the permission"]
+    trained = sum(part["trainable"] for part in counts.values())
+    whole = sum(part["total"] for part in counts.values()) if not any(part["lora"] for part in counts.values()) else 0
+    weights = max(4 * trained, 2 * whole)
+    # Adam keeps two numbers for each that is trained: a byte each in the 8-bit optimizers, else four.
+    checkpoint = weights + (2 if "8bit" in training_args.optim.value else 8) * trained
+    kept = min(num_checkpoints(training_args, num_rows), (training_args.save_total_limit or math.inf) + 1)
+    needed = kept * checkpoint + weights
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        return [
+            f"output_dir: {kept} checkpoints of {checkpoint / 2**30:.1f} GiB and the result do not fit, {existing} has "
+            f"{free / 2**30:.1f} GiB free: free {(needed - free) / 2**30:.1f} GiB, set save_total_limit: 1, or give "
+            "another folder with --output_dir"
+        ]
+    return []
+
+
+def num_checkpoints(training_args: TrainingArguments, num_rows: int) -> int:
+    """Checkpoints that a run writes in all, whether it keeps them or not."""
+    batch = (
+        training_args.per_device_train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+    )
+    epochs = training_args.num_train_epochs
+    steps = training_args.max_steps if training_args.max_steps > 0 else math.ceil(math.ceil(num_rows / batch) * epochs)
+    if training_args.save_strategy == "no":
+        return 0
+    if training_args.save_strategy == "epoch":
+        return math.ceil(steps * batch / num_rows)
+    every = training_args.save_steps if training_args.save_steps >= 1 else math.ceil(training_args.save_steps * steps)
+    return math.ceil(steps / every)
+
+
+def continuation_problems(checkpoint: Path, *, global_batch_size: int | None) -> list[str]:
+    """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes."""
+    how, processes = strategy(), PartialState().num_processes
+    names = {path.name for path in checkpoint.iterdir()}
+    began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
+    now = "DeepSpeed" if how.startswith("ZeRO") else "FSDP2" if how == "FSDP2" else "one process or DDP"
+    if began != now:
+        return [f"it was written under {began}, this launch is {now}: its optimizer state is laid out otherwise"]
+    before = max(sum(name.startswith("rng_state_") for name in names), 1)
+    if before == processes:
+        return []
+    if began == "DeepSpeed":
+        return [
+            f"it was written by {before} processes, these are {processes}: DeepSpeed's state is divided by {before}"
+        ]
+    if global_batch_size is None:
+        return [
+            f"it was written by {before} processes, these are {processes}, and without global_batch_size in the recipe "
+            "each step would take other rows"
+        ]
+    return []
