@@ -1,0 +1,217 @@
+"""One picture, many questions, paid once: dialogues about the same image train as one sequence.
+
+    [image prefix | dialogue 1 | dialogue 2 | ...]
+
+Every dialogue attends to the prefix and to itself, and its positions go on from the prefix, so that loss and gradients
+are those of separate rows, while 576 image tokens, the vision tower and the decoding are paid once per image. Prefix
+Grouper (arXiv 2506.05433) shows the same for GRPO.
+"""
+
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import BlockMask, sdpa_mask
+from transformers.utils import is_torch_flex_attn_available
+from trl.data_utils import prepare_multimodal_messages
+
+from finetuning.collator import LlavaDataCollator
+
+if is_torch_flex_attn_available():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+NAME = "shared_prefix"
+# Marks of `branch_ids`: every dialogue has a number of its own from FIRST_BRANCH on.
+PADDING, PREFIX, FIRST_BRANCH = 0, 1, 2
+
+
+def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
+    """Rows with the same `image_id` -> one row with `messages` (the first dialogue), `other_messages`, `images`, `row`.
+
+    An image with more dialogues than `max_dialogues` becomes several rows, so that no sequence grows without bound.
+    Rows without images stay alone. Pictures are read when a row is asked for, once per row.
+    """
+    image_ids, counts = dataset["image_id"], [len(images) for images in images_as_stored(dataset)]
+    rows_of: dict[Any, list[int]] = defaultdict(list)
+    for row, (image_id, count) in enumerate(zip(image_ids, counts, strict=True)):
+        rows_of[image_id if count else ("no image", row)].append(row)
+    groups = [
+        rows[start : start + max_dialogues] for rows in rows_of.values() for start in range(0, len(rows), max_dialogues)
+    ]
+    grouped = Dataset.from_dict({"rows": groups})
+    grouped.set_transform(partial(read_groups, dataset))
+    return grouped
+
+
+def images_as_stored(dataset: Dataset) -> list[list]:
+    # The column as bytes: nothing is decoded to count pictures.
+    return dataset.with_format("arrow")["images"].to_pylist()
+
+
+def read_groups(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
+    texts = dataset.select_columns([name for name in dataset.column_names if name != "images"])
+    dialogues = [texts[rows]["messages"] for rows in batch["rows"]]
+    return {
+        "messages": [messages[0] for messages in dialogues],
+        "other_messages": [messages[1:] for messages in dialogues],
+        "images": [dataset[rows[0]]["images"] for rows in batch["rows"]],
+        "row": [rows[0] for rows in batch["rows"]],
+    }
+
+
+class SharedPrefixCollator(LlavaDataCollator):
+    """Rows of `group_by_image` -> one batch of sequences, each an image prefix and its dialogues.
+
+    `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids` are (sequences, tokens), right-padded to a
+    multiple of 8; `pixel_values` holds each picture once. `prefix_length` (int) is there when all prefixes are as long.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        image_token = self.processor.image_token_id
+        sequences = []
+        for position, example in enumerate(examples):
+            real = batch["attention_mask"][position].bool()
+            tokens, labels = batch["input_ids"][position][real], batch["labels"][position][real]
+            image_places = (tokens == image_token).nonzero()
+            prefix = int(image_places[-1]) + 1 if len(image_places) else 0
+            dialogues = [(tokens, labels)]
+            for messages in example.get("other_messages", []):
+                dialogues.append(self.tokenize(messages, example["images"], len(image_places)))
+            sequences.append(join(dialogues, prefix, example.get("row")))
+        length = -(-max(len(sequence["input_ids"]) for sequence in sequences) // 8) * 8
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+        for name in sequences[0]:
+            rows = torch.full((len(sequences), length), padding.get(name, 0))
+            for row, sequence in zip(rows, sequences, strict=True):
+                row[: len(sequence[name])] = sequence[name]
+            batch[name] = rows
+        prefixes = {int((branch_ids == PREFIX).sum()) for branch_ids in batch["branch_ids"]}
+        if len(prefixes) == 1 and prefixes != {0}:
+            batch["prefix_length"] = prefixes.pop()
+        return batch
+
+    def tokenize(self, messages: list[dict], images: list, num_image_tokens: int) -> tuple[Tensor, Tensor]:
+        """Token ids and labels of a dialogue, with the picture's tokens but without reading the picture again."""
+        encoded = self.processor.tokenizer.apply_chat_template(
+            prepare_multimodal_messages(messages, images=images),
+            chat_template=self.processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            add_special_tokens=False,
+        )
+        tokens, supervised = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
+        is_image = tokens == self.processor.image_token_id
+        repeats = torch.where(is_image, num_image_tokens // max(int(is_image.sum()), 1), 1)
+        labels = torch.where(supervised == 1, tokens, -100)
+        return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+
+def join(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -> dict[str, Tensor]:
+    """(token ids, labels) of each dialogue, `prefix` tokens of which are common -> one sequence with branches.
+
+    Raises ValueError if the dialogues do not begin alike, or if the first token after the prefix is supervised: it
+    would be predicted from the end of another dialogue.
+    """
+    first = dialogues[0][0]
+    for tokens, labels in dialogues:
+        if not torch.equal(tokens[:prefix], first[:prefix]):
+            raise ValueError(
+                f"row {row}: dialogues about one image begin differently (another system message, or text before the "
+                "image): set share_image_prefix: false, or give these rows an image_id of their own"
+            )
+        if (labels[:prefix] != -100).any() or (len(dialogues) > 1 and labels[prefix] != -100):
+            raise ValueError(
+                f"row {row}: an answer comes before or directly after the image; it must follow a question"
+            )
+    branches = [(tokens[prefix:], labels[prefix:]) for tokens, labels in dialogues]
+    return {
+        "input_ids": torch.cat([first[:prefix], *(tokens for tokens, _ in branches)]),
+        "labels": torch.cat([torch.full((prefix,), -100), *(labels for _, labels in branches)]),
+        "attention_mask": torch.ones(prefix + sum(len(tokens) for tokens, _ in branches), dtype=torch.long),
+        "position_ids": torch.cat(
+            [torch.arange(prefix), *(prefix + torch.arange(len(tokens)) for tokens, _ in branches)]
+        ),
+        "branch_ids": torch.cat(
+            [torch.full((prefix,), PREFIX)]
+            + [torch.full((len(tokens),), FIRST_BRANCH + number) for number, (tokens, _) in enumerate(branches)]
+        ),
+    }
+
+
+def share_prefix(model: nn.Module) -> None:
+    """Let the language model of `model` read `branch_ids` and, where it is given, `prefix_length`.
+
+    Works with eager, sdpa and flex_attention. Raises ValueError for another attention, which takes no mask.
+    """
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    language_model = base_model.model.language_model
+    attention = language_model.config._attn_implementation
+    if attention not in ("eager", "sdpa", "flex_attention"):
+        raise ValueError(
+            f"share_image_prefix needs a mask that {attention} cannot take: set attn_implementation to sdpa, "
+            "flex_attention or eager"
+        )
+    if attention == "sdpa":
+        AttentionInterface.register(NAME, shared_prefix_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        language_model.set_attn_implementation(NAME)
+    language_model.register_forward_pre_hook(mask_branches, with_kwargs=True)
+
+
+def mask_branches(language_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    branch_ids = kwargs.pop("branch_ids", None)
+    if branch_ids is not None:
+        attention = language_model.config._attn_implementation
+        kwargs["attention_mask"] = branch_mask(branch_ids, attention, kwargs["inputs_embeds"].dtype)
+    return args, kwargs
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefix_length: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """sdpa; with `prefix_length` the prefix is attended to causally, which needs no mask, and only the rest with one.
+
+    The rest is a tenth of a sequence, so that the fast kernels do nine tenths of the work.
+    """
+    if prefix_length is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    states = (state[:, :, :prefix_length] for state in (query, key, value))
+    prefix, _ = sdpa_attention_forward(module, *states, None, **kwargs)
+    rest, _ = sdpa_attention_forward(
+        module, query[:, :, prefix_length:], key, value, attention_mask[:, :, prefix_length:], **kwargs
+    )
+    return torch.cat([prefix, rest], dim=1), None
+
+
+def branch_mask(branch_ids: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
+    """(sequences, tokens) -> who sees whom: what came before, in the prefix or in the same dialogue.
+
+    sdpa: booleans (sequences, 1, tokens, tokens); eager: 0 or the least number of `dtype`; flex: a block mask.
+    """
+    sequences, tokens = branch_ids.shape
+
+    def seen(sequence, head, query, key):
+        other, own = branch_ids[sequence, key], branch_ids[sequence, query]
+        return (key <= query) & ((other == own) | (other == PREFIX))
+
+    if attention == "flex_attention":
+        return create_block_mask(seen, sequences, None, tokens, tokens, device=branch_ids.device)
+    own, other = branch_ids[:, :, None], branch_ids[:, None, :]
+    places = torch.arange(tokens, device=branch_ids.device)
+    mask = ((places[None, :] <= places[:, None]) & ((other == own) | (other == PREFIX)))[:, None]
+    if attention != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
