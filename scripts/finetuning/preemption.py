@@ -144,7 +144,7 @@ class InterruptibleTrainer(SFTTrainer):
         self.add_callback(ShowProgress())
 
     def train(self, *args, **kwargs):
-        """Train; after a stop signal leave the process with code 75, where the same command continues."""
+        """Train; after a stop signal, save and leave the process with code 75: the same command continues."""
         attempts = progress.read_progress(Path(self.args.output_dir)).get("attempts", [])
         self._restarts = max(len(attempts) - 1, 0)
         with self.stop_request:
@@ -153,7 +153,8 @@ class InterruptibleTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 self._report_interruption()
             self.accelerator.wait_for_everyone()
-            sys.exit(EXIT_INTERRUPTED)
+            # A job file is told by OUTCOME_FILE: `accelerate launch` turns 75 into 1 and a page of stack traces.
+            sys.exit(0 if "OUTCOME_FILE" in os.environ else EXIT_INTERRUPTED)
         return result
 
     def _report_interruption(self) -> None:
@@ -162,7 +163,6 @@ class InterruptibleTrainer(SFTTrainer):
         progress.end_attempt(folder, step, reason)
         tracking.close(self.args, EXIT_INTERRUPTED)
         print(f"Stopped at step {step} of {self.state.max_steps} ({reason}). The same command continues from there.")
-        # `accelerate launch` turns every exit code into 1: a job file learns from this file that it may requeue.
         if outcome := os.environ.get("OUTCOME_FILE"):
             Path(outcome).write_text("interrupted\n", encoding="utf-8")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from finetuning.counting import find_count_turn, parse_count, score_counts
+from finetuning.counting import find_count_turn, parse_count, score_counts, trivial_guesses
 
 
 def counting_questions(rows: Dataset) -> list[dict[str, Any]]:
@@ -34,17 +34,33 @@ def counting_questions(rows: Dataset) -> list[dict[str, Any]]:
     return questions
 
 
+def image_counts(rows: Dataset) -> list[int]:
+    """The `count` of each picture once, however many rows ask about it; empty when the rows have none."""
+    if not {"count", "image_id"} <= set(rows.column_names):
+        return []
+    return list(
+        {key: count for key, count in zip(rows["image_id"], rows["count"], strict=True) if count is not None}.values()
+    )
+
+
 def score_counting_answers(
-    questions: list[dict[str, Any]], answers: list[str]
+    questions: list[dict[str, Any]], answers: list[str], train_counts: list[int]
 ) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """Metrics under `count_...` (those of `score_counts` that are numbers) and the table for the trackers."""
-    counted = [parse_count(answer) for answer in answers]
-    scores = score_counts(counted, [question["count"] for question in questions])
+    """Metrics under `count_...` (those of `score_counts` that are numbers) and the table for the trackers.
+
+    Beside the error stands what always answering the median or mean of `train_counts` would cost
+    (`count_mae_train_median`): below these lines a model has not learned to look.
+    """
+    counted, truth = [parse_count(answer) for answer in answers], [question["count"] for question in questions]
+    scores = score_counts(counted, truth)
     metrics = {f"count_{name}": value for name, value in scores.items() if isinstance(value, (int, float))}
+    if train_counts:
+        for name, guess in trivial_guesses(train_counts).items():
+            metrics[f"count_mae_{name}"] = score_counts([guess] * len(truth), truth)["mae"]
     table = {
         "image": [question["images"][0] for question in questions],
         "question": [question["question"] for question in questions],
-        "truth": [question["count"] for question in questions],
+        "truth": truth,
         "answer": answers,
         "answer_count": counted,
     }

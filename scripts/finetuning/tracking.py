@@ -128,7 +128,7 @@ def close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | Non
 
 def verdict(metrics: dict[str, Any]) -> str:
     """One sentence on a finished run: the last held-out counting error beside what not looking would cost."""
-    error, baseline = metrics.get("eval_count_mae"), metrics.get("eval_count_mae_train_median")
+    error, baseline = metrics.get("eval_count_penalised_mae"), metrics.get("eval_count_mae_train_median")
     if error is None or baseline is None:
         return f"trained for {metrics['global_step']} steps; no counting error was measured while training"
     comparison = "better than" if error < baseline else "no better than"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
 from finetuning.divided import trained_weights
@@ -30,7 +31,8 @@ class FineTuningTrainer(InterruptibleTrainer):
             table as `{column: values}` for the trackers.
 
     Logged beside TRL's metrics: `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
-    the time that this process waited for its next batch), `peak_memory_gib` (this process, CUDA only).
+    the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
+    and each one's).
     """
 
     def __init__(
@@ -53,6 +55,14 @@ class FineTuningTrainer(InterruptibleTrainer):
         self.score_answers = score_answers
         self.eval_max_new_tokens = eval_max_new_tokens
         self._start_interval()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            # TRL would count tokens from zero again.
+            history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
+            self._total_train_tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
+        self._start_interval()
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _start_interval(self) -> None:
         self._interval_started = time.perf_counter()
@@ -99,7 +109,11 @@ class FineTuningTrainer(InterruptibleTrainer):
             logs["tokens_per_second"] = round((self._total_train_tokens - self._tokens_before) / seconds, 1)
             logs["data_wait"] = round(self._waited / seconds, 4)
             if torch.cuda.is_available():
-                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                mine = torch.tensor([torch.cuda.max_memory_allocated() / 2**30], device=self.accelerator.device)
+                peaks = [round(peak, 2) for peak in self.accelerator.gather(mine).tolist()]
+                logs["peak_memory_gib"] = max(peaks)
+                if len(peaks) > 1:
+                    logs |= {f"peak_memory_gib/rank_{rank}": peak for rank, peak in enumerate(peaks)}
         super().log(logs, start_time)
         if "loss" in logs:
             self._start_interval()
