@@ -1,0 +1,126 @@
+#!/bin/bash
+# A Slurm cluster of two nodes on this machine, for the tests: real daemons, each node with its own network, no systemd.
+#
+#   tests/cluster/cluster.sh start FOLDER      then: export SLURM_CONF=FOLDER/slurm.conf
+#   tests/cluster/cluster.sh stop FOLDER
+#
+# Needs root and Debian's slurm-wlm and munge (apt-get install -y slurm-wlm munge iproute2). All that it writes is in
+# FOLDER, except a marked block in /etc/hosts, a bridge and two network namespaces, which `stop` removes.
+set -euo pipefail
+export PATH=$PATH:/usr/sbin:/sbin
+action=$1 folder=$(realpath -m "$2")
+conf=$folder/slurm.conf
+subnet=10.177.78 bridge=ftbridge prefix=ftnode port=17700
+
+pids_in() { cat "$folder"/run/"$1".pid 2>/dev/null || true; }
+
+stop() {
+    if [[ -f $conf ]]; then
+        SLURM_CONF=$conf timeout 10 scancel --user=root 2>/dev/null || true
+        sleep 1
+    fi
+    local name pid
+    for name in slurmd.${prefix}1 slurmd.${prefix}2 slurmctld munged; do
+        for pid in $(pids_in "$name"); do
+            kill "$pid" 2>/dev/null || continue
+            for _ in {1..80}; do if [[ -d /proc/$pid ]]; then sleep 0.1; fi; done
+        done
+    done
+    for i in 1 2; do ip netns del "$prefix$i" 2>/dev/null || true; done
+    ip link del "$bridge" 2>/dev/null || true
+    # In place: in a container /etc/hosts is a mount, which cannot be replaced.
+    local hosts
+    hosts=$(sed '/^# BEGIN fine-tuning test cluster$/,/^# END fine-tuning test cluster$/d' /etc/hosts)
+    printf '%s\n' "$hosts" >/etc/hosts
+}
+
+start() {
+    mkdir -p "$folder"/{munge,run,log,ctld,spool}
+    chmod 755 "$folder" "$folder/run"
+    chmod 711 "$folder/munge" # munged wants others to be able to enter
+    (umask 077 && head -c 128 /dev/urandom >"$folder/munge/key")
+
+    echo "CgroupPlugin=cgroup/v1" >"$folder/cgroup.conf" # loaded though unused; the default is fatal without cgroups
+    cat >"$conf" <<CONF
+ClusterName=test
+SlurmctldHost=$(hostname -s)($subnet.1)
+SlurmctldPort=$port
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$folder/munge/socket
+CredType=cred/munge
+StateSaveLocation=$folder/ctld
+SlurmdSpoolDir=$folder/spool/%n
+SlurmctldPidFile=$folder/run/slurmctld.pid
+SlurmdPidFile=$folder/run/slurmd.%n.pid
+SlurmctldLogFile=$folder/log/slurmctld.log
+SlurmdLogFile=$folder/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+ReturnToService=2
+PropagateResourceLimits=NONE
+MailProg=/bin/true
+AccountingStorageType=accounting_storage/none
+MinJobAge=86400
+KillWait=20
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=${prefix}1 NodeAddr=$subnet.11 Port=$((port + 1)) CPUs=8 RealMemory=16000 State=UNKNOWN
+NodeName=${prefix}2 NodeAddr=$subnet.12 Port=$((port + 1)) CPUs=8 RealMemory=16000 State=UNKNOWN
+PartitionName=main Nodes=${prefix}[1-2] Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=urgent Nodes=${prefix}[1-2] PriorityTier=10 State=UP
+CONF
+    {
+        echo "# BEGIN fine-tuning test cluster"
+        for i in 1 2; do echo "$subnet.1$i $prefix$i"; done
+        echo "# END fine-tuning test cluster"
+    } >>/etc/hosts
+
+    ip link add "$bridge" type bridge
+    ip addr add "$subnet.1/24" dev "$bridge"
+    ip link set "$bridge" up
+    for i in 1 2; do
+        ip netns add "$prefix$i"
+        ip link add "$prefix$i" type veth peer name eth0 netns "$prefix$i"
+        ip link set "$prefix$i" master "$bridge" up
+        ip -n "$prefix$i" link set lo up
+        ip -n "$prefix$i" addr add "$subnet.1$i/24" dev eth0
+        ip -n "$prefix$i" link set eth0 up
+    done
+
+    # Daemons start with an empty environment: nothing of an enclosing job reaches the jobs of the tests.
+    daemon() { env -i PATH="$PATH" LANG=C.UTF-8 "$@" </dev/null >>"$folder/log/start.log" 2>&1; }
+    daemon munged --force --num-threads=10 --socket="$folder/munge/socket" --key-file="$folder/munge/key" \
+        --pid-file="$folder/run/munged.pid" --seed-file="$folder/munge/seed" --log-file="$folder/log/munged.log"
+    daemon slurmctld -f "$conf"
+    # shellcheck disable=SC2016 # the inner shell expands
+    # Not `ip netns exec`: that hides /sys/fs/cgroup. Each node has its own host name, as gloo looks its address up.
+    for i in 1 2; do
+        mkdir -p "$folder/spool/$prefix$i"
+        daemon nsenter --net="/run/netns/$prefix$i" unshare --uts \
+            sh -c 'hostname "$1" && shift && exec "$@"' sh "$prefix$i" slurmd -f "$conf" -N "$prefix$i"
+    done
+    for _ in {1..200}; do
+        if [[ $(SLURM_CONF=$conf timeout 5 sinfo -h -N -p main -o %T 2>/dev/null | grep -c '^idle$') == 2 ]]; then
+            return 0
+        fi
+        sleep 0.1
+    done
+    echo "cluster.sh: the nodes are not ready after 20 s" >&2
+    grep -hE 'error|fatal' "$folder"/log/*.log | tail -n 10 >&2
+    return 1
+}
+
+case $action in
+    start) stop && { start || { stop; exit 1; }; } ;;
+    stop) stop ;;
+    *) echo "cluster.sh: expected start or stop, got $action" >&2 && exit 2 ;;
+esac
