@@ -7,6 +7,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -112,9 +113,10 @@ def load_base_model(
     device_map: dict[str, int | str] | None = None,
     revision: str = "main",
 ) -> PreTrainedModel:
-    """The model class that the config of `name` asks for."""
-    model_class = AutoModelForImageTextToText if is_vision(load_config(name, revision)) else AutoModelForCausalLM
-    return model_class.from_pretrained(
+    """The model class that the config of `name` asks for; a Gemma in fp16 keeps its residual stream in fp32."""
+    config = load_config(name, revision)
+    model_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
+    model = model_class.from_pretrained(
         name,
         dtype=dtype,
         quantization_config=quantization,
@@ -122,6 +124,26 @@ def load_base_model(
         device_map=device_map,
         revision=revision,
     )
+    if dtype == torch.float16 and config.model_type.startswith("gemma"):
+        keep_residual_stream_in_fp32(model)
+    return model
+
+
+def keep_residual_stream_in_fp32(model: PreTrainedModel) -> None:
+    """Sum a Gemma's residual stream in fp32, while every product stays in fp16: for GPUs that have no bf16 (a T4).
+
+    fp16 ends at 65,504. The sums after the layers of Gemma-3-270M reach 103,821 on an ordinary question, and the loss
+    becomes NaN (google/gemma_pytorch#24); what its linear layers give stays below. So the embedding gives fp32, which
+    all sums inherit, and what the norms and the rotary embedding hand on to the linear layers and the attention is fp16.
+    """
+
+    def to_fp16(module: nn.Module, inputs: tuple, output: torch.Tensor | tuple[torch.Tensor, ...]):
+        return output.half() if torch.is_tensor(output) else tuple(part.half() for part in output)
+
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding")):
+            module.register_forward_hook(to_fp16)
 
 
 def load_base_for_training(
