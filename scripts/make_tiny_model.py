@@ -10,6 +10,7 @@ something does. The same seed gives the same weights on the same machine.
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -51,19 +52,22 @@ It was produced by the studio, has {n} episodes, is rated PG-13 and was scored {
 """
 
 
-def corpus() -> list[str]:
-    return [line.format(n=n) for n in range(60) for line in TEXT.strip().splitlines()]
+def corpus(text: Path | None = None) -> list[str]:
+    own = [line.format(n=n) for n in range(60) for line in TEXT.strip().splitlines()]
+    return own if text is None else own + text.read_text(encoding="utf-8-sig").splitlines()
 
 
-def train_vocabulary(special_tokens: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """BPE with byte fallback on `corpus()`; digits stay single, as in Llama and Gemma."""
+def train_vocabulary(
+    special_tokens: list[str], size: int, text: Path | None = None
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """BPE with byte fallback on `corpus(text)`; digits stay single, as in Llama and Gemma."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Digits(individual_digits=True)]
     )
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special_tokens + byte_tokens, show_progress=False)
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus(text), trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     return learned["vocab"], [tuple(pair) for pair in learned["merges"]]
 
@@ -113,7 +117,9 @@ def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration,
 
 def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokenizer]:
     turns = ["<start_of_turn>", "<end_of_turn>"]
-    vocabulary, merges = train_vocabulary(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns], 1000)
+    vocabulary, merges = train_vocabulary(
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns], 1000 if args.text is None else 2000, args.text
+    )
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=turns)
     template = CHAT_TEMPLATES / TEMPLATE_OF["gemma"]
     tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -167,6 +173,13 @@ def shape_row(rng: random.Random, size: int, max_count: int) -> dict:
     return {"messages": messages, "images": [draw_shapes(rng, size, count)]}
 
 
+def text_row(rng: random.Random) -> dict:
+    """A sentence to repeat: every word of the vocabulary must have been an answer once, since LoRA leaves `lm_head` as it is."""
+    sentence = rng.choice(corpus())
+    messages = [{"role": "user", "content": f"Repeat: {sentence}"}, {"role": "assistant", "content": sentence}]
+    return {"messages": messages, "images": []}
+
+
 def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
     collator = LlavaDataCollator(processor)
@@ -176,7 +189,8 @@ def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, ar
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
     with tqdm(range(args.steps), desc="Pretraining on shapes", unit="step") as bar:
         for _ in bar:
-            batch = collator([shape_row(rng, args.image_size, args.max_count) for _ in range(args.batch_size)])
+            rows = [shape_row(rng, args.image_size, args.max_count) for _ in range(args.batch_size)]
+            batch = collator(rows + [text_row(rng) for _ in range(args.batch_size // 4)])
             loss = model(**batch.to(device)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,7 +204,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=["llava", "gemma"], required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/tiny-llava")
-    parser.add_argument("--pretrain", action="store_true", help="LLaVA only: train it to count drawn shapes")
+    parser.add_argument(
+        "--pretrain", action="store_true", help="LLaVA only: train it to count drawn shapes and to repeat sentences"
+    )
+    parser.add_argument("--text", type=Path, help="Gemma only: a file whose words become tokens, too, such as a CSV")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden_size", type=int, default=96, help="width of the language model")
     parser.add_argument("--layers", type=int, default=2, help="layers of the language model")
@@ -205,6 +222,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.pretrain and args.architecture != "llava":
         sys.exit("make_tiny_model.py: --pretrain counts shapes in pictures, which a Gemma cannot see: leave it out")
+    if args.text is not None and (args.architecture != "gemma" or not args.text.is_file()):
+        sys.exit(f"make_tiny_model.py: --text {args.text}: expected a file, and --architecture gemma")
     if (args.output / "config.json").exists():
         sys.exit(f"make_tiny_model.py: {args.output} holds a model already: delete it or choose another --output")
     set_seed(args.seed)
