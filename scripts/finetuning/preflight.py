@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.hardware import compute_capability, strategy, weight_dtype, weights_are_divided
@@ -35,7 +36,7 @@ def refuse_what_cannot_work(
         *row_problems(train_rows),
     ]
     try:
-        counts = count_what_is_trained(script_args, model_args)
+        counts = count_what_is_trained(script_args, training_args, model_args)
     except ValueError as error:
         problems.append(str(error))
         counts = {}
@@ -178,14 +179,19 @@ def searches_unused_parameters(script_args: ScriptArguments, training_args: Trai
     return bool(sees) and rows_without_image(rows) > 0
 
 
-def count_what_is_trained(script_args: ScriptArguments, model_args: ModelArguments) -> dict[str, dict[str, int]]:
+def count_what_is_trained(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> dict[str, dict[str, int]]:
     """`count_parameters` of the model as it will be placed. Raises ValueError where the placement cannot be had."""
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
-    with torch.device("meta"):
-        # Not from_config: under ZeRO-3 that would divide these weights, which do not exist, over the GPUs.
-        model = auto_class._model_mapping[type(config)](config)
-        return count_parameters(place(model, script_args, model_args))
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would divide even these weights, which do not exist
+    try:
+        with torch.device("meta"):
+            return count_parameters(place(auto_class.from_config(config), script_args, model_args))
+    finally:
+        if training_args.deepspeed_plugin is not None:
+            training_args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, int]], num_rows: int) -> list[str]:
@@ -206,9 +212,9 @@ def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, 
     free = shutil.disk_usage(existing).free
     if needed > free:
         return [
-            f"output_dir: {kept} checkpoints of {checkpoint / 2**30:.1f} GiB and the result do not fit, {existing} has "
-            f"{free / 2**30:.1f} GiB free: free {(needed - free) / 2**30:.1f} GiB, set save_total_limit: 1, or give "
-            "another folder with --output_dir"
+            f"output_dir: the run needs {needed / 2**30:.1f} GiB ({kept} checkpoints of {checkpoint / 2**30:.1f} GiB and "
+            f"the result), {existing} has {free / 2**30:.1f} GiB free: make room, set save_total_limit: 1, or give another "
+            "folder with --output_dir"
         ]
     return []
 
