@@ -43,7 +43,10 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     groups = [
         rows[start : start + max_dialogues] for rows in rows_of.values() for start in range(0, len(rows), max_dialogues)
     ]
-    grouped = Dataset.from_dict({"rows": groups})
+    texts = dataset["messages"]
+    sizes = [sum(len(message["content"]) for message in messages) for messages in texts]
+    characters = [sum(sizes[row] for row in rows) for rows in groups]
+    grouped = Dataset.from_dict({"rows": groups, "characters": characters})
     grouped.set_transform(partial(read_groups, dataset))
     return grouped
 

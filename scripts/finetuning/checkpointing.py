@@ -1,0 +1,178 @@
+"""How many decoder layers are computed again in the backward pass: as few as fit the GPU that is there.
+
+Checkpointing every layer costs a third of a step. The layers kept are the last ones: the backward pass starts there and
+has freed them when it comes to the first, which are computed again.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Left free for what a probe cannot see: fragments between allocations, the libraries' own buffers.
+SPARE = 0.05
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The language model's layers, first to last; those of a vision tower are no part of it."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and "vision_tower" not in name
+    ]
+
+
+def parse_checkpoint_layers(value: str, num_layers: int) -> int | None:
+    """`auto` -> None, `all` -> every layer, a number -> itself. Raises ValueError for anything else."""
+    if value == "auto":
+        return None
+    if value == "all":
+        return num_layers
+    if value.isdecimal() and int(value) <= num_layers:
+        return int(value)
+    raise ValueError(f"checkpoint_layers: {value}, expected auto, all, or 0 to {num_layers} (the model's layers)")
+
+
+def checkpoint_first(model: nn.Module, count: int) -> None:
+    """Checkpoint the first `count` decoder layers, and nothing else."""
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = index < count
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def fewest_that_fit(peak_with: Callable[[int], float], num_layers: int, budget: float) -> int:
+    """Fewest checkpointed layers with which `peak_with(count)` (bytes, inf if out of memory) stays within `budget`.
+
+    Every number is tried before it is taken, by bisection: 6 tries for 32 layers. Raises ValueError if not even all
+    layers are enough.
+    """
+    if peak_with(0) <= budget:
+        return 0
+    everything = peak_with(num_layers)
+    if everything > budget:
+        raise ValueError(
+            f"a step needs {describe(everything)} with every layer checkpointed, and {describe(budget)} are free: set a "
+            "smaller per_device_train_batch_size (and more gradient_accumulation_steps), or load_in_4bit: true"
+        )
+    too_few, enough = 0, num_layers
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if peak_with(middle) <= budget:
+            enough = middle
+        else:
+            too_few = middle
+    return enough
+
+
+def describe(size: float) -> str:
+    return "more memory than there is" if math.isinf(size) else f"{size / 2**30:.1f} GiB"
+
+
+def peak_of_a_step(model: nn.Module, batch: dict[str, Any], count: int) -> float:
+    """Bytes that a forward and backward pass of `batch` needs at most on this device, the largest of all processes."""
+    checkpoint_first(model, count)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
+        peak = float(torch.cuda.max_memory_allocated())
+    except torch.OutOfMemoryError:
+        peak = math.inf
+    model.zero_grad(set_to_none=True)
+    if dist.is_initialized():
+        peaks = torch.tensor(peak, device="cuda")
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        peak = peaks.item()
+    return peak
+
+
+def longest_rows(dataset: Any, number: int) -> list[int]:
+    """Indices of the rows with most text: with images of one size, the batch that needs most memory."""
+    stored = dataset.with_format("arrow")
+    column = next(name for name in ("characters", "input_ids", "messages") if name in dataset.column_names)
+    values = stored[column].to_pylist()
+    lengths = [value if column == "characters" else len(value) for value in values]
+    if column == "messages":
+        lengths = [sum(len(message["content"]) for message in messages) for messages in values]
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:number]
+
+
+class LayerCheckpointing(TrainerCallback):
+    """Applies `checkpoint_layers` of the recipe when training begins, and writes the choice into `arguments.yaml`.
+
+    `auto` tries steps on the longest rows: on a GPU the fewest layers that fit, on a CPU none. `take_more` is for a
+    step that does not fit all the same.
+    """
+
+    def __init__(self, trainer: Any, wanted: str):
+        self.trainer = trainer
+        self.num_layers = len(decoder_layers(trainer.model))
+        self.count = parse_checkpoint_layers(wanted, self.num_layers)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer, model = self.trainer, self.trainer.model
+        if self.count is None:
+            self.count = self.choose() if torch.cuda.is_available() and not args.use_cpu else 0
+        checkpoint_first(model, self.count)
+        trainer.accelerator.print(f"  {self.count} of {self.num_layers} decoder layers are checkpointed")
+        if trainer.is_world_process_zero():
+            keep_choice(Path(args.output_dir), self.count)
+
+    def choose(self) -> int:
+        trainer, model = self.trainer, self.trainer.model
+        rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+        batch.pop("rows", None)
+        batch = trainer._prepare_inputs(batch)
+        # AdamW keeps two fp32 numbers per trained one, from the first step on.
+        optimizer = sum(8 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        free, _ = torch.cuda.mem_get_info()
+        budget = (free + torch.cuda.memory_reserved()) * (1 - SPARE) - optimizer
+        if dist.is_initialized():
+            budgets = torch.tensor(budget, device="cuda")
+            dist.all_reduce(budgets, op=dist.ReduceOp.MIN)
+            budget = budgets.item()
+        model.train()
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]), trainer.compute_loss_context_manager():
+            count = fewest_that_fit(partial(peak_of_a_step, model, batch), self.num_layers, budget)
+        torch.cuda.empty_cache()
+        return count
+
+    def take_more(self) -> None:
+        """After a step that did not fit: an eighth of the layers more. Raises ValueError when none is left."""
+        if self.count == self.num_layers:
+            raise ValueError(
+                "out of GPU memory with every layer checkpointed: set a smaller per_device_train_batch_size. The last "
+                "checkpoint is intact; the same command continues from it"
+            )
+        self.count = min(self.num_layers, self.count + max(1, self.num_layers // 8))
+        print(f"Out of GPU memory: {self.count} of {self.num_layers} layers are checkpointed from here on")
+        checkpoint_first(self.trainer.model, self.count)
+        torch.cuda.empty_cache()
+        keep_choice(Path(self.trainer.args.output_dir), self.count)
+
+
+def keep_choice(folder: Path, count: int) -> None:
+    """Write the number of layers into the run's `arguments.yaml`, where a continuation finds it."""
+    path = folder / "arguments.yaml"
+    if path.is_file():
+        arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
+        arguments["checkpoint_layers"] = str(count)
+        path.write_text(yaml.safe_dump(arguments, allow_unicode=True, sort_keys=True), encoding="utf-8")
+
+
+def kept_choice(folder: Path, wanted: str) -> str:
+    """What an interrupted run chose for `auto`; `wanted` for a fresh one."""
+    path = folder / "arguments.yaml"
+    if wanted != "auto" or not path.is_file():
+        return wanted
+    return str(yaml.safe_load(path.read_text(encoding="utf-8")).get("checkpoint_layers", wanted))
