@@ -18,7 +18,7 @@ BIN := .venv/bin
 	touch $@
 
 data/sample-raw/labels.csv: | .venv/installed
-	$(BIN)/python data_prep/make_sample_cctv.py --output data/sample-raw --frames 600 --size 128x128
+	$(BIN)/python data_prep/make_sample_cctv.py --output data/sample-raw --frames 800 --size 128x128
 
 data/sample-cctv/manifest.json: data/sample-raw/labels.csv
 	$(BIN)/python data_prep/prepare_cctv.py --frames data/sample-raw/frames --labels data/sample-raw/labels.csv \

@@ -184,7 +184,7 @@ def test_what_the_recipe_trains_moves_and_nothing_else(run, tiny_llava):
 def test_the_run_folder_holds_exactly_what_is_promised(run):
     assert {path.name for path in run.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "arguments.yaml", "chat_template.jinja", "metrics.json",
-        "processor_config.json", "runs", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
+        "processor_config.json", "progress.json", "README.md", "runs", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
     }  # fmt: skip
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["completed"] is True and metrics["global_step"] == 4
@@ -323,9 +323,10 @@ def test_every_recipe_is_read(recipe):
 
 
 def test_the_t4_recipe_has_the_known_defaults():
+    """Batch 8 without accumulation on one GPU; on more of them the batch a step stays 8."""
     recipe = yaml.safe_load((ROOT / "scripts" / "configs" / "llava_qlora.yaml").read_text())
     known = {
-        "learning_rate": 1.4e-5, "per_device_train_batch_size": 8, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
+        "learning_rate": 1.4e-5, "per_device_train_batch_size": 8, "global_batch_size": 8, "num_train_epochs": 1,
         "gradient_checkpointing": True, "fp16": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
         "use_bnb_nested_quant": True, "model_name_or_path": "llava-hf/llava-1.5-7b-hf", "dataset_name": "data/cctv",
     }  # fmt: skip

@@ -38,7 +38,7 @@ QUANTISATION_KEYS = [
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 ]
-NOT_QUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
+NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]  # transformers matches from the start of the name
 
 
 def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
