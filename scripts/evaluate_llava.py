@@ -37,6 +37,7 @@ from finetuning.evaluation import (
     start_evaluation,
 )
 from finetuning.plots import error_by_crowd_size, loss_curves, predicted_against_true
+from finetuning.questions import image_counts
 from finetuning.report import Item, Plot, Table, write_report
 from finetuning.verdict import compare, describe
 
@@ -118,7 +119,8 @@ def write_evaluation(
     """Scores, verdict, tables, pictures, page."""
     true, images = facts["count"], facts["image_id"]
     counts = {model: [parse_count(answer) for answer in answers[model]] for model in ("base", "tuned")}
-    guesses = train_guesses(dataset)
+    train_counts = image_counts(dataset["train"]) if "train" in dataset else []
+    guesses = trivial_guesses(train_counts) if train_counts else {}
     predicted = counts | {guess: [value] * len(true) for guess, value in guesses.items()}
     scores = {model: score_counts(values, true) for model, values in predicted.items()}
     sizes = crowd_sizes(true)
@@ -200,16 +202,6 @@ def write_evaluation(
         f"{model}_{key}": scores[model][key] for model in counts for key in ("penalised_mae", "exact", "within_1")
     }
     log_to_wandb(run, settings["split"], numbers, tables, plots, [item for group in groups.values() for item in group])
-
-
-def train_guesses(dataset: DatasetDict) -> dict[str, int]:
-    """The trivial guesses from the training split, one count per image; empty when there is no such split."""
-    if "train" not in dataset or "count" not in dataset["train"].column_names:
-        return {}
-    train = dataset["train"]
-    images = train["image_id"] if "image_id" in train.column_names else range(len(train))
-    counts = {image: count for image, count in zip(images, train["count"], strict=True) if count is not None}
-    return trivial_guesses(list(counts.values())) if counts else {}
 
 
 def score_table(scores: dict[str, dict], labels: dict[str, str]) -> Table:

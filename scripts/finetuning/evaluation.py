@@ -206,5 +206,5 @@ def log_to_wandb(
         for item in items
     ]
     logged[f"{split}/answers"] = wandb.Table(columns=columns, data=rows)
-    with wandb.init() as session:
-        session.log(logged)
+    wandb.log(logged)
+    wandb.finish()
