@@ -1,0 +1,114 @@
+"""How far is a training? Step, speed, time left, losses, checkpoints, restarts, the job in Slurm, the page in W&B.
+
+    python scripts/status.py outputs/llava-lora
+    python scripts/status.py outputs/*
+
+Reads what the run writes into its folder, so it also answers on a login node while the run is on others.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetuning.progress import read_progress
+
+SILENT = 900  # seconds without a log after which a run deserves a look
+
+
+def duration(seconds: float) -> str:
+    """4000 -> 1 h 06 min"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def since(moment: str) -> float:
+    """Seconds since a moment of progress.json."""
+    return (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(moment)).total_seconds()
+
+
+def state_in_slurm(job: str) -> str | None:
+    """`RUNNING on node[1-2]`, `PENDING (BeginTime)`; None without Slurm here or when it has forgotten the job."""
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %N %r"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    if not answer:
+        return None
+    return f"{answer[0]} on {answer[1]}" if answer[0] == "RUNNING" else f"{answer[0]} ({answer[-1]})"
+
+
+def describe(run: Path) -> str:
+    """The state of one run, several lines. Raises ValueError for a folder that no training has written in."""
+    progress = read_progress(run)
+    if not progress:
+        raise ValueError(f"{run}: no run here (progress.json is missing); the folder is a recipe's output_dir")
+    metrics_file = run / "metrics.json"
+    completed = metrics_file.is_file() and json.loads(metrics_file.read_text(encoding="utf-8")).get("completed")
+    attempts: list[dict[str, Any]] = progress["attempts"]
+    last = attempts[-1]
+    step, max_steps = progress.get("step", last["from_step"]), progress.get("max_steps")
+    lines = [str(run)]
+    if completed:
+        lines.append(f"  complete: {step:,} steps, ended {last['ended']}")
+    elif max_steps is None:
+        lines.append(f"  step: none logged yet, started {duration(since(last['started']))} ago on {last['host']}")
+    else:
+        left = (max_steps - step) * progress.get("seconds_per_step", 0)
+        lines.append(f"  step: {step:,} of {max_steps:,} ({step / max_steps:.0%}), {duration(left)} left while it runs")
+    if "seconds_per_step" in progress:
+        rows = f", {progress['samples_per_second']:.1f} rows/s" if "samples_per_second" in progress else ""
+        lines.append(f"  speed: {progress['seconds_per_step']:.2f} s a step{rows}")
+    names = {"loss": "train", "eval_loss": "validation", "eval_count_mae": "off by (people)"}
+    losses = [f"{label} {progress[name]:.4f}" for name, label in names.items() if name in progress]
+    if losses:
+        lines.append(f"  last losses: {', '.join(losses)}, logged {duration(since(progress['logged_at']))} ago")
+    steps = sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*") if path.is_dir())
+    lines.append(f"  last checkpoint: step {steps[-1]:,}" if steps else "  last checkpoint: none yet")
+    if len(attempts) > 1:
+        lines.append(f"  restarts: {len(attempts) - 1}")
+        for before, attempt in itertools.pairwise(attempts):
+            reason = before.get("reason", "ended without a word (killed?)")
+            lines.append(f"    at step {attempt['from_step']:,}, {attempt['started']}: {reason}")
+    if not completed:
+        lines += how_it_is(progress, last)
+    if "wandb" in progress:
+        lines.append(f"  W&B: {progress['wandb']}")
+    return "\n".join(lines)
+
+
+def how_it_is(progress: dict[str, Any], last: dict[str, Any]) -> list[str]:
+    """Whether an unfinished run is running, as far as one can tell from here."""
+    lines = []
+    if "job" in last:
+        lines.append(f"  job {last['job']}: {state_in_slurm(last['job']) or 'not known to Slurm here'}")
+    silent = since(progress.get("logged_at", last["started"]))
+    if "ended" in last:
+        lines.append(f"  stopped at step {last['step']:,} by {last['reason']}; the same command continues")
+    elif silent > max(SILENT, 100 * progress.get("seconds_per_step", 0)):
+        lines.append(f"  nothing was logged for {duration(silent)}: look at its output")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="outputs/RUN")
+    args = parser.parse_args()
+    problems = []
+    for run in args.runs:
+        try:
+            print(describe(run))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        sys.exit("status.py: " + "\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

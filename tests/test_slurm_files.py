@@ -1,0 +1,90 @@
+"""The job files: valid shell, no site in them, and the grid of a sweep."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_command
+
+from finetuning.arguments import parse_arguments
+
+SLURM = ROOT / "slurm"
+FILES = sorted([*SLURM.glob("*.slurm"), *SLURM.glob("*.sh"), *(ROOT / "tests" / "cluster").glob("*.sh")])
+SWEEP = ("scripts/train_llava.py", "ddp", "scripts/configs/llava_lora.yaml", "slurm/sweep_llava.yaml")
+
+
+def test_the_job_files_are_there():
+    assert {path.name for path in FILES} == {
+        "chain.sh", "cluster.sh", "environment.sh", "evaluate.slurm", "on_each_node.sh", "prepare.slurm", "submit.sh",
+        "sweep.slurm", "train.slurm",
+    }  # fmt: skip
+    assert (SLURM / "logs").is_dir()  # sbatch does not make the folder of its logs
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_bash_and_shellcheck_have_nothing_to_say(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    result = subprocess.run([shellcheck, "-x", path.relative_to(ROOT)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", sorted(SLURM.glob("*.slurm")), ids=lambda path: path.name)
+def test_a_job_file_names_no_site_and_no_number_of_nodes_that_is_not_its_own(path):
+    directives = re.findall(r"^#SBATCH --(\S+?)(?:=|$)", path.read_text(), re.MULTILINE)
+    assert {"job-name", "output"} <= set(directives)
+    site = {"partition", "account", "qos", "gres", "gpus", "gpus-per-node", "constraint", "time", "mem", "mail-user"}
+    assert not site & set(directives)
+    assert ("nodes" in directives) == (path.name in ("prepare.slurm", "evaluate.slurm"))
+    assert "set -euo pipefail" in path.read_text() and 'cd "$SLURM_SUBMIT_DIR"' in path.read_text()
+
+
+def test_the_node_rank_is_expanded_on_the_node_and_nowhere_else():
+    assert {path.name for path in FILES if re.search(r"\$\{?SLURM_(NODEID|PROCID)", path.read_text())} == {
+        "on_each_node.sh"
+    }
+
+
+def test_a_sweep_has_every_combination_in_a_folder_of_its_own():
+    lines = run_command("scripts/sweep.py", *SWEEP, "--num_train_epochs", "2").stdout.splitlines()
+    assert len(lines) == 9
+    assert lines[1] == (
+        "1: scripts/configs/llava_lora.yaml --num_train_epochs 2 --learning_rate 1e-05 --lora_r 64 "
+        "--output_dir outputs/llava-lora/learning_rate=1e-05,lora_r=64"
+    )
+    words = run_command("scripts/sweep.py", *SWEEP, "--point", "8", "--output_dir", "elsewhere").stdout.splitlines()
+    assert words[:3] == list(SWEEP[:3]) and words[-1] == "elsewhere/learning_rate=5e-05,lora_r=128"
+    assert run_command("scripts/sweep.py", *SWEEP, "--point", "9").stderr == (
+        "sweep.py: slurm/sweep_llava.yaml has points 0 to 8, not 9\n"
+    )
+
+
+def test_a_grid_with_a_key_that_no_recipe_has_is_refused_with_every_point(tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("lora_rank: [3, 4]\n")
+    result = run_command("scripts/sweep.py", *SWEEP[:3], grid, "--count")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "point 0: " in result.stderr and "point 1: " in result.stderr and "lora_rank" in result.stderr
+
+
+def test_all_mistakes_of_a_submission_are_told_at_once():
+    words = ("scripts/train_lava.py", "dpd", "--config", "scripts/configs/llava_lora.yaml", "--lora_rank", "16")
+    result = run_command("scripts/check_recipe.py", *words)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    for part in ("scripts/train_lava.py: no training command", "dpd: no strategy", "--lora_rank"):
+        assert part in result.stderr
+
+
+def test_the_wandb_sweep_varies_keys_of_its_recipe_and_scores_what_is_logged():
+    sweep = yaml.safe_load((SLURM / "wandb_sweep.yaml").read_text())
+    assert sweep["metric"] == {"name": "eval/count_penalised_mae", "goal": "minimize"}
+    shell = sweep["command"][2]
+    recipe = re.search(r"--config (\S+)", shell)[1]
+    flags = [word for key in sweep["parameters"] for word in (f"--{key}", "1")]
+    parse_arguments(ROOT / recipe, ["--config", str(ROOT / recipe), *flags])
+    assert (
+        "--output_dir outputs/wandb-sweep/$WANDB_RUN_ID" in shell and sweep["command"][-1] == "${args_no_boolean_flags}"
+    )
