@@ -93,7 +93,7 @@ def test_the_three_attempts_are_one_curve(whole, interrupted):
         again["loss"], again["learning_rate"], again["num_tokens"])  # fmt: skip
     evaluations = [[(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e] for history in (one, three)]
     assert evaluations[0] == evaluations[1] and [step for step, _ in evaluations[1]] == [6, 12]
-    assert [entry["restarts"] for entry in three if "loss" in entry][0::100] == [0] and again["restarts"] == 2
+    assert {entry["restarts"] for entry in three if "loss" in entry} == {0, 1, 2}
 
 
 def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
@@ -101,7 +101,11 @@ def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
     attempts = read_attempts(run)
     assert len(attempts) == 3
     assert {attempt["id"] for attempt in attempts} == {(run / "wandb_run_id.txt").read_text().strip()}
-    assert [(attempt["exit_code"], attempt["preempting"]) for attempt in attempts] == [(75, True), (75, True), (0, False)]
+    assert [(attempt["exit_code"], attempt["preempting"]) for attempt in attempts] == [
+        (75, True),
+        (75, True),
+        (0, False),
+    ]
     history = [entry for attempt in attempts for entry in attempt["history"]]
     steps = [entry["train/global_step"] for entry in history if "train/global_step" in entry]
     assert steps == sorted(steps) and steps[-1] == 12
@@ -110,7 +114,7 @@ def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
     wanted = {"train/samples_per_second", "train/data_wait", "eval/loss", "eval/count_mae_train_median", "eval/answers"}
     assert wanted <= {key for entry in history for key in entry}
     config = attempts[-1]["config"]
-    assert config["learning_rate"] == 2e-3 and config["placement_projector" if False else "projector"] == "full"
+    assert config["learning_rate"] == 2e-3 and config["projector"] == "full"
     manifest = hashlib.sha256((cctv_dataset / "manifest.json").read_bytes()).hexdigest()[:12]
     assert f"manifest:{manifest}" in attempts[0]["tags"] and "processes:1" in attempts[0]["tags"]
     summary = attempts[-1]["summary"]

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from functools import partial
@@ -71,10 +72,17 @@ class StopRequest:
         return self.agreed
 
 
-def _ignore_signals(worker: int, signals: list[signal.Signals], then: partial | None) -> None:
-    # Slurm signals every process of a step. PyTorch's workers die of TERM, and the run with them.
-    for number in signals:
-        signal.signal(number, signal.SIG_IGN)
+def _obey_parent_only(worker: int, signals: list[signal.Signals], then: partial | None) -> None:
+    # Slurm signals every process of a step. PyTorch's loader workers die of TERM, and the run with them; but their own
+    # process ends them by TERM too, and would wait for ever for one that ignores it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def listen() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     if then is not None:
         then(worker)
 
@@ -174,7 +182,7 @@ class InterruptibleTrainer(SFTTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
-        inner.worker_init_fn = partial(_ignore_signals, signals=self.stop_request.signals, then=inner.worker_init_fn)
+        inner.worker_init_fn = partial(_obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
         return loader
 
     def _get_output_dir(self, trial) -> str:

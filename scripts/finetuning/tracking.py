@@ -5,6 +5,7 @@ import importlib.util
 import netrc
 import os
 import secrets
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def set_up(output_dir: str, run_name: str | None) -> list[str]:
         arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
         facts = facts_of_the_run(arguments.get("dataset_name", ""))
         tags = [f"{name}:{value}"[:64] for name, value in facts.items()]
+        # Slurm signals every process of a step, and wandb's own dies of TERM: it inherits this mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=id_file.read_text(encoding="utf-8").strip(),
@@ -63,6 +66,7 @@ def set_up(output_dir: str, run_name: str | None) -> list[str]:
             dir=str(folder),
             config=arguments | facts,
         )
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return ["tensorboard", "wandb"]
 
 
