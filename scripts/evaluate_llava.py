@@ -309,3 +309,5 @@ if __name__ == "__main__":
         main(parse_arguments())
     except ValueError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The answers so far are kept: the same command continues.")
