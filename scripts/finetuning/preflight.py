@@ -68,8 +68,6 @@ def strategy_problems(
                 "FSDP without GPUs: accelerate would train plain DDP without a word. Launch with "
                 f"{CONFIGS}/ddp.yaml (several processes) or {CONFIGS}/cpu.yaml"
             )
-    if model_args.load_in_4bit and model_args.load_in_8bit:
-        problems.append("load_in_4bit and load_in_8bit are both on: keep one")
     if quantised and how == "ZeRO-3":
         problems.append(
             "ZeRO-3 cannot divide quantised weights, each GPU would load the whole model or fail (peft#2016, "
@@ -84,7 +82,7 @@ def strategy_problems(
     if model_args.load_in_4bit and how == "FSDP2" and model_args.bnb_4bit_quant_storage != stored:
         problems.append(
             f"FSDP2 divides 4-bit weights only when they are stored as the type of the run (accelerate leaves others "
-            f"whole on every GPU): set bnb_4bit_quant_storage: {stored}, which is {model_args.bnb_4bit_quant_storage}"
+            f"whole on every GPU): set bnb_4bit_quant_storage: {stored}, which is {model_args.bnb_4bit_quant_storage or 'uint8'}"
         )
     if quantised and "lora" not in placements:
         problems.append("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")

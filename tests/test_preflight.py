@@ -1,0 +1,399 @@
+"""What cannot work is refused before a weight is loaded, and what can is let through. No launch needs more than a CPU."""
+
+import argparse
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT, run_command
+from datasets import Dataset, Image, List
+from PIL import Image as Picture
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from finetuning import preflight
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.collator import LlavaDataCollator
+from finetuning.hardware import choose_precision, divide_batch, launched_precision, refuse_more_processes_than_gpus
+from finetuning.placement import place, without_gradient
+from finetuning.runs import resolved_arguments
+
+CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
+T4, A100, H200 = (7, 5), (8, 0), (9, 0)
+
+
+def launch_by(monkeypatch, how: str, **environment: str) -> None:
+    """The environment that `accelerate launch` sets for a strategy."""
+    environment["WORLD_SIZE"] = "1" if how == "one process" else "2"
+    if how.startswith("ZeRO"):
+        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": how[-1]}
+    if how.startswith("FSDP"):
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": how[-1]}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def training_arguments(tmp_path: Path, **options) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", **options)
+
+
+def script_arguments(**options) -> ScriptArguments:
+    return ScriptArguments(dataset_name="data/cctv", **options)
+
+
+# The accelerate files
+
+
+def test_there_is_a_file_for_each_strategy():
+    assert list(CONFIGS) == [
+        *("cpu", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"),
+        *("fsdp2", "single_gpu", "t4"),
+    ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_reads_the_file_and_it_says_no_number_of_processes(name):
+    lines = CONFIGS[name].read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and not lines[1].startswith("#")
+    config = load_config_from_file(str(CONFIGS[name]))
+    assert isinstance(config, ClusterConfig)
+    one_process = {"cpu", "single_gpu", "t4"}
+    assert config.num_processes == (1 if name in one_process else -1)
+    assert config.num_machines == 1 and config.main_process_ip is None
+    # accelerate takes any key of these tables without a word: they must be options of its launcher.
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert {*config.deepspeed_config, *config.fsdp_config} <= options
+    if name.startswith("deepspeed"):
+        assert config.deepspeed_config["zero_stage"] == int(name.removeprefix("deepspeed_zero")[0])
+        assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
+    assert config.mixed_precision == ("fp16" if name == "t4" else None)
+
+
+# Rows a step
+
+
+@pytest.mark.parametrize(
+    ("rows", "largest", "processes", "expected"),
+    [
+        (8, 8, 1, (8, 1)),
+        (8, 2, 1, (2, 4)),
+        (8, 8, 2, (4, 1)),
+        (8, 2, 2, (2, 2)),
+        (8, 8, 8, (1, 1)),
+        (12, 5, 1, (4, 3)),
+        (24, 8, 3, (8, 1)),
+    ],
+)
+def test_rows_of_a_step_are_shared_evenly(rows, largest, processes, expected):
+    at_once, times = divide_batch(rows, largest, processes)
+    assert (at_once, times) == expected
+    assert at_once * times * processes == rows and at_once <= largest
+
+
+@pytest.mark.parametrize(("processes", "nearest"), [(3, "6 or 9"), (16, "16"), (5, "5 or 10")])
+def test_rows_that_cannot_be_shared_name_the_nearest_that_can(processes, nearest):
+    with pytest.raises(ValueError, match=f"set it to {nearest}, or launch"):
+        divide_batch(8, 8, processes)
+
+
+def test_global_batch_size_decides_accumulation(tmp_path):
+    arguments = training_arguments(tmp_path, global_batch_size=32, per_device_train_batch_size=8)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (8, 4)
+    saved = resolved_arguments(arguments)
+    assert saved["global_batch_size"] == 32 and "gradient_accumulation_steps" not in saved
+    with pytest.raises(ValueError, match="remove gradient_accumulation_steps: 2, or remove global_batch_size"):
+        training_arguments(tmp_path, global_batch_size=32, gradient_accumulation_steps=2)
+
+
+# Precision and devices
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launched", "capability", "expected"),
+    [
+        ((False, None), "no", T4, (True, False)),
+        ((False, None), "no", A100, (False, True)),
+        ((False, None), "fp16", A100, (True, False)),
+        ((True, None), "fp16", T4, (True, False)),
+        ((False, None), "bf16", H200, (False, True)),
+        ((True, None), "no", None, (False, False)),
+    ],
+)
+def test_precision_of_recipe_launch_and_gpu(monkeypatch, recipe, launched, capability, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert choose_precision(*launched_precision(*recipe), capability) == expected
+
+
+def test_precisions_that_disagree_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="the launch says mixed_precision: bf16, the recipe fp16"):
+        launched_precision(True, None)
+    with pytest.raises(ValueError, match=r"compute capability 7\.5 and bf16 needs 8\.0"):
+        choose_precision(*launched_precision(False, None), T4)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="8 processes on this machine, but it shows 2 GPUs"):
+        refuse_more_processes_than_gpus()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refuse_more_processes_than_gpus()
+
+
+# Combinations
+
+QLORA = {"load_in_4bit": True}
+REENTRANT, NOT_REENTRANT = {"use_reentrant": True}, {"use_reentrant": False}
+ALL_FULL = {"language_model": "full", "projector": "full"}
+
+
+@pytest.mark.parametrize(
+    ("how", "model", "training", "script", "message"),
+    [
+        ("ZeRO-3", QLORA, {}, {}, r"ZeRO-3 cannot divide quantised weights.*peft#2016.*ddp\.yaml"),
+        ("ZeRO-3", {"load_in_8bit": True}, {}, {}, "ZeRO-3 cannot divide quantised weights"),
+        ("FSDP2", QLORA, {}, {}, "set bnb_4bit_quant_storage: float32, which is uint8"),
+        ("FSDP2", {"load_in_8bit": True}, {}, {}, "FSDP2 cannot divide 8-bit weights: set load_in_4bit: true"),
+        ("FSDP2", {}, {}, {}, "FSDP without GPUs: accelerate would train plain DDP without a word"),
+        ("FSDP1", {}, {}, {}, r"fsdp_version 1 is not supported here: launch with accelerate_configs/fsdp2\.yaml"),
+        ("DDP", QLORA, {"gradient_checkpointing_kwargs": REENTRANT}, {}, r"'marked ready twice' \(trl#921"),
+        ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": NOT_REENTRANT}, {}, "needs reentrant checkpointing"),
+        ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": {"selective": True}}, {}, "remove selective"),
+        ("one process", QLORA, {}, ALL_FULL, "quantised weights cannot be trained in full"),
+    ],
+)
+def test_combination_is_refused(monkeypatch, tmp_path, how, model, training, script, message):
+    arguments = training_arguments(tmp_path, **training)
+    launch_by(monkeypatch, how)
+    found = preflight.strategy_problems(script_arguments(**script), arguments, ModelArguments(**model))
+    assert any(re.search(message, problem) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("how", "model", "training", "script"),
+    [
+        ("one process", QLORA, {}, {}),
+        ("DDP", QLORA, {}, {}),
+        ("DDP", {}, {"gradient_checkpointing_kwargs": NOT_REENTRANT}, {}),
+        ("ZeRO-1", QLORA, {}, {}),
+        ("ZeRO-2", QLORA, {}, {}),
+        ("ZeRO-3", {}, {}, {}),
+        ("ZeRO-3", {}, {}, ALL_FULL),
+    ],
+)
+def test_combination_is_let_through(monkeypatch, tmp_path, how, model, training, script):
+    arguments = training_arguments(tmp_path, **training)
+    launch_by(monkeypatch, how)
+    assert preflight.strategy_problems(script_arguments(**script), arguments, ModelArguments(**model)) == []
+
+
+def test_offloaded_optimizer_must_be_one_that_can_be(monkeypatch, tmp_path):
+    arguments = training_arguments(tmp_path, optim="paged_adamw_8bit")
+    launch_by(monkeypatch, "ZeRO-3", ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
+    (problem,) = preflight.strategy_problems(script_arguments(), arguments, ModelArguments())
+    assert "set optim: adamw_torch" in problem
+
+
+def test_one_process_that_sees_two_gpus(tmp_path):
+    arguments = training_arguments(tmp_path)
+    arguments._n_gpu = 2
+    (problem,) = preflight.strategy_problems(script_arguments(), arguments, ModelArguments())
+    assert "ddp.yaml --num_processes 2" in problem and "CUDA_VISIBLE_DEVICES=0" in problem
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "message"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, T4, "needs compute capability 8.0, this GPU has 7.5"),
+        ({"attn_implementation": "flash_attention_3"}, A100, "needs compute capability 9.0, this GPU has 8.0"),
+        ({"attn_implementation": "flash_attention_2"}, None, "needs a GPU"),
+        ({"attn_implementation": "flash_attention"}, A100, "is unknown; there are sdpa, eager"),
+        ({"dtype": "bfloat16"}, T4, "BFloat16 != Half"),
+        ({"attn_implementation": "sdpa"}, T4, None),
+        ({"dtype": "float16"}, T4, None),
+        ({}, None, None),
+    ],
+)
+def test_types_and_attention_against_the_gpu(tmp_path, model, capability, message):
+    found = preflight.precision_problems(training_arguments(tmp_path), ModelArguments(**model), capability)
+    assert (message in found[0]) if message else found == []
+
+
+# Rows
+
+
+def rows(*images_per_row: int) -> Dataset:
+    picture = Picture.new("RGB", (4, 4))
+    columns = {"images": [[picture] * number for number in images_per_row], "row": list(range(len(images_per_row)))}
+    return Dataset.from_dict(columns).cast_column("images", List(Image()))
+
+
+def test_rows_without_image_hang_divided_weights(monkeypatch):
+    assert preflight.rows_without_image(rows(1, 0, 2, 0)) == 2
+    assert preflight.rows_without_image(Dataset.from_dict({"messages": ["a"]})) == 0
+    for how, refused in [("DDP", False), ("ZeRO-2", False), ("ZeRO-3", True), ("FSDP2", True)]:
+        monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+        launch_by(monkeypatch, how)
+        assert bool(preflight.row_problems(rows(1, 0))) is refused
+        assert preflight.row_problems(rows(1, 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "images", "asked", "expected"),
+    [
+        ({}, (1, 1), None, False),
+        ({}, (1, 0), None, False),
+        ({"projector": "full"}, (1, 1), None, False),
+        ({"projector": "full"}, (1, 0), None, True),
+        ({"vision_tower": "lora"}, (0, 1), None, True),
+        ({}, (1, 1), True, True),
+    ],
+)
+def test_ddp_searches_unused_parameters_only_where_a_batch_can_leave_some(tmp_path, script, images, asked, expected):
+    arguments = training_arguments(tmp_path, ddp_find_unused_parameters=asked)
+    assert preflight.searches_unused_parameters(script_arguments(**script), arguments, rows(*images)) is expected
+
+
+# Weights
+
+
+def test_every_trained_parameter_gets_a_gradient(tiny_llava):
+    processor = LlavaProcessor.from_pretrained(tiny_llava)
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
+    script_args = script_arguments(language_model="lora", projector="full", vision_tower="full")
+    last = model.config.vision_config.num_hidden_layers - 1
+    model = place(model, script_args, ModelArguments(lora_r=4))
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "7 people."}]
+    batch = LlavaDataCollator(processor)([{"messages": messages, "images": [Picture.new("RGB", (64, 64), "red")]}])
+    model(**batch).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    assert any(f"layers.{last - 1}." in name for name in trained if "vision_tower" in name)
+    behind = [name for name, _ in model.named_parameters() if without_gradient(name, model.config)]
+    assert any(f"layers.{last}." in name for name in behind) and not trained & set(behind)
+
+
+@pytest.mark.parametrize(("how", "dtype"), [("DDP", torch.float32), ("ZeRO-3", torch.float16)])
+def test_trained_weights_are_fp32_masters_unless_deepspeed_holds_them(monkeypatch, tiny_llava, how, dtype):
+    """fp16 masters end in `Attempting to unscale FP16 gradients` (LLaVA#294, transformers#30559)."""
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float16)
+    launch_by(monkeypatch, how)
+    model = place(model, script_arguments(projector="full"), ModelArguments(lora_r=4))
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {dtype}
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.float16}
+
+
+@pytest.fixture
+def published_llava(tmp_path) -> Path:
+    """config.json of the published LLaVA-1.5-7B; no weights."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
+        image_token_id=32000,
+        vision_feature_layer=-2,
+    ).save_pretrained(tmp_path / "llava-1.5-7b")
+    return tmp_path / "llava-1.5-7b"
+
+
+def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):
+    model_args = ModelArguments(model_name_or_path=str(published_llava), lora_r=64)
+    counts = preflight.count_what_is_trained(script_arguments(), training_arguments(tmp_path), model_args)
+    trained = sum(part["trainable"] for part in counts.values())
+    assert trained == 159_907_840
+    assert sum(part["total"] for part in counts.values()) - trained == 7_063_427_072
+    with pytest.raises(ValueError, match="every part is frozen"):
+        preflight.count_what_is_trained(
+            script_arguments(language_model="frozen"), training_arguments(tmp_path), model_args
+        )
+
+
+# Disk
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+LORA_7B = {"language_model": {"trainable": 159_907_840, "lora": 159_907_840, "total": 7_063_427_072}}
+
+
+def test_checkpoints_must_fit_on_the_disk(monkeypatch, tmp_path):
+    arguments = training_arguments(
+        tmp_path, per_device_train_batch_size=8, num_train_epochs=1, save_strategy="steps", save_steps=10
+    )
+    assert preflight.num_checkpoints(arguments, 800) == 10
+    # 12 bytes a trained number in a checkpoint, 4 in the result: 10 * 1.919 + 0.640 GB.
+    needed = 10 * 12 * 159_907_840 + 4 * 159_907_840
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed))
+    assert preflight.disk_problems(arguments, LORA_7B, 800) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
+    (problem,) = preflight.disk_problems(arguments, LORA_7B, 800)
+    assert "the run needs 18.5 GiB (10 checkpoints of 1.8 GiB and the result)" in problem
+    arguments.save_total_limit = 1
+    assert preflight.disk_problems(arguments, LORA_7B, 800) == []
+
+
+def test_output_folder_must_be_one(tmp_path):
+    (tmp_path / "run").write_text("a file", encoding="utf-8")
+    (problem,) = preflight.disk_problems(training_arguments(tmp_path), {}, 10)
+    assert problem.startswith("output_dir:") and "is a file" in problem
+
+
+# Continuing
+
+
+@pytest.mark.parametrize(
+    ("files", "how", "global_batch_size", "message"),
+    [
+        (["optimizer.pt", "rng_state.pth"], "one process", None, None),
+        (["optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"], "one process", 8, None),
+        (["optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"], "one process", None, "would take other rows"),
+        (["optimizer.pt", "rng_state.pth"], "ZeRO-2", 8, "under one process or DDP, this launch is DeepSpeed"),
+        (["latest", "rng_state_0.pth"], "DDP", 8, "under DeepSpeed, this launch is one process or DDP"),
+        (["latest", "rng_state_0.pth", "rng_state_1.pth"], "ZeRO-2", 8, "state is divided by 2"),
+        (["optimizer_0", "rng_state_0.pth", "rng_state_1.pth"], "FSDP2", 8, None),
+    ],
+)
+def test_continuing_with_another_strategy_or_number_of_processes(
+    monkeypatch, tmp_path, files, how, global_batch_size, message
+):
+    launch_by(monkeypatch, how)
+    for name in files:
+        (tmp_path / name).touch()
+    found = preflight.continuation_problems(tmp_path, global_batch_size=global_batch_size)
+    assert (message in found[0]) if message else found == []
+
+
+# The command
+
+
+def test_the_command_reports_every_problem_at_once_and_touches_nothing(tmp_path, tiny_llava, cctv_dataset):
+    (tmp_path / "run").write_text("a file", encoding="utf-8")
+    result = run_command(
+        *("scripts/train_llava.py", "--model_name_or_path", tiny_llava, "--dataset_name", cctv_dataset),
+        *("--output_dir", tmp_path / "run", "--attn_implementation", "flash_attention_2"),
+        *("--lora_target_modules", "q_proj,", "v_proj"),
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    message = result.stderr[result.stderr.index("train_llava.py: this run cannot work:") :]
+    assert message.count("\n  - ") == 3
+    assert "flash_attention_2 needs a GPU" in message
+    assert "['q_proj,'] match no linear layer" in message
+    assert f"{tmp_path / 'run'} is a file" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_device_map_is_no_flag(capsys):
+    """A quantised model is loaded onto its own process's GPU; device_map=auto under DDP never works (accelerate#1515)."""
+    with pytest.raises((SystemExit, ValueError, argparse.ArgumentError)):
+        parse_arguments(ROOT / "scripts" / "configs" / "llava_qlora.yaml", ["--device_map", "auto"])
