@@ -40,7 +40,7 @@ def test_both_languages_have_the_same_sections_tables_and_figures(page):
     shapes = [re.findall(r"^(#+) |^(\|)|^(- )", text, re.M) for text in texts]
     assert shapes[0] == shapes[1]
     tables = ["\n".join(re.findall(r"^\|.*", text, re.M)) for text in texts]
-    figures = [sorted(re.findall(r"\d+(?:[.,]\d+)*", table)) for table in tables]
+    figures = [sorted(re.findall(r"\d+(?:[.,]\d+)+", table)) for table in tables]
     assert figures[0] == figures[1]
 
 
