@@ -18,7 +18,6 @@ from datasets import Dataset, DatasetDict
 
 from finetuning.counting import (
     crowd_sizes,
-    find_count_turn,
     parse_count,
     score_by_crowd_size,
     score_counts,
@@ -37,7 +36,7 @@ from finetuning.evaluation import (
     start_evaluation,
 )
 from finetuning.plots import error_by_crowd_size, loss_curves, predicted_against_true
-from finetuning.questions import image_counts
+from finetuning.questions import counting_questions, image_counts
 from finetuning.report import Item, Plot, Table, write_report
 from finetuning.verdict import compare, describe
 
@@ -49,7 +48,9 @@ def main(args: argparse.Namespace) -> None:
     run, arguments = open_run(args.run)
     name = args.dataset or arguments["dataset_name"]
     dataset = open_dataset(name, vision=True)
-    questions, num_others = counting_questions(open_split(dataset, args.split, name), f"{name}, split {args.split}")
+    rows = open_split(dataset, args.split, name)
+    questions = questions_of(rows, f"{name}, split {args.split}")
+    num_others = len(rows) - len(questions)
     questions = questions if args.limit is None else spread(questions, args.limit)
     facts = {key: list(questions[key]) for key in ("row", "image_id", "question", "reference", "count")}
     settings = {
@@ -78,31 +79,16 @@ def main(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-def counting_questions(rows: Dataset, name: str) -> tuple[Dataset, int]:
-    """The rows whose own answer states the row's `count`, cut before it, and how many other rows there are.
-
-    Adds the columns `question` and `reference` (the row's answer). Pictures stay undecoded.
-    """
+def questions_of(rows: Dataset, name: str) -> Dataset:
+    """`counting_questions` of at least one row, or a ValueError that says why there is none."""
     if "count" not in rows.column_names:
         raise ValueError(f"{name}: no column 'count' to score against. prepare_cctv.py writes one from labels.csv")
-    messages, counts = list(rows["messages"]), list(rows["count"])
-    turns = [
-        None if count is None else find_count_turn(turns, count) for turns, count in zip(messages, counts, strict=True)
-    ]
-    scored = [index for index, turn in enumerate(turns) if turn]
-    if not scored:
+    questions = counting_questions(rows)
+    if not len(questions):
         raise ValueError(
             f"{name}: in none of {len(rows)} rows does an answer state the row's count, so there is nothing to score"
         )
-    cut = [dialogue[:turn] if turn else dialogue for dialogue, turn in zip(messages, turns, strict=True)]
-    references = [dialogue[turn]["content"] if turn else "" for dialogue, turn in zip(messages, turns, strict=True)]
-    if "image_id" not in rows.column_names:
-        rows = rows.add_column("image_id", [str(number) for number in rows["row"]])
-    rows = rows.remove_columns("messages").add_column("messages", cut)
-    rows = rows.add_column("question", [dialogue[-1]["content"] for dialogue in cut]).add_column(
-        "reference", references
-    )
-    return rows.select(scored), len(rows) - len(scored)
+    return questions
 
 
 def write_evaluation(

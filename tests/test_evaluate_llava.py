@@ -154,16 +154,16 @@ def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys):
 
 def test_questions_are_cut_before_the_answer_that_states_the_count(sevens):
     rows = open_split(open_dataset(str(sevens), vision=True), "test", "sevens")
-    questions, num_others = evaluate_llava.counting_questions(rows, "sevens")
-    assert (len(questions), num_others) == (24, 1)
+    questions = evaluate_llava.questions_of(rows, "sevens")
+    assert (len(questions), len(rows)) == (24, 25)
     first = questions[0]
     assert first["messages"] == [{"role": "user", "content": "How many people are in view?"}]
     assert (first["reference"], first["question"]) == ("7 people.", "How many people are in view?")
     assert first["images"][0].size == (64, 64)
     with pytest.raises(ValueError, match="in none of 25 rows does an answer state the row's count"):
-        evaluate_llava.counting_questions(rows.remove_columns("count").add_column("count", [8] * 25), "sevens")
+        evaluate_llava.questions_of(rows.remove_columns("count").add_column("count", [8] * 25), "sevens")
     with pytest.raises(ValueError, match="no column 'count'"):
-        evaluate_llava.counting_questions(rows.remove_columns("count"), "sevens")
+        evaluate_llava.questions_of(rows.remove_columns("count"), "sevens")
 
 
 def test_what_is_no_finished_run_is_named(tmp_path):
