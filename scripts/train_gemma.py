@@ -14,12 +14,14 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.checkpointing import kept_choice
 from finetuning.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.facts import FactReader, load_wording
 from finetuning.models import load_base_for_training, load_config, load_processing_class
 from finetuning.placement import describe_placement, place
 from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.speed import speed_up
 from finetuning.trainer import FineTuningTrainer, TrainingDiverged
 
 RECIPE = Path(__file__).parent / "configs" / "gemma_qlora.yaml"
@@ -33,6 +35,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, train_rows)
+    script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,
         resolved_arguments(script_args, training_args, model_args),
@@ -51,6 +54,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
+    speed = speed_up(model, script_args)
 
     # Train
     wording = load_wording(script_args.dataset_name)
@@ -65,8 +69,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         questions=reader.questions(spread(train_rows, script_args.eval_answers)) if reader else None,
         score_answers=reader.score_answers if reader else None,
         eval_max_new_tokens=script_args.eval_max_new_tokens,
+        checkpoint_layers=script_args.checkpoint_layers,
     )
-    trainer.accelerator.print(describe_placement(model))
+    trainer.accelerator.print(describe_placement(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
 

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.checkpointing import kept_choice
 from finetuning.collator import LlavaDataCollator
 from finetuning.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.models import load_base_for_training, load_config, load_processing_class
@@ -22,6 +23,8 @@ from finetuning.placement import describe_placement, place
 from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.questions import counting_questions, image_counts, score_counting_answers
 from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.speed import shares_image_prefix, speed_up
 from finetuning.trainer import FineTuningTrainer, TrainingDiverged
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
@@ -35,6 +38,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, train_rows)
+    script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,
         resolved_arguments(script_args, training_args, model_args),
@@ -54,21 +58,24 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
+    shares_prefix = shares_image_prefix(script_args, train_rows)
+    speed = speed_up(model, script_args, shares_prefix=shares_prefix)
 
     # Train
     training_args.remove_unused_columns = False  # the collator takes what it needs, and keeps the row's number
     trainer = FineTuningTrainer(
         model=model,
         args=training_args,
-        data_collator=LlavaDataCollator(processor),
-        train_dataset=train_rows,
+        data_collator=(SharedPrefixCollator if shares_prefix else LlavaDataCollator)(processor),
+        train_dataset=group_by_image(train_rows) if shares_prefix else train_rows,
         eval_dataset=validation_rows,
         processing_class=processor,
-        questions=counting_questions(spread(validation_rows, script_args.eval_answers)) if validation_rows else None,
+        questions=spread(counting_questions(validation_rows), script_args.eval_answers) if validation_rows else None,
         score_answers=partial(score_counting_answers, train_counts=image_counts(train_rows)),
         eval_max_new_tokens=script_args.eval_max_new_tokens,
+        checkpoint_layers=script_args.checkpoint_layers,
     )
-    trainer.accelerator.print(describe_placement(model))
+    trainer.accelerator.print(describe_placement(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
 

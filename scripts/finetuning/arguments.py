@@ -60,6 +60,24 @@ class ScriptArguments:
     log_adapter: bool = field(
         default=False, metadata={"help": "Store the finished run's adapter in W&B, as an artifact."}
     )
+    fused_lora: bool = field(
+        default=True,
+        metadata={"help": "Compute LoRA in fewer passes over memory; false: PEFT's own code, which computes the same."},
+    )
+    checkpoint_layers: str = field(
+        default="auto",
+        metadata={
+            "help": "Decoder layers computed again in the backward pass to save memory: auto (the fewest that fit the "
+            "GPU), all, or a number. Needs gradient_checkpointing: true; without it none are."
+        },
+    )
+    share_image_prefix: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train all dialogues about an image as one sequence, which pays for the image once; a batch then "
+            "counts images. Unset: where an image has several dialogues."
+        },
+    )
     overwrite_completed_run: bool = field(
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )

@@ -170,9 +170,9 @@ def keep_choice(folder: Path, count: int) -> None:
         path.write_text(yaml.safe_dump(arguments, allow_unicode=True, sort_keys=True), encoding="utf-8")
 
 
-def kept_choice(folder: Path, wanted: str) -> str:
+def kept_choice(folder: str | Path, wanted: str) -> str:
     """What an interrupted run chose for `auto`; `wanted` for a fresh one."""
-    path = folder / "arguments.yaml"
+    path = Path(folder) / "arguments.yaml"
     if wanted != "auto" or not path.is_file():
         return wanted
     return str(yaml.safe_load(path.read_text(encoding="utf-8")).get("checkpoint_layers", wanted))

@@ -12,9 +12,10 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
+from finetuning.checkpointing import LayerCheckpointing
 from finetuning.divided import trained_weights
 from finetuning.generation import generate_answers
-from finetuning.hardware import strategy
+from finetuning.hardware import strategy, weights_are_divided
 from finetuning.preemption import InterruptibleTrainer
 
 
@@ -29,6 +30,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         questions: rows whose `messages` end with a user turn (and `images`), asked at each evaluation; None for none.
         score_answers: `(questions, answers) -> (metrics, table)`: metrics by name without the `eval_` prefix, and the
             table as `{column: values}` for the trackers.
+        checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
 
     Logged beside TRL's metrics: `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
     the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
@@ -41,9 +43,18 @@ class FineTuningTrainer(InterruptibleTrainer):
         questions: list[dict[str, Any]] | None = None,
         score_answers: Callable[[list, list[str]], tuple[dict[str, float], dict[str, list]]] | None = None,
         eval_max_new_tokens: int = 32,
+        checkpoint_layers: str = "all",
         **kwargs,
     ):
-        model = kwargs["model"]
+        model, training_args = kwargs["model"], kwargs["args"]
+        # Without divided weights the layers are chosen here, and TRL need not make the embeddings ask for gradients.
+        chooses_layers = (
+            training_args.gradient_checkpointing
+            and not training_args.gradient_checkpointing_kwargs
+            and not weights_are_divided()
+        )
+        if chooses_layers:
+            training_args.gradient_checkpointing = False
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -54,6 +65,9 @@ class FineTuningTrainer(InterruptibleTrainer):
         self.questions = questions
         self.score_answers = score_answers
         self.eval_max_new_tokens = eval_max_new_tokens
+        self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
+        if chooses_layers:
+            self.add_callback(self.layer_checkpointing)
         self._start_interval()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
@@ -75,6 +89,22 @@ class FineTuningTrainer(InterruptibleTrainer):
         batches = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
         return batches
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # A step that ran out of memory left half its gradients behind: it can be repeated where there were none before.
+        may_repeat = (
+            self.layer_checkpointing is not None
+            and self.accelerator.num_processes == 1
+            and all(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad)
+        )
+        while True:
+            try:
+                return super().training_step(model, dict(inputs), *args, **kwargs)
+            except torch.OutOfMemoryError:
+                if not may_repeat:
+                    raise
+            model.zero_grad(set_to_none=True)
+            self.layer_checkpointing.take_more()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         rows = inputs.pop("rows", None)

@@ -1,0 +1,372 @@
+"""Training speed and memory of this project beside plain TRL, on the same rows, in turns, in one run.
+
+    python benchmarks/train_speed.py --model llava-hf/llava-1.5-7b-hf --output benchmarks/results/llava
+    python benchmarks/train_speed.py --model models/tiny-llava --steps 6 --warmup 2 --output benchmarks/results/smoke
+
+Only the config and the processor of the model are read: its weights are drawn at random in the published shape, since
+speed does not depend on their values. Measured on one NVIDIA H200; the second line runs anywhere, on a CPU in a minute.
+Writes results.json, report.md and losses.png.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from matplotlib import pyplot
+from peft import LoraConfig, get_peft_model
+from PIL import Image as Picture
+from PIL import ImageDraw
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from finetuning.checkpointing import decoder_layers
+from finetuning.collator import LlavaDataCollator
+from finetuning.fp8 import hold_base_in_fp8
+from finetuning.fused_lora import fuse_lora
+from finetuning.models import is_vision, load_config, load_processing_class
+from finetuning.packed_attention import register_packed_attention
+from finetuning.shared_prefix import SharedPrefixCollator, group_by_image, share_prefix
+from finetuning.speed import ignore_right_padding
+from finetuning.trainer import FineTuningTrainer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train; what is not said is as TRL's command line gives it."""
+
+    ours: bool = False
+    whole_model: bool = False  # LoRA on the vision tower and the projector too, as `all-linear` does
+    dropout: float = 0.0
+    checkpoint_layers: str = "0"
+    nf4: bool = False
+    fp8: bool = False
+    questions: int = 1  # dialogues about each image
+    shared: bool = False
+    packed: int = 0  # rows of a text are packed into sequences of so many tokens
+    batch_size: int | None = None
+
+
+LLAVA = {
+    "TRL as it comes": Variant(whole_model=True, dropout=0.05, checkpoint_layers="all"),
+    "TRL by hand": Variant(),
+    "this project": Variant(ours=True),
+    "this project, dropout 0.05": Variant(ours=True, dropout=0.05),
+    "this project, FP8 base": Variant(ours=True, fp8=True),
+    "TRL, NF4": Variant(nf4=True, dropout=0.05, checkpoint_layers="all"),
+    "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="16"),
+    "this project, 3 questions, separate": Variant(ours=True, questions=3),
+    "this project, 3 questions, shared": Variant(ours=True, questions=3, shared=True),
+}
+GEMMA = {
+    "TRL, one row a step": Variant(checkpoint_layers="all", dropout=0.05, batch_size=1),
+    "TRL, packed": Variant(checkpoint_layers="all", packed=1024),
+    "TRL, packed, by hand": Variant(packed=1024),
+    "this project, packed": Variant(ours=True, packed=1024),
+    "TRL, NF4, one row a step": Variant(nf4=True, checkpoint_layers="all", dropout=0.05, batch_size=1),
+    "this project, NF4, packed": Variant(ours=True, nf4=True, packed=1024),
+}
+DEFAULTS = ["TRL as it comes", "TRL by hand", "this project", "TRL, packed", "this project, packed"]
+
+
+def draw_rows(number: int, questions: int, *, vision: bool, seed: int = 0) -> Dataset:
+    """Pictures of dots and how many there are; or, for a text model, facts of 30 to 220 words' length about nothing."""
+    drawn = random.Random(seed)
+    rows = []
+    for index in range(number):
+        if not vision:
+            words = " ".join(
+                drawn.choice(["red", "blue", "old", "new", "tall", "small"]) for _ in range(30 + index * 37 % 90)
+            )
+            rows.append({"messages": dialogue(f"What is known about number {index}?", f"It is {words}.")})
+            continue
+        dots = drawn.randint(1, 20)
+        picture = Picture.new("RGB", (336, 336), tuple(drawn.randint(0, 255) for _ in range(3)))
+        for _ in range(dots):
+            x, y = drawn.randint(10, 320), drawn.randint(10, 320)
+            ImageDraw.Draw(picture).ellipse((x, y, x + 12, y + 12), fill=(250, 250, 250))
+        texts = ["How many dots do you see?", "Count the dots in this picture.", "What number of dots is there?"]
+        for question in texts[:questions]:
+            answer = f"There are {dots} dots in the picture."
+            rows.append({"messages": dialogue(question, answer), "images": [picture], "image_id": str(index)})
+    message = {"role": Value("string"), "content": Value("string")}
+    features = {"messages": List(message)}
+    if vision:
+        features |= {"images": List(Image()), "image_id": Value("string")}
+    return Dataset.from_list(rows, features=Features(features))
+
+
+def dialogue(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def random_model(name: str, variant: Variant, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The published shape with weights drawn on the device, its language model in 4 bits where the variant says so."""
+    config = load_config(name)
+    attention = "packed" if variant.ours and variant.packed else "sdpa"
+    auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
+    with torch.device(device):
+        model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
+    if variant.nf4:
+        quantize(model, dtype)
+    return model
+
+
+def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision_tower" not in name
+    ]
+    for name, layer in layers:
+        new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
+        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new.to(layer.weight.device))
+        layer.weight = None
+    model.is_loaded_in_4bit = True
+
+
+class Clock(TrainerCallback):
+    """Time and memory of the steps after the warm-up."""
+
+    def __init__(self, warmup: int, bar: tqdm):
+        self.warmup, self.bar = warmup, bar
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update()
+        if state.global_step == self.warmup:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            self.started = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.started
+
+
+def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path, bar: tqdm) -> dict:
+    """Train for `options.warmup + options.steps` steps; what was measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    vision = is_vision(load_config(options.model))
+    batch_size = variant.batch_size or options.batch_size
+    steps = options.warmup + options.steps
+    rows_needed = steps * batch_size * (options.rows_a_sequence if variant.packed else 1)
+    rows = draw_rows(rows_needed, variant.questions, vision=vision)
+    args = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size * (1 if variant.shared else variant.questions),
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=variant.checkpoint_layers != "0",
+        assistant_only_loss=True,
+        packing=bool(variant.packed),
+        max_length=variant.packed or None,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        logging_steps=options.logging_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=options.workers,
+        remove_unused_columns=not vision,
+        seed=options.seed,
+    )
+    processing_class = load_processing_class(options.model)
+    set_seed(options.seed)
+    model = random_model(options.model, variant, device, dtype)
+    part = r".*(?:language_model|model)\.layers\..*(?:q|k|v|o|gate|up|down)_proj"
+    targets = (
+        "all-linear"
+        if variant.whole_model or not vision
+        else part.replace("(?:language_model|model)", "language_model")
+    )
+    set_seed(options.seed)
+    lora = LoraConfig(r=64, lora_alpha=32, lora_dropout=variant.dropout, target_modules=targets)
+    clock = Clock(options.warmup, bar)
+    common = {"args": args, "processing_class": processing_class, "callbacks": [clock]}
+    if not variant.ours:
+        trainer = SFTTrainer(model=model, train_dataset=rows, peft_config=lora, **common)
+    else:
+        model = get_peft_model(model, lora)
+        fused = fuse_lora(model)
+        ignore_right_padding(model)
+        if variant.shared:
+            share_prefix(model)
+        if variant.fp8:
+            hold_base_in_fp8(model)
+        if vision:
+            common["data_collator"] = (SharedPrefixCollator if variant.shared else LlavaDataCollator)(processing_class)
+        trainer = FineTuningTrainer(
+            model=model,
+            train_dataset=group_by_image(rows) if variant.shared else rows,
+            checkpoint_layers=str(min(int(variant.checkpoint_layers), len(decoder_layers(model)))),
+            **common,
+        )
+        assert fused > 0
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens = history[-1]["num_tokens"] / steps
+    answers = batch_size * variant.questions
+    measured = {
+        "variant": name,
+        **asdict(variant),
+        "ms_a_step": 1000 * clock.seconds / options.steps,
+        "samples_a_second": None if variant.packed else answers * options.steps / clock.seconds,
+        "tokens_a_step": tokens,
+        "tokens_a_second": tokens * options.steps / clock.seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
+        "data_wait": history[-1].get("data_wait"),
+        "loss_steps": [entry["step"] for entry in history],
+        "losses": [entry["loss"] for entry in history],
+    }
+    if vision and not variant.shared:
+        measured["share_of_peak"] = needed_flops(model, tokens, answers) * options.steps / clock.seconds / options.peak
+    del trainer, model
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return measured
+
+
+def needed_flops(model: torch.nn.Module, tokens: float, rows: int) -> float:
+    """Operations of a step with frozen weights: 4 per weight and token, causal attention, the vision tower's forward."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, vision = base.config.text_config, base.config.vision_config
+    width, layers = config.hidden_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    attention_width = config.num_attention_heads * head_dim
+    weights = layers * (
+        2 * width * (attention_width + config.num_key_value_heads * head_dim) + 3 * width * config.intermediate_size
+    )
+    attention = layers * 3.5 * 2 * (tokens / rows) ** 2 * attention_width * rows
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    tower_weights = vision.num_hidden_layers * (
+        4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    )
+    return 4 * weights * tokens + attention + 2 * tower_weights * patches * rows
+
+
+def peak_rate() -> float:
+    """Operations a second of a large matrix product on this device, in the type that training uses."""
+    cuda = torch.cuda.is_available()
+    size = 8192 if cuda else 1024
+    left, right = (
+        torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else None)
+        for _ in range(2)
+    )
+    for _ in range(3):
+        left @ right
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        left @ right
+    if cuda:
+        torch.cuda.synchronize()
+    return 10 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def write_report(results: list[dict], options: argparse.Namespace, folder: Path) -> str:
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    facts = {"machine": machine, "torch": torch.__version__, **{k: str(v) for k, v in vars(options).items()}}
+    (folder / "results.json").write_text(
+        json.dumps({"facts": facts, "results": results}, indent=1) + "\n", encoding="utf-8"
+    )
+    means = []
+    for name in dict.fromkeys(result["variant"] for result in results):
+        rounds = [result for result in results if result["variant"] == name]
+        means.append((name, rounds, sum(r["ms_a_step"] for r in rounds) / len(rounds)))
+    lines = [
+        f"{machine}, torch {torch.__version__}, {options.model} in its published shape with random weights, LoRA r=64, "
+        f"batch {options.batch_size}, mean of {options.steps} steps after {options.warmup} to warm up, "
+        f"{options.rounds} rounds in turns; matrix peak {options.peak / 1e12:.3g} TFLOP/s",
+        "",
+        "| way | answers/s | tokens/s | ms/step | peak GiB | share of peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rounds, ms in means:
+        first = rounds[0]
+        answers = first["samples_a_second"]
+        cells = [
+            f"{answers * first['ms_a_step'] / ms:.1f}" if answers else "",
+            f"{first['tokens_a_step'] / ms * 1000:,.0f}",
+            f"{ms:.0f}",
+            f"{max(r['peak_gib'] for r in rounds):.1f}" if first["peak_gib"] else "",
+            f"{first['share_of_peak'] * first['ms_a_step'] / ms:.2f}" if first.get("share_of_peak") else "",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, rounds, _ in means:
+        axes.plot(rounds[0]["loss_steps"], rounds[0]["losses"], label=name)
+    axes.set(xlabel="step", ylabel="training loss", title="The same rows, the same seed")
+    axes.legend()
+    figure.savefig(folder / "losses.png", dpi=120)
+    pyplot.close(figure)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="Hub name or folder; config and processor are read, no weights")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results; must not hold any yet")
+    parser.add_argument("--variants", nargs="+", help=f"of LLaVA: {', '.join(LLAVA)}; of Gemma: {', '.join(GEMMA)}")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the measured ones")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs, in turns")
+    parser.add_argument("--batch_size", type=int, default=8, help="images (or text rows) a step")
+    parser.add_argument("--rows_a_sequence", type=int, default=12, help="text rows drawn for a packed sequence")
+    parser.add_argument("--workers", type=int, default=4, help="loader processes")
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--logging_steps", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if (options.output / "results.json").exists():
+        sys.exit(f"train_speed.py: {options.output} holds results already: choose another --output")
+    try:
+        vision = is_vision(load_config(options.model))
+    except ValueError as error:
+        sys.exit(f"train_speed.py: {error}")
+    known = LLAVA if vision else GEMMA
+    names = options.variants or [name for name in DEFAULTS if name in known]
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"train_speed.py: --variants {unknown} are unknown for this model; there are {list(known)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    register_packed_attention()
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    options.peak = peak_rate()
+    results = []
+    with tqdm(total=options.rounds * len(names) * (options.warmup + options.steps), unit="step") as bar:
+        for _ in range(options.rounds):
+            for name in names:
+                bar.set_description(name)
+                results.append(train(name, known[name], options, options.output / "run", bar))
+                report = write_report(results, options, options.output)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
