@@ -10,9 +10,9 @@ something does. The same seed gives the same weights on the same machine.
 """
 
 import argparse
-import functools
 import json
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
@@ -173,24 +174,38 @@ def shape_row(rng: random.Random, size: int, max_count: int) -> dict:
     return {"messages": messages, "images": [draw_shapes(rng, size, count)]}
 
 
-def text_row(rng: random.Random) -> dict:
-    """A sentence to repeat: every word of the vocabulary must have been an answer once, since LoRA leaves `lm_head` as it is."""
-    sentence = rng.choice(corpus())
+def text_row(rng: random.Random, sentences: list[str]) -> dict:
+    """A sentence to repeat: every word must have been an answer once, since LoRA leaves `lm_head` as it is."""
+    sentence = rng.choice(sentences)
     messages = [{"role": "user", "content": f"Repeat: {sentence}"}, {"role": "assistant", "content": sentence}]
     return {"messages": messages, "images": []}
 
 
+class Lessons(Dataset):
+    """Batch n of the pretraining: shapes to count, and a quarter as many sentences to repeat."""
+
+    def __init__(self, collator: LlavaDataCollator, args: argparse.Namespace):
+        self.collator, self.args, self.sentences = collator, args, corpus()
+
+    def __len__(self) -> int:
+        return self.args.steps
+
+    def __getitem__(self, step: int) -> dict:
+        rng = random.Random(f"{self.args.seed} {step}")
+        rows = [shape_row(rng, self.args.image_size, self.args.max_count) for _ in range(self.args.batch_size)]
+        return self.collator(rows + [text_row(rng, self.sentences) for _ in range(self.args.batch_size // 4)])
+
+
 def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    rng = random.Random(args.seed)
-    collator = LlavaDataCollator(processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
-    with tqdm(range(args.steps), desc="Pretraining on shapes", unit="step") as bar:
-        for _ in bar:
-            rows = [shape_row(rng, args.image_size, args.max_count) for _ in range(args.batch_size)]
-            batch = collator(rows + [text_row(rng) for _ in range(args.batch_size // 4)])
+    # Drawing keeps a GPU waiting; on a few CPU cores it would only compete with the training.
+    workers = (os.cpu_count() or 1) - 2 if device == "cuda" else 0
+    batches = DataLoader(Lessons(LlavaDataCollator(processor), args), batch_size=None, num_workers=max(workers, 0))
+    with tqdm(batches, desc="Pretraining on shapes", unit="step") as bar:
+        for batch in bar:
             loss = model(**batch.to(device)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -38,7 +38,8 @@ QUANTISATION_KEYS = [
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 ]
-NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]  # transformers matches from the start of the name
+# transformers matches these from the start of a module's name.
+NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
 
 
 def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
