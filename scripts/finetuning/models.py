@@ -29,8 +29,6 @@ from finetuning.hardware import inference_dtype, strategy, weight_dtype
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja", "gemma2": "gemma.jinja", "gemma3_text": "gemma.jinja"}
 GEMMA_TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
-# Left in 16 bits when the base is quantised: what sees the picture is 5 % of LLaVA's weights, and the rows of
-# `lm_head` are read directly by TRL's fused loss.
 QUANTISATION_KEYS = [
     "load_in_4bit",
     "load_in_8bit",
@@ -38,7 +36,8 @@ QUANTISATION_KEYS = [
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 ]
-# transformers matches these from the start of a module's name.
+# Left in 16 bits when the base is quantised: what sees the picture is 5 % of LLaVA's weights, and the rows of
+# `lm_head` are read directly by TRL's fused loss. transformers matches these from the start of a module's name.
 NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
 
 
@@ -46,8 +45,11 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     """Config of a Hub model or a folder. Raises ValueError that says how to get what is missing."""
     looks_like_folder = name.startswith((".", "/", "~", "models/", "outputs/")) or Path(name).exists()
     if looks_like_folder and not (Path(name) / "config.json").is_file():
-        hint = "python scripts/make_tiny_model.py --output " + name if "tiny" in name else "huggingface-cli download"
-        raise ValueError(f"{name}: no model here (config.json is missing). A command that makes one: {hint}")
+        raise ValueError(
+            f"{name}: no model here (config.json is missing). A tiny one to try things on: python "
+            f"scripts/make_tiny_model.py --architecture llava --pretrain --output {name}; a real one: hf download "
+            f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
+        )
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
