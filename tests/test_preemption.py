@@ -105,9 +105,9 @@ def test_a_signal_is_remembered_here_and_not_in_a_forked_loader_worker(monkeypat
         if child == 0:
             os.kill(os.getpid(), signal.SIGUSR2)
             os._exit(1 if request.received else 0)
-        assert os.waitpid(child, 0)[1] == 0 and request.received is None
+        assert os.waitpid(child, 0)[1] == 0 and not request.received
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert request.received == "SIGUSR2" and request.agree(torch.device("cpu"))
+        assert request.agree(torch.device("cpu")) and request.reason == "SIGUSR2"
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # left to others
     assert signal.getsignal(signal.SIGUSR2) == before
 

@@ -45,12 +45,12 @@ class StopRequest:
                 f"STOP_SIGNALS={','.join(names)}: no such signals: {', '.join(unknown)}; try TERM,USR1,USR2"
             )
         self.signals = [signal.Signals[f"SIG{name}"] for name in names]
-        self.received: str | None = None  # what this process got
-        self.agreed = False  # what all processes know
+        self.received = 0  # number of the signal that this process got
+        self.agreed = 0  # of the one that all processes know of
 
     def _remember(self, number: int, frame: object) -> None:
-        if os.getpid() == self._process and self.received is None:
-            self.received = signal.Signals(number).name
+        if os.getpid() == self._process and not self.received:
+            self.received = number
 
     def __enter__(self) -> "StopRequest":
         self._process = os.getpid()
@@ -63,13 +63,15 @@ class StopRequest:
 
     def agree(self, device: torch.device) -> bool:
         """Whether any process was asked to stop; called by all processes at the same step."""
-        asked = self.received is not None
+        number = torch.tensor(self.received, device=device)
         if torch.distributed.is_initialized():
-            flag = torch.tensor(int(asked), device=device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            asked = bool(flag)
-        self.agreed = self.agreed or asked
-        return self.agreed
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        self.agreed = int(number)
+        return self.agreed > 0
+
+    @property
+    def reason(self) -> str:
+        return signal.Signals(self.agreed).name
 
 
 def _obey_parent_only(worker: int, signals: list[signal.Signals], then: partial | None) -> None:
@@ -166,8 +168,7 @@ class InterruptibleTrainer(SFTTrainer):
         return result
 
     def _report_interruption(self) -> None:
-        reason = self.stop_request.received or "a stop signal to another process"
-        step, folder = self.state.global_step, Path(self.args.output_dir)
+        reason, step, folder = self.stop_request.reason, self.state.global_step, Path(self.args.output_dir)
         progress.end_attempt(folder, step, reason)
         tracking.close(self.args, EXIT_INTERRUPTED)
         print(f"Stopped at step {step} of {self.state.max_steps} ({reason}). The same command continues from there.")
