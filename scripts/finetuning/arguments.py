@@ -104,6 +104,13 @@ class TrainingArguments(SFTConfig):
         default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
     )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise the assistant's turns only."})
+    ddp_timeout: int = field(
+        default=7200,
+        metadata={
+            "help": "Seconds that processes wait for each other; longer than PyTorch's 1800, because the others wait "
+            "while the first prepares the rows of a text dataset."
+        },
+    )
 
     def __post_init__(self):
         capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()

@@ -14,7 +14,7 @@ from finetuning.preflight import continuation_problems
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
-    "checkpoint_layers", "config", "ddp_find_unused_parameters", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
+    "checkpoint_layers", "config", "ddp_find_unused_parameters", "ddp_timeout", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
     "include_num_input_tokens_seen", "log_adapter", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "overwrite_completed_run", "per_device_eval_batch_size", "project", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
