@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from finetuning.arguments import parse_arguments
-from finetuning.generation import generate_answers, stop_tokens
+from finetuning.generation import stop_tokens
 from finetuning.models import CHAT_TEMPLATES, load_base_model, load_for_inference, load_processing_class
 from finetuning.perplexity import answer_losses
 from finetuning.placement import count_parameters, describe_placement, place
@@ -88,10 +88,16 @@ def conversation(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
-@pytest.mark.skipif(not REAL_TOKENIZER.is_dir(), reason=f"the real Gemma tokenizer is not at {REAL_TOKENIZER}")
-def test_the_template_is_gemmas_own_token_for_token():
+@pytest.fixture(scope="module")
+def real_tokenizer():
+    if not REAL_TOKENIZER.is_dir():
+        pytest.skip(f"the real Gemma tokenizer is not at {REAL_TOKENIZER}")
+    return load_processing_class(str(REAL_TOKENIZER))
+
+
+def test_the_template_is_gemmas_own_token_for_token(real_tokenizer):
     published = (REAL_TOKENIZER / "chat_template.jinja").read_text("utf-8")
-    tokenizer = load_processing_class(str(REAL_TOKENIZER))
+    tokenizer = real_tokenizer
     assert len(tokenizer) == 256_000
     assert tokenizer.convert_tokens_to_ids(["<bos>", "<start_of_turn>", "<end_of_turn>"]) == [2, 106, 107]
     for messages in (
@@ -109,10 +115,8 @@ def test_the_template_is_gemmas_own_token_for_token():
 
 
 @pytest.mark.parametrize("which", ["tiny", "real"])
-def test_the_answer_and_the_end_of_its_turn_are_supervised_and_nothing_else(which, tiny_gemma):
-    if which == "real" and not REAL_TOKENIZER.is_dir():
-        pytest.skip(f"the real Gemma tokenizer is not at {REAL_TOKENIZER}")
-    tokenizer = load_processing_class(str(tiny_gemma if which == "tiny" else REAL_TOKENIZER))
+def test_the_answer_and_the_end_of_its_turn_are_supervised_and_nothing_else(which, tiny_gemma, request):
+    tokenizer = load_processing_class(str(tiny_gemma)) if which == "tiny" else request.getfixturevalue("real_tokenizer")
     messages = conversation("Who made it?", "It was Sunrise.", "몇 화인가요?", "26화입니다.")
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
@@ -208,20 +212,11 @@ def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):
     plain = GemmaForCausalLM.from_pretrained(tiny_gemma, dtype=torch.float16)
     for model in (*models.values(), plain):
         embedding = model.get_input_embeddings()
-        scale = 20_000 / embedding.weight.abs().max()
-        # Only what enters the stream; the output layer shares these weights.
-        embedding.register_forward_hook(lambda module, inputs, output, scale=scale: output * scale.to(output.dtype))
+        # Only what enters the stream; the output layer shares these weights. Times Gemma's own sqrt(96), it is 98,000.
+        scale = 10_000 / embedding.weight.abs().max().item()
+        embedding.register_forward_hook(lambda module, inputs, output, scale=scale: output * scale)
     with torch.no_grad():
         assert not torch.isfinite(plain(input_ids=ids).logits).all()
         expected, logits = (model(input_ids=ids).logits for model in models.values())
     assert logits.dtype == torch.float16
     assert torch.allclose(logits.float(), expected, atol=2e-3 * expected.abs().max().item())
-
-
-def test_batched_answers_equal_single_ones(tiny_gemma):
-    model = load_base_model(str(tiny_gemma), dtype=torch.float32)
-    tokenizer = load_processing_class(str(tiny_gemma))
-    rows = [{"messages": conversation(text)} for text in ("Who made it?", "몇 화인가요? 그리고 누가 만들었나요?", "Hi")]
-    batched = generate_answers(model, tokenizer, rows, batch_size=3, max_new_tokens=12)
-    assert batched == [generate_answers(model, tokenizer, [row], batch_size=1, max_new_tokens=12)[0] for row in rows]
-    assert all(batched)
