@@ -9,6 +9,7 @@ import yaml
 from accelerate import PartialState
 
 from finetuning import progress, tracking
+from finetuning.hardware import strategy
 from finetuning.preemption import last_whole_checkpoint
 from finetuning.preflight import continuation_problems
 
@@ -110,7 +111,7 @@ def describe_run(trainer: Any) -> str:
     return (
         f"  {len(trainer.train_dataset):,} rows to train on{validation}\n"
         f"  batch of {batch}: {args.per_device_train_batch_size} a process x {processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulated; {precision} on {trainer.accelerator.device.type}"
+        f"{args.gradient_accumulation_steps} accumulated; {precision} on {trainer.accelerator.device.type}, {strategy()}"
     )
 
 
