@@ -212,6 +212,7 @@ class InterruptibleTrainer(SFTTrainer):
                 output_dir=str(run),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,  # a broken one of a later step, passed over by a restart, is not the newest
             )
         self.accelerator.wait_for_everyone()
 
