@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.audit import Auditor, RowAudit, describe_faults, open_image
+from finetuning.audit import Auditor, RowAudit, describe_faults, open_image, undecoded
 from finetuning.dataset import open_dataset, open_split
 from finetuning.models import is_vision, load_config, load_processing_class
 from finetuning.preview import length_table, preview_page
@@ -32,18 +32,21 @@ RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 BATCH_SIZE = 8
 
 
-def audit_indices(auditor: Auditor, rows: Dataset, indices: list[int]) -> list[RowAudit]:
-    # Out of Arrow pictures come undecoded: the auditor opens them, and can name the one that does not open.
-    return auditor(rows[indices].to_pylist())
+def audit_batch(auditor: Auditor, rows: Dataset, indices: list[int]) -> list[RowAudit]:
+    return auditor(undecoded(rows, indices))
 
 
 def audit_rows(auditor: Auditor, rows: Dataset, num_processes: int) -> list[RowAudit]:
     """All rows through the auditor, on `num_processes` processes; in the order of the rows."""
     audits = []
-    audit_batch = functools.partial(audit_indices, auditor, rows.with_format("arrow"))
-    loader = DataLoader(range(len(rows)), batch_size=BATCH_SIZE, collate_fn=audit_batch, num_workers=num_processes)
+    batches = DataLoader(
+        range(len(rows)),
+        batch_size=BATCH_SIZE,
+        collate_fn=functools.partial(audit_batch, auditor, rows),
+        num_workers=num_processes,
+    )
     with tqdm(total=len(rows), desc=f"Checking {auditor.split}", unit="row") as bar:
-        for batch in loader:
+        for batch in batches:
             audits += batch
             bar.update(len(batch))
     return audits
@@ -116,7 +119,7 @@ def main(
     if options.preview:
         shown = []
         for audit in rows_to_show(audits, options.preview):
-            row = splits[audit.split].with_format("arrow")[[audit.row]].to_pylist()[0]
+            row = undecoded(splits[audit.split], [audit.row])[0]
             if audit.num_tokens:
                 row["images"] = [open_image(image) for image in row.get("images") or []]
             shown.append((audit, row))

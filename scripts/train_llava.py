@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.audit import check_first_rows
 from finetuning.checkpointing import kept_choice
 from finetuning.collator import LlavaDataCollator
 from finetuning.dataset import open_dataset, open_split, open_validation, spread
@@ -32,7 +33,7 @@ RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     # Run: a fresh start, or the checkpoint of an interrupted one
-    load_config(model_args.model_name_or_path, model_args.model_revision)
+    config = load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=True)
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
@@ -53,6 +54,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         chat_template_path=training_args.chat_template_path,
         revision=model_args.model_revision,
     )
+    check_first_rows(train_rows, processor, config)
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )

@@ -160,7 +160,7 @@ def test_the_published_llava_template_never_teaches_to_stop(tiny_llava, tmp_path
     )
     (tmp_path / "published.jinja").write_text(published, encoding="utf-8")
     processor = load_processing_class(str(tiny_llava), chat_template_path=str(tmp_path / "published.jinja"))
-    rows = [{"messages": GOOD, "images": [picture()]}]
+    rows = Dataset.from_list([{"messages": GOOD, "images": [picture()]}])
     with pytest.raises(ValueError, match=r"(?s)bos_count.*end_not_supervised"):
         check_first_rows(rows, processor, load_config(str(tiny_llava)))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from jinja2 import TemplateError
 from PIL import Image
@@ -173,6 +174,11 @@ class Auditor:
         return [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
+def undecoded(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
+    """Rows straight out of Arrow, their pictures not decoded: the auditor can then name the one that does not open."""
+    return rows.with_format("arrow")[indices].to_pylist()
+
+
 def open_image(image: Image.Image | dict[str, Any]) -> Image.Image:
     """A picture as the dataset gives it while training, from either of its forms. Raises what Pillow raises."""
     return image if isinstance(image, Image.Image) else ImageFeature().decode_example(image)
@@ -215,7 +221,7 @@ def describe_faults(audits: Sequence[RowAudit], shown: int = 5) -> str:
 
 
 def check_first_rows(
-    rows: Sequence[dict[str, Any]],
+    rows: Dataset,
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     config: PreTrainedConfig,
     *,
@@ -223,7 +229,7 @@ def check_first_rows(
     number: int = 8,
 ) -> None:
     """The audit of the first `number` rows, for the start of a training. Raises ValueError that lists their faults."""
-    first = [rows[index] for index in range(min(number, len(rows)))]
+    first = undecoded(rows, list(range(min(number, len(rows)))))
     audits = Auditor(processing_class, config, max_length)(first)
     if any(audit.faults for audit in audits):
         raise ValueError(
