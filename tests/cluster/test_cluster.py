@@ -117,7 +117,7 @@ def python_processes(job: str, node: str) -> list[int]:
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
             name = (folder / "comm").read_text()
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # ended meanwhile, or not ours to read
             continue
         wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
         if wanted <= set(environment) and name.startswith(("python", "accelerate")):
