@@ -189,6 +189,8 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
         dataloader_num_workers=options.workers,
         remove_unused_columns=not vision,
         seed=options.seed,
+        train_sampling_strategy="sequential",
+        logging_nan_inf_filter=not variant.ours,  # as the recipes have it
     )
     processing_class = load_processing_class(options.model)
     set_seed(options.seed)

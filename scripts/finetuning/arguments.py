@@ -104,6 +104,10 @@ class TrainingArguments(SFTConfig):
         default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
     )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise the assistant's turns only."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "A loss that is not finite stops the run; looking for one again would stall the GPU."},
+    )
     ddp_timeout: int = field(
         default=7200,
         metadata={
