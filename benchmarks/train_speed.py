@@ -30,9 +30,10 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+from fp8_base import hold_base_in_fp8
+
 from finetuning.checkpointing import decoder_layers
 from finetuning.collator import LlavaDataCollator
-from finetuning.fp8 import hold_base_in_fp8
 from finetuning.fused_lora import fuse_lora
 from finetuning.models import is_vision, load_config, load_processing_class
 from finetuning.packed_attention import register_packed_attention
@@ -190,7 +191,9 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
         remove_unused_columns=not vision,
         seed=options.seed,
         train_sampling_strategy="sequential",
-        logging_nan_inf_filter=not variant.ours,  # as the recipes have it
+        # As the recipes have it: nothing waits for the GPU where the loss is not looked at.
+        logging_nan_inf_filter=not variant.ours,
+        accelerator_config={"non_blocking": variant.ours},
     )
     processing_class = load_processing_class(options.model)
     set_seed(options.seed)

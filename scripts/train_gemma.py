@@ -19,6 +19,7 @@ from finetuning.checkpointing import kept_choice
 from finetuning.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.facts import FactReader, load_wording
 from finetuning.models import load_base_for_training, load_config, load_processing_class
+from finetuning.packed_attention import register_packed_attention
 from finetuning.placement import describe_placement, place
 from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
@@ -51,6 +52,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         revision=model_args.model_revision,
     )
     check_first_rows(train_rows, tokenizer, config, max_length=training_args.max_length)
+    register_packed_attention()
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )

@@ -126,6 +126,9 @@ class TrainingArguments(SFTConfig):
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         if self.tf32 is None and capability is not None:
             self.tf32 = capability >= (8, 0)
+        if self.accelerator_config is None and not self.use_cpu:
+            # A blocking copy of the next rows waits for the whole step before them, and the GPU then for the next one.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         if self.global_batch_size is not None:
             if self.gradient_accumulation_steps != 1:

@@ -140,9 +140,9 @@ def precision_problems(
             )
         elif not (training_args.fp16 or training_args.bf16):
             problems.append(f"attn_implementation: {attention} computes in 16 bits only: set bf16: true or sdpa")
-    elif "/" not in attention and attention not in ("sdpa", "eager", "flex_attention"):
+    elif "/" not in attention and attention not in ("sdpa", "packed", "eager", "flex_attention"):
         problems.append(
-            f"attn_implementation: {attention} is unknown; there are sdpa, eager, flex_attention, flash_attention_2, "
+            f"attn_implementation: {attention} is unknown; there are sdpa, packed, eager, flex_attention, flash_attention_2, "
             "flash_attention_3"
         )
     return problems
