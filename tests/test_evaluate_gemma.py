@@ -185,7 +185,7 @@ def test_a_run_is_evaluated_from_end_to_end(tiny_gemma, data, tmp_path, capsys):
     run = tmp_path / "run"
     recipe = ROOT / "scripts" / "configs" / "gemma_sample.yaml"
     flags = ["--model_name_or_path", tiny_gemma, "--dataset_name", data / "en", "--output_dir", run, "--max_steps", "8"]
-    flags += ["--eval_strategy", "no", "--save_strategy", "no"]
+    flags += ["--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "4"]
     train_gemma.main(*parse_arguments(recipe, [str(flag) for flag in flags]))
     ask = {"run": str(run), "dataset": None, "batch_size": 16, "max_new_tokens": 8, "limit": 12, "overwrite": False}
     evaluate_gemma.main(argparse.Namespace(**ask))
