@@ -33,6 +33,7 @@ from finetuning.merging import (
     merge_in_place,
     num_weights,
     observe,
+    without_training_marks,
     write_report,
 )
 from finetuning.model_card import write_model_card
@@ -114,13 +115,14 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
     try:
         model, changes = merge_in_place(model)
         model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        processing_class.chat_template = without_training_marks(processing_class.chat_template)
         processing_class.save_pretrained(unfinished)
         # llama.cpp's converter reads the sentencepiece model, which transformers no longer saves.
         vocabulary = cached_file(
             base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False
         )
         if vocabulary:
-            shutil.copy(vocabulary, unfinished / "tokenizer.model")
+            shutil.copyfile(vocabulary, unfinished / "tokenizer.model")
         del model
         gc.collect()
 

@@ -1,6 +1,7 @@
 """Merging an adapter into its base, and the proof that the merged model answers as the tuned one does."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ from finetuning.generation import answer_batch, prompt_batch
 from finetuning.models import is_vision
 
 # Largest mean KL divergence (nats a token) of the merged model's next tokens from those of base + adapter. The two
-# compute the same in another order; what is left is rounding, measured as {measured} (see the README of the test).
+# compute the same in another order. Measured rounding on SmolLM2-135M, LoRA on every layer: 1e-11 in float32, 3e-5 in
+# float16, 2e-3 in bfloat16.
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
-# ... and it must be a small part of what training changed, else the merge lost the training in rounding (peft#2586).
+# ... and it must be a small part of what training changed, else the training is lost in rounding (peft#2586).
 LARGEST_SHARE = 0.5
 QUESTIONS = {
     True: ["How many circles are in the picture?", "이 그림을 한 문장으로 설명해 주세요."],
@@ -205,12 +207,18 @@ def check_proof(report: dict[str, Any]) -> None:
     if merged["mean_kl"] > share * base["mean_kl"]:
         problems.append(
             f"it is {merged['mean_kl']:.2e} nats from base + adapter, and the base alone {base['mean_kl']:.2e}: "
-            "rounding ate what was trained; merge with --dtype float32, or train longer"
+            "what was trained is lost in rounding; merge with --dtype float16 or float32, or train longer"
         )
     if report["dtype"] == "float32" and merged["equal_answers"] < len(report["answers"]):
         problems.append(f"only {merged['equal_answers']} of {len(report['answers'])} greedy answers are equal")
     if problems:
         raise ValueError("the merge is not proven: " + "; ".join(problems))
+
+
+def without_training_marks(template: str) -> str:
+    """The same chat template for programs that do not know transformers' `generation` block, such as llama.cpp."""
+    template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
+    return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

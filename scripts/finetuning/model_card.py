@@ -34,9 +34,12 @@ def table(values: dict[str, Any]) -> str:
 def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report: dict[str, Any]) -> None:
     """Write `folder/README.md` from what the run and the merge report say; nothing in it is made up."""
     base, licence = report["base_model"], licence_of(report["base_model"])
-    data = Path(str(arguments.get("dataset_name")))
-    manifest_file = data / "manifest.json"
-    manifest = json.loads(manifest_file.read_text(encoding="utf-8")) if manifest_file.is_file() else {}
+    data = Path(arguments["dataset_name"]) if "dataset_name" in arguments else None
+    about_data = f"`{data.name}`" if data else "Not recorded."
+    if data and (data / "manifest.json").is_file():
+        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+        rows = ", ".join(f"{split} {count:,}" for split, count in manifest["rows"].items())
+        about_data += f"; rows: {rows}. Split: {manifest['split_rule']}"
     metrics = {
         key: value for key, value in read_metrics(run).items() if key.startswith(("eval_", "train_loss", "global"))
     }
@@ -59,8 +62,7 @@ def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report:
 
 ## Data
 
-`{data.name}`{", rows: " + ", ".join(f"{split} {count:,}" for split, count in manifest["rows"].items()) if manifest else ""}.
-{manifest.get("split_rule", "")}
+{about_data}
 
 ## Recipe
 

@@ -1,0 +1,121 @@
+"""Asking: batches equal single questions, a file half done is continued, mistakes are named before weights are loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, must_run, run_command
+from generate import find_images, read_questions, start_or_continue
+from PIL import Image
+
+from finetuning.generation import answer_batch, prompt_batch
+from finetuning.models import load_for_inference
+
+QUESTIONS = ["How many people are in view?", "사람이 몇 명 있나요? 모두 세어 주세요."]
+
+
+@pytest.fixture(scope="module")
+def pictures(raw_cctv, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in (1, 20, 40):
+        with Image.open(raw_cctv / "frames" / f"seq_{number:06d}.jpg") as image:
+            image.save(folder / f"{number:02d}.png")
+    return folder
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_batched_answers_equal_single_ones(tiny_llava, pictures):
+    """Left padding: rows of different lengths, with two, one and no picture, answer as they do alone (LLaVA-NeXT#365)."""
+    model, processor = load_for_inference(str(tiny_llava))
+    images = [Image.open(path) for path in sorted(pictures.iterdir())]
+    rows = [
+        {"messages": [{"role": "user", "content": QUESTIONS[0] * times}], "images": images[:count]}
+        for times, count in ((1, 1), (6, 2), (3, 0), (2, 1))
+    ]
+    together = answer_batch(model, processor, rows, max_new_tokens=12)
+    alone = [answer_batch(model, processor, [row], max_new_tokens=12)[0] for row in rows]
+    assert together == alone
+    assert len(set(alone)) > 1
+    with torch.no_grad():
+        batch = model(**prompt_batch(processor, rows)).logits[:, -1]
+        single = torch.cat([model(**prompt_batch(processor, [row])).logits[:, -1] for row in rows])
+    torch.testing.assert_close(batch, single, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_half_done_is_continued_and_not_redone(tiny_llava, pictures, tmp_path):
+    (tmp_path / "questions.txt").write_text("\n\n".join(QUESTIONS) + "\n", encoding="utf-8-sig")
+    output = tmp_path / "answers.jsonl"
+    command = (
+        *("scripts/generate.py", "--model", tiny_llava, "--image", pictures, "--max_new_tokens", "8"),
+        *("--question", tmp_path / "questions.txt", "--output", output, "--batch_size", "4"),
+    )
+    must_run(*command)
+    complete = read_lines(output)
+    expected = [(str(path), question) for path in sorted(pictures.iterdir()) for question in QUESTIONS]
+    assert [(line["image"], line["question"]) for line in complete] == expected
+
+    # Killed while the fourth line was being written; what is there stays as it is, even if the model would differ now.
+    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    first = json.dumps(complete[0] | {"answer": "kept"}, ensure_ascii=False) + "\n"
+    output.write_text(first + "".join(lines[1:3]) + lines[3][:25], encoding="utf-8")
+    assert "3 of 6 are answered, continuing" in must_run(*command)
+    assert read_lines(output) == [complete[0] | {"answer": "kept"}, *complete[1:]]
+    with pytest.raises(ValueError, match="max_new_tokens: 8 -> 9"):
+        start_or_continue(output, json.loads((tmp_path / "answers.settings.json").read_text()) | {"max_new_tokens": 9})
+    (tmp_path / "answers.settings.json").unlink()
+    with pytest.raises(ValueError, match=r"without the answers\.settings\.json"):
+        start_or_continue(output, {})
+
+
+def test_one_answer_streams_and_a_conversation_remembers(tiny_llava, pictures):
+    command = [sys.executable, "scripts/generate.py", "--model", str(tiny_llava), "--max_new_tokens", "6", "--chat"]
+    command += ["--image", str(pictures / "01.png"), "--question", QUESTIONS[0]]
+    result = subprocess.run(
+        command, cwd=ROOT, input=QUESTIONS[1] + "\n\n", text=True, capture_output=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    model, processor = load_for_inference(str(tiny_llava))
+    row = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "images": [Image.open(pictures / "01.png")]}
+    answers = []
+    for question in (None, QUESTIONS[1]):
+        if question:
+            row["messages"] += [
+                {"role": "assistant", "content": answers[0]},
+                {"role": "user", "content": question},
+            ]
+        answers += answer_batch(model, processor, [row], max_new_tokens=6)
+    said = " ".join(result.stdout.split())
+    for answer in answers:
+        assert " ".join(answer.split()) in said
+
+
+def test_a_text_model_answers_and_refuses_pictures(tmp_path, pictures):
+    base = tmp_path / "tiny-gemma"
+    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", base)
+    output = tmp_path / "answers.jsonl"
+    ask = ("scripts/generate.py", "--model", base, "--max_new_tokens", "4")
+    must_run(*ask, "--question", *QUESTIONS, "--output", output)
+    assert [(line["image"], line["question"]) for line in read_lines(output)] == [(None, each) for each in QUESTIONS]
+    result = run_command(*ask, "--question", QUESTIONS[0], "--image", pictures)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "reads text only" in result.stderr and "3 answers need a file" in result.stderr
+
+
+def test_all_mistakes_in_pictures_and_questions_are_named_together(tmp_path, pictures):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text(f"{pictures / '01.png'}\n{tmp_path / 'missing.png'}\n", encoding="utf-8")
+    problems = []
+    words = [tmp_path / "broken.jpg", tmp_path / "empty", tmp_path / "list.txt", pictures]
+    assert str(pictures / "01.png") in find_images([str(word) for word in words], problems)
+    assert len(problems) == 3
+    assert "broken.jpg: no picture that can be read" in "; ".join(problems)
+    assert "empty: no pictures in this folder" in "; ".join(problems)
+    assert "missing.png: no such file" in "; ".join(problems)
+    assert read_questions(["a?", "a?", str(tmp_path / "nothing.txt")], problems) == ["a?"]
+    assert "nothing.txt: no such file" in problems[-1]
