@@ -98,8 +98,8 @@ def test_the_three_attempts_are_one_curve(whole, interrupted):
 
 def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
     run, _, _ = interrupted
-    attempts = read_attempts(run)
-    assert len(attempts) == 3
+    # A fourth file is of the W&B process that the first attempt's TERM ended with it; its history is told again.
+    attempts = [attempt for attempt in read_attempts(run) if attempt["exit_code"] is not None]
     assert {attempt["id"] for attempt in attempts} == {(run / "wandb_run_id.txt").read_text().strip()}
     assert [(attempt["exit_code"], attempt["preempting"]) for attempt in attempts] == [
         (75, True),
@@ -108,10 +108,10 @@ def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
     ]
     history = [entry for attempt in attempts for entry in attempt["history"]]
     steps = [entry["train/global_step"] for entry in history if "train/global_step" in entry]
-    assert steps == sorted(steps) and steps[-1] == 12
+    assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == 12
     restarts = [entry["train/restarts"] for entry in history if "train/restarts" in entry]
     assert restarts == sorted(restarts) and set(restarts) == {0, 1, 2}
-    wanted = {"train/samples_per_second", "train/data_wait", "eval/loss", "eval/count_mae_train_median", "eval/answers"}
+    wanted = {"train/samples_per_second", "train/data_wait", "eval/loss", "eval/count_mae_train_median", "eval/answers/path"}
     assert wanted <= {key for entry in history for key in entry}
     config = attempts[-1]["config"]
     assert config["learning_rate"] == 2e-3 and config["projector"] == "full"

@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
@@ -150,6 +151,8 @@ class InterruptibleTrainer(SFTTrainer):
         self._saving = False
         self.stop_request = StopRequest()
         super().__init__(*args, **kwargs)
+        if self.pop_callback(WandbCallback):
+            self.add_callback(tracking.WandbCallbackThatReturns())
         self.add_callback(StopTogether(self.stop_request))
         self.add_callback(ShowProgress())
 
@@ -170,7 +173,7 @@ class InterruptibleTrainer(SFTTrainer):
     def _report_interruption(self) -> None:
         reason, step, folder = self.stop_request.reason, self.state.global_step, Path(self.args.output_dir)
         progress.end_attempt(folder, step, reason)
-        tracking.close(self.args, EXIT_INTERRUPTED)
+        tracking.close(self.args, self.state, EXIT_INTERRUPTED)
         print(f"Stopped at step {step} of {self.state.max_steps} ({reason}). The same command continues from there.")
         if outcome := os.environ.get("OUTCOME_FILE"):
             Path(outcome).write_text("interrupted\n", encoding="utf-8")

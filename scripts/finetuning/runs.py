@@ -129,4 +129,4 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         unfinished.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.rename(folder / "metrics.json")
         progress.end_attempt(folder, trainer.state.global_step, "completed")
-        tracking.close(trainer.args, 0, metrics)
+        tracking.close(trainer.args, trainer.state, 0, metrics)

@@ -1,12 +1,14 @@
 """TensorBoard always; W&B as well where the environment can reach it; one W&B run per training, however often restarted."""
 
+import contextlib
 import hashlib
 import importlib.util
 import netrc
 import os
 import secrets
-import signal
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import numpy as np
 import yaml
 from accelerate import PartialState
 from PIL import Image, ImageDraw
-from transformers import Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import rewrite_logs
+
+from finetuning.progress import read_progress
 
 PROJECT = "llava-gemma-finetuning"
 THUMBNAIL = 160  # pixels, longest side, in TensorBoard's picture of the answers
@@ -45,29 +50,63 @@ def set_up(output_dir: str, run_name: str | None) -> list[str]:
     if not wandb_is_set_up():
         return ["tensorboard"]
     if PartialState().is_main_process:
-        import wandb
-
-        id_file = folder / "wandb_run_id.txt"
-        if not id_file.is_file():
-            id_file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n", encoding="utf-8")
-        arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
-        facts = facts_of_the_run(arguments.get("dataset_name", ""))
-        tags = [f"{name}:{value}"[:64] for name, value in facts.items()]
-        # Slurm signals every process of a step, and wandb's own dies of TERM: it inherits this mask.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            name=os.environ.get("WANDB_NAME") or run_name or folder.name,
-            group=os.environ.get("WANDB_RUN_GROUP") or group_of_the_job(),
-            tags=[tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag] + tags,
-            job_type="train",
-            dir=str(folder),
-            config=arguments | facts,
-        )
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        open_wandb(folder, run_name)
     return ["tensorboard", "wandb"]
+
+
+def open_wandb(folder: Path, run_name: str | None) -> None:
+    import wandb
+
+    id_file = folder / "wandb_run_id.txt"
+    if not id_file.is_file():
+        id_file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n", encoding="utf-8")
+    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+    facts = facts_of_the_run(arguments.get("dataset_name", ""))
+    tags = [f"{name}:{value}"[:64] for name, value in facts.items()]
+    wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        name=os.environ.get("WANDB_NAME") or run_name or folder.name,
+        group=os.environ.get("WANDB_RUN_GROUP") or group_of_the_job(),
+        tags=[tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag] + tags,
+        job_type="train",
+        dir=str(folder),
+        config=arguments | facts,
+    )
+    wandb.define_metric("train/global_step")
+    wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
+
+
+def tell_wandb(args: TrainingArguments, state: TrainerState, action: Callable[[], None]) -> None:
+    """Do `action`; when W&B's own process is gone, start another, tell it this attempt's history, and do it then.
+
+    Slurm's TERM goes to every process of a step. Training outlives it, W&B's process does not, and what it had not
+    yet written is lost.
+    """
+    import wandb
+
+    try:
+        action()
+    except ConnectionError:
+        with contextlib.suppress(ConnectionError):
+            wandb.teardown()
+        folder = Path(args.output_dir)
+        open_wandb(folder, args.run_name)
+        from_step = read_progress(folder)["attempts"][-1]["from_step"]
+        for entry in state.log_history:
+            if entry["step"] > from_step:
+                logs = {name: value for name, value in entry.items() if name != "step"}
+                wandb.log(rewrite_logs(logs) | {"train/global_step": entry["step"]})
+        action()
+
+
+class WandbCallbackThatReturns(WandbCallback):
+    """transformers' callback, with a W&B process that may end before the training does."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            tell_wandb(args, state, partial(super().on_log, args, state, control, **kwargs))
 
 
 def facts_of_the_run(dataset_name: str) -> dict[str, Any]:
@@ -109,10 +148,14 @@ def wandb_address(args: TrainingArguments) -> str | None:
     return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parent}"
 
 
-def close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | None = None) -> None:
+def close(args: TrainingArguments, state: TrainerState, exit_code: int, metrics: dict[str, Any] | None = None) -> None:
     """End the W&B run of this process: with its verdict (and its adapter, when asked) or as interrupted. Main process."""
     if "wandb" not in args.report_to:
         return
+    tell_wandb(args, state, partial(_close, args, exit_code, metrics))
+
+
+def _close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | None) -> None:
     import wandb
 
     if metrics is None:
@@ -156,12 +199,15 @@ def log_answers(trainer: Trainer, table: dict[str, list[Any]]) -> None:
         return
     import wandb
 
-    columns = {
-        name: [wandb.Image(value) if isinstance(value, Image.Image) else value for value in values]
-        for name, values in table.items()
-    }
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    wandb.log({"eval/answers": wandb.Table(columns=list(columns), data=rows), "train/global_step": step})
+    def log_table() -> None:
+        columns = {
+            name: [wandb.Image(value) if isinstance(value, Image.Image) else value for value in values]
+            for name, values in table.items()
+        }
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        wandb.log({"eval/answers": wandb.Table(columns=list(columns), data=rows), "train/global_step": step})
+
+    tell_wandb(trainer.args, trainer.state, log_table)
 
 
 def markdown_table(columns: dict[str, list[Any]]) -> str:

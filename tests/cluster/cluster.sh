@@ -16,8 +16,10 @@ pids_in() { cat "$folder"/run/"$1".pid 2>/dev/null || true; }
 
 stop() {
     if [[ -f $conf ]]; then
-        SLURM_CONF=$conf timeout 10 scancel --user=root 2>/dev/null || true
-        sleep 1
+        export SLURM_CONF=$conf
+        timeout 10 scancel --signal=KILL --full --user=root 2>/dev/null || true
+        timeout 10 scancel --user=root 2>/dev/null || true
+        for _ in {1..50}; do if [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]]; then sleep 0.2; fi; done
     fi
     local name pid
     for name in slurmd.${prefix}1 slurmd.${prefix}2 slurmctld munged; do
@@ -26,7 +28,10 @@ stop() {
             for _ in {1..80}; do if [[ -d /proc/$pid ]]; then sleep 0.1; fi; done
         done
     done
-    for i in 1 2; do ip netns del "$prefix$i" 2>/dev/null || true; done
+    for i in 1 2; do
+        ip link del "$prefix$i" 2>/dev/null || true # a process that is left would keep the network, and with it the name
+        ip netns del "$prefix$i" 2>/dev/null || true
+    done
     ip link del "$bridge" 2>/dev/null || true
     # In place: in a container /etc/hosts is a mount, which cannot be replaced.
     local hosts

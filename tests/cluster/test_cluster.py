@@ -110,17 +110,17 @@ def log_of(job: str) -> Path:
     return ROOT / "slurm" / "logs" / f"train-{job}.log"
 
 
-def python_processes(job: str, node: str) -> list[int]:
-    """Of one job's step on one node, by the environment that Slurm gave them."""
+def training_processes(job: str, node: str) -> list[int]:
+    """Launcher and ranks of a job on one node, by the environment that Slurm gave them."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            name = (folder / "comm").read_text()
+            environment = set((folder / "environ").read_bytes().split(b"\0"))
+            command = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:  # ended meanwhile, or not ours to read
             continue
-        wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
-        if wanted <= set(environment) and name.startswith(("python", "accelerate")):
+        if wanted <= environment and b"python" in command[0] and TRAIN[1].encode() in command:
             found.append(int(folder.name))
     return found
 
@@ -137,8 +137,8 @@ def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturb
     # 1. All processes of node 2 are killed in the middle of a checkpoint: the job fails, a whole checkpoint is left.
     job = submit(*words, disturbed, **two_by_two)
     wait_for_step(disturbed, job, 6, attempts=1)
-    processes = python_processes(job, "ftnode2")
-    assert len(processes) >= 3  # the launcher and two ranks
+    processes = training_processes(job, "ftnode2")
+    assert len(processes) == 3  # the launcher and two ranks
     while True:
         wait_until(lambda: list(disturbed.glob("unfinished/checkpoint-*")), "a checkpoint being written")
         for process in processes:
