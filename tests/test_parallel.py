@@ -158,12 +158,13 @@ def test_run_of_two_processes_continues_with_one(train, trained, tmp_path):
     assert_same_weights(run, trained("cpu", 1), "adapter_model.safetensors", tolerance=2e-5)
 
 
-def test_full_fine_tune_of_divided_weights_is_saved_as_one_model(train, tmp_path):
-    once = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
-    train("cpu", 1, tmp_path / "one", **FULL, **once)
-    expected = LlavaForConditionalGeneration.from_pretrained(tmp_path / "one").state_dict()
-    for strategy in ("fsdp2", "deepspeed_zero3"):
-        train(strategy, 2, tmp_path / strategy, **FULL, **once)
-        assert_same_weights(tmp_path / strategy, tmp_path / "one", "model.safetensors", tolerance=2e-5)
-        model = LlavaForConditionalGeneration.from_pretrained(tmp_path / strategy)
-        assert model.state_dict().keys() == expected.keys()
+def test_full_fine_tune_under_zero3_is_saved_as_one_model(train, tmp_path):
+    # Plain descent: Adam's first steps would make sign flips of numbers near zero as large as any step.
+    once = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "optim": "sgd", "learning_rate": 0.1}
+    for strategy, processes in (("cpu", 1), ("deepspeed_zero3", 2)):
+        train(strategy, processes, tmp_path / strategy, **FULL, **once)
+    assert_same_weights(tmp_path / "deepspeed_zero3", tmp_path / "cpu", "model.safetensors", tolerance=2e-5)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "deepspeed_zero3")
+    assert sum(parameter.numel() for parameter in model.parameters()) == sum(
+        tensor.numel() for tensor in load_file(tmp_path / "cpu" / "model.safetensors").values()
+    )
