@@ -93,5 +93,7 @@ def test_the_choice_is_kept_for_a_continuation(tmp_path):
     (tmp_path / "arguments.yaml").write_text("checkpoint_layers: auto\nseed: 3\n")
     keep_choice(tmp_path, 12)
     assert yaml.safe_load((tmp_path / "arguments.yaml").read_text()) == {"checkpoint_layers": "12", "seed": 3}
+    assert kept_choice(tmp_path, "auto") == "auto"  # nothing to continue from
+    (tmp_path / "checkpoint-2").mkdir()
     assert kept_choice(tmp_path, "auto") == "12"
     assert kept_choice(tmp_path, "all") == "all"

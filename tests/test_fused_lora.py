@@ -24,6 +24,7 @@ from speed_models import (
 from finetuning import layer_kernels
 from finetuning.fused_lora import FusedLoraLinear, Projections, fuse_lora
 from finetuning.layer_kernels import drop
+from finetuning.speed import ignore_right_padding
 
 
 def text_batch() -> dict[str, torch.Tensor]:
@@ -102,6 +103,23 @@ def test_nf4_gradients_equal_peft(tmp_path):
     expected = loss_and_grads(model, llava_batch())
     assert fuse_lora(model) == 21
     assert_same(loss_and_grads(model, llava_batch()), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_mask_of_right_padding_changes_nothing(fused):
+    model = with_lora(tiny_gemma(), DECODER).train()
+    batch = text_batch()
+    assert batch["attention_mask"].sum() == 33  # of 40: seven are padding
+    expected = loss_and_grads(model, batch)
+    if fused:
+        fuse_lora(model)
+    ignore_right_padding(model)
+    masks = []
+    model.get_base_model().model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    assert_same(loss_and_grads(model, batch), expected)
+    assert masks == [None]
 
 
 def test_only_supervised_rows_are_computed_after_the_last_attention():

@@ -171,8 +171,8 @@ def keep_choice(folder: Path, count: int) -> None:
 
 
 def kept_choice(folder: str | Path, wanted: str) -> str:
-    """What an interrupted run chose for `auto`; `wanted` for a fresh one."""
+    """What an interrupted run chose for `auto`, so that its continuation need not try again; else `wanted`."""
     path = Path(folder) / "arguments.yaml"
-    if wanted != "auto" or not path.is_file():
+    if wanted != "auto" or not path.is_file() or not any(Path(folder).glob("checkpoint-*")):
         return wanted
     return str(yaml.safe_load(path.read_text(encoding="utf-8")).get("checkpoint_layers", wanted))
