@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--patch_size", type=int, default=8)
     parser.add_argument("--vision_hidden_size", type=int, default=96)
     parser.add_argument("--vision_layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=700, help="steps of --pretrain")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of --pretrain")
     parser.add_argument("--max_count", type=int, default=20, help="shapes in a picture at most")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
