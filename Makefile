@@ -34,6 +34,24 @@ outputs/llava-sample/metrics.json: data/sample-cctv/manifest.json models/tiny-ll
 sample: outputs/llava-sample/metrics.json
 	$(BIN)/python scripts/evaluate_llava.py --run outputs/llava-sample --dataset data/sample-cctv --split test
 
+data/sample-anime.csv: | .venv/installed
+	$(BIN)/python data_prep/make_sample_anime.py --output data/sample-anime.csv --titles 24
+
+data/sample-anime/manifest.json: data/sample-anime.csv
+	$(BIN)/python data_prep/prepare_anime.py --csv data/sample-anime.csv --output data/sample-anime \
+		--questions_per_fact all --validation_share 0.2 --test_share 0.5
+
+models/tiny-gemma/config.json: data/sample-anime.csv
+	$(BIN)/python scripts/make_tiny_model.py --architecture gemma --output models/tiny-gemma \
+		--text data/sample-anime.csv --hidden_size 128
+
+outputs/gemma-sample/metrics.json: data/sample-anime/manifest.json models/tiny-gemma/config.json
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_gemma.py \
+		--config scripts/configs/gemma_sample.yaml
+
+sample-anime: outputs/gemma-sample/metrics.json
+	$(BIN)/python scripts/evaluate_gemma.py --run outputs/gemma-sample
+
 test: .venv/installed-dev
 	$(BIN)/python -m pytest tests --ignore tests/cluster
 
