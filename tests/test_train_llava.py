@@ -263,7 +263,7 @@ def test_a_killed_run_continues_to_the_same_weights(tiny_llava, cctv_dataset, tm
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
-    with pytest.raises(ValueError, match=r"begun with other arguments \(learning_rate: 0.002 -> 0.1\)"):
+    with pytest.raises(ValueError, match=r"begun with other arguments \(learning_rate: 0.001 -> 0.1\)"):
         train(tiny_llava, cctv_dataset, tmp_path / "killed", *flags, "--learning_rate", "0.1")
     killed = train(tiny_llava, cctv_dataset, tmp_path / "killed", *flags)
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
