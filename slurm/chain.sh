@@ -27,8 +27,8 @@ case ${training[0]:-} in
         exit 2
         ;;
 esac
-# Prints the dataset and the run's folder, one on a line, or ends the script with what is wrong.
-facts=$("${PREFIX[@]}" python scripts/check_recipe.py "${training[@]:0:2}" --config "${training[@]:2}" --quiet)
+# The dataset and the run's folder, one on a line (after what libraries print), or the end with what is wrong.
+facts=$("${PREFIX[@]}" python scripts/check_recipe.py "${training[@]:0:2}" --config "${training[@]:2}" --quiet | tail -n 2)
 { read -r dataset && read -r run; } <<<"$facts"
 
 after=()

@@ -23,7 +23,7 @@ done
 case ${1:-} in
     */train.slurm) "${PREFIX[@]}" python scripts/check_recipe.py "${@:2:2}" --config "${@:4}" >&2 ;;
     */sweep.slurm)
-        points=$("${PREFIX[@]}" python scripts/sweep.py "${@:2}" --count)
+        points=$("${PREFIX[@]}" python scripts/sweep.py "${@:2}" --count | tail -n 1) # libraries print before it
         [[ -n $array ]] || options+=("--array=0-$((points - 1))")
         ;;
     *.slurm) ;;
