@@ -224,7 +224,7 @@ def main(options: argparse.Namespace) -> None:
         PartialState().print(f"{len(items):,} answers: {options.output}")
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -237,12 +237,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
     parser.add_argument("--load_in_4bit", action="store_true", help="quantise the weights: 7B parameters in 5 GB")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     try:
-        main(parse_options())
+        main(parse_options(sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     except KeyboardInterrupt:

@@ -1,13 +1,12 @@
 """Asking: batches equal single questions, a file half done is continued, mistakes are named before weights are loaded."""
 
+import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, must_run, run_command
-from generate import find_images, read_questions, start_or_continue
+from conftest import must_run
+from generate import find_images, main, parse_options, read_questions
 from PIL import Image
 
 from finetuning.generation import answer_batch, prompt_batch
@@ -23,6 +22,10 @@ def pictures(raw_cctv, tmp_path_factory):
         with Image.open(raw_cctv / "frames" / f"seq_{number:06d}.jpg") as image:
             image.save(folder / f"{number:02d}.png")
     return folder
+
+
+def ask(*flags) -> None:
+    main(parse_options([str(flag) for flag in flags]))
 
 
 def read_lines(path):
@@ -47,63 +50,54 @@ def test_batched_answers_equal_single_ones(tiny_llava, pictures):
     torch.testing.assert_close(batch, single, rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_half_done_is_continued_and_not_redone(tiny_llava, pictures, tmp_path):
+def test_a_file_half_done_is_continued_and_not_redone(tiny_llava, pictures, tmp_path, capsys):
     (tmp_path / "questions.txt").write_text("\n\n".join(QUESTIONS) + "\n", encoding="utf-8-sig")
     output = tmp_path / "answers.jsonl"
-    command = (
-        *("scripts/generate.py", "--model", tiny_llava, "--image", pictures, "--max_new_tokens", "8"),
-        *("--question", tmp_path / "questions.txt", "--output", output, "--batch_size", "4"),
-    )
-    must_run(*command)
+    flags = ["--model", tiny_llava, "--image", pictures, "--max_new_tokens", "8", "--batch_size", "4"]
+    flags += ["--question", tmp_path / "questions.txt", "--output", output]
+    ask(*flags)
     complete = read_lines(output)
     expected = [(str(path), question) for path in sorted(pictures.iterdir()) for question in QUESTIONS]
     assert [(line["image"], line["question"]) for line in complete] == expected
 
-    # Killed while the fourth line was being written; what is there stays as it is, even if the model would differ now.
+    # Killed while the fourth line was being written. What is there stays as it is, even if the model would differ now.
     lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
     first = json.dumps(complete[0] | {"answer": "kept"}, ensure_ascii=False) + "\n"
     output.write_text(first + "".join(lines[1:3]) + lines[3][:25], encoding="utf-8")
-    assert "3 of 6 are answered, continuing" in must_run(*command)
+    ask(*flags)
+    assert "3 of 6 are answered, continuing" in capsys.readouterr().out
     assert read_lines(output) == [complete[0] | {"answer": "kept"}, *complete[1:]]
     with pytest.raises(ValueError, match="max_new_tokens: 8 -> 9"):
-        start_or_continue(output, json.loads((tmp_path / "answers.settings.json").read_text()) | {"max_new_tokens": 9})
+        ask(*flags, "--max_new_tokens", "9")
     (tmp_path / "answers.settings.json").unlink()
     with pytest.raises(ValueError, match=r"without the answers\.settings\.json"):
-        start_or_continue(output, {})
+        ask(*flags)
 
 
-def test_one_answer_streams_and_a_conversation_remembers(tiny_llava, pictures):
-    command = [sys.executable, "scripts/generate.py", "--model", str(tiny_llava), "--max_new_tokens", "6", "--chat"]
-    command += ["--image", str(pictures / "01.png"), "--question", QUESTIONS[0]]
-    result = subprocess.run(
-        command, cwd=ROOT, input=QUESTIONS[1] + "\n\n", text=True, capture_output=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stderr
+def test_one_answer_streams_and_a_conversation_remembers(tiny_llava, pictures, capsys, monkeypatch):
+    flags = ["--model", tiny_llava, "--image", pictures / "01.png", "--max_new_tokens", "6", "--question", QUESTIONS[0]]
     model, processor = load_for_inference(str(tiny_llava))
     row = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "images": [Image.open(pictures / "01.png")]}
-    answers = []
-    for question in (None, QUESTIONS[1]):
-        if question:
-            row["messages"] += [
-                {"role": "assistant", "content": answers[0]},
-                {"role": "user", "content": question},
-            ]
-        answers += answer_batch(model, processor, [row], max_new_tokens=6)
-    said = " ".join(result.stdout.split())
-    for answer in answers:
-        assert " ".join(answer.split()) in said
+    first = answer_batch(model, processor, [row], max_new_tokens=6)[0]
+    row["messages"] += [{"role": "assistant", "content": first}, {"role": "user", "content": QUESTIONS[1]}]
+    second = answer_batch(model, processor, [row], max_new_tokens=6)[0]
+
+    ask(*flags)
+    assert capsys.readouterr().out.split() == first.split()
+    monkeypatch.setattr("sys.stdin", io.StringIO(QUESTIONS[1] + "\n\n"))
+    ask(*flags, "--chat")
+    said = " ".join(capsys.readouterr().out.split())
+    assert " ".join(first.split()) in said and " ".join(second.split()) in said
 
 
 def test_a_text_model_answers_and_refuses_pictures(tmp_path, pictures):
     base = tmp_path / "tiny-gemma"
     must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", base)
     output = tmp_path / "answers.jsonl"
-    ask = ("scripts/generate.py", "--model", base, "--max_new_tokens", "4")
-    must_run(*ask, "--question", *QUESTIONS, "--output", output)
+    ask("--model", base, "--max_new_tokens", "4", "--question", *QUESTIONS, "--output", output)
     assert [(line["image"], line["question"]) for line in read_lines(output)] == [(None, each) for each in QUESTIONS]
-    result = run_command(*ask, "--question", QUESTIONS[0], "--image", pictures)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "reads text only" in result.stderr and "3 answers need a file" in result.stderr
+    with pytest.raises(ValueError, match=r"reads text only; 3 answers need a file"):
+        ask("--model", base, "--question", QUESTIONS[0], "--image", pictures)
 
 
 def test_all_mistakes_in_pictures_and_questions_are_named_together(tmp_path, pictures):
