@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -111,10 +112,17 @@ def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
     assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == 12
     restarts = [entry["train/restarts"] for entry in history if "train/restarts" in entry]
     assert restarts == sorted(restarts) and set(restarts) == {0, 1, 2}
-    wanted = {"train/samples_per_second", "train/data_wait", "eval/loss", "eval/count_mae_train_median", "eval/answers/path"}
+    wanted = {
+        "train/samples_per_second",
+        "train/data_wait",
+        "eval/loss",
+        "eval/count_mae_train_median",
+        "eval/answers/path",
+    }
     assert wanted <= {key for entry in history for key in entry}
     config = attempts[-1]["config"]
-    assert config["learning_rate"] == 2e-3 and config["projector"] == "full"
+    recipe = yaml.safe_load((ROOT / "scripts/configs/llava_sample.yaml").read_text())
+    assert (config["learning_rate"], config["projector"]) == (recipe["learning_rate"], "full")
     manifest = hashlib.sha256((cctv_dataset / "manifest.json").read_bytes()).hexdigest()[:12]
     assert f"manifest:{manifest}" in attempts[0]["tags"] and "processes:1" in attempts[0]["tags"]
     summary = attempts[-1]["summary"]
