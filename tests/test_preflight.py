@@ -213,7 +213,7 @@ def test_one_process_that_sees_two_gpus(tmp_path):
         ({"attn_implementation": "flash_attention_2"}, T4, "needs compute capability 8.0, this GPU has 7.5"),
         ({"attn_implementation": "flash_attention_3"}, A100, "needs compute capability 9.0, this GPU has 8.0"),
         ({"attn_implementation": "flash_attention_2"}, None, "needs a GPU"),
-        ({"attn_implementation": "flash_attention"}, A100, "is unknown; there are sdpa, eager"),
+        ({"attn_implementation": "flash_attention"}, A100, "is unknown; there are sdpa, packed, eager"),
         ({"dtype": "bfloat16"}, T4, "BFloat16 != Half"),
         ({"attn_implementation": "sdpa"}, T4, None),
         ({"dtype": "float16"}, T4, None),
