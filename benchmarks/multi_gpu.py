@@ -11,6 +11,7 @@ runs on a CPU, where strategies that need GPUs are listed with the reason for wh
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -110,7 +111,9 @@ def launch(variant: Variant, run: Path, args: argparse.Namespace, log: Path) -> 
     command += ["--num_processes", str(processes), "scripts/train_llava.py", *words]
     started = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
-        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        # A single process that sees several GPUs is refused: it would copy the model to all of them at every step.
+        seen = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and torch.cuda.is_available() else {})
+        code = subprocess.run(command, cwd=ROOT, env=seen, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     return code, time.perf_counter() - started
 
 
