@@ -113,7 +113,9 @@ def launch(variant: Variant, run: Path, args: argparse.Namespace, log: Path) -> 
     with log.open("a", encoding="utf-8") as file:
         # A single process that sees several GPUs is refused: it would copy the model to all of them at every step.
         seen = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and torch.cuda.is_available() else {})
-        code = subprocess.run(command, cwd=ROOT, env=seen, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env=seen, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
     return code, time.perf_counter() - started
 
 
