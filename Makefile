@@ -1,6 +1,7 @@
 # make sample        the main job in small, offline: data, a tiny model, training, evaluation (minutes, two CPU cores)
 # make sample-anime  the same for the text use case
-# make test          all tests that need no cluster; make test-cluster: the job files on a real Slurm (Debian, root)
+# make test          all tests that need no cluster
+# make test-cluster  the job files on a real Slurm; installs it where it is missing (Debian, root), skips where it cannot
 # make lint          style of the Python files, and the shell files
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -56,7 +57,8 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest tests --ignore tests/cluster
 
 test-cluster: .venv/installed-dev
-	$(BIN)/python -m pytest tests/cluster
+	tests/cluster/cluster.sh install
+	$(BIN)/python -m pytest tests/cluster -rs
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -3,8 +3,9 @@
     srun --ntasks-per-node=1 python scripts/check_nodes.py scripts/train_llava.py ddp --config RECIPE [flags]
 
 slurm/train.slurm runs it. On each node: GPUs, as many as the job should have, each of which computes; dataset and base
-model readable; the run's folder writable, with room. Then all nodes meet at the first one and add a number up (NCCL
-where there are GPUs). Exits with 1 and one line per problem; a node that does not come within 20 seconds is one.
+model readable; the run's folder writable, with room. Then all nodes meet at the first one, at a port that must be free
+there, and add a number up (NCCL where there are GPUs). Exits with 1 and one line per problem; a node that does not come
+within 20 seconds is one.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -63,6 +63,18 @@ def file_problems(dataset_name: str, model_name: str, revision: str, output_dir:
     return problems
 
 
+def port_problem(port: int) -> str | None:
+    """What keeps this node from being met at `port`; None when nothing does."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        return (
+            f"port {port}, where the nodes are to meet, is taken by another program ({error.strerror}). It follows from "
+            "the job's number: submit again, a new job has another port"
+        )
+    return None
+
+
 def sum_over_nodes(store: dist.Store, rank: int, world: int) -> str | None:
     """What went wrong when all nodes added up one number each; None when nothing did."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -89,6 +101,7 @@ def main() -> None:
         rank, world = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         processes = int(os.environ["PROCESSES_PER_NODE"])
+        names = os.environ["NODE_NAMES"].split()
     except KeyError as error:
         sys.exit(f"check_nodes.py: {error.args[0]} is not set: this command is run by slurm/train.slurm")
     try:
@@ -104,6 +117,8 @@ def main() -> None:
         training_args.output_dir,
     )
     host = socket.gethostname()
+    if rank == 0 and (taken := port_problem(port)):
+        sys.exit("\n".join(f"check_nodes.py: {host}: {problem}" for problem in [taken, *problems]))
     try:
         # The first node may be the last to have read its Python files.
         store = dist.TCPStore(address, port, world, rank == 0, 3 * PATIENCE, wait_for_workers=False)
@@ -111,7 +126,7 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(f"check_nodes.py: {host} does not reach {address}:{port} ({str(error).splitlines()[0]})")
     if rank == 0:
-        if not report(store, world):
+        if not report(store, names):
             sys.exit(1)
         store.set("all-there", "yes")
     else:
@@ -127,13 +142,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def report(store: dist.Store, world: int) -> bool:
+def report(store: dist.Store, names: list[str]) -> bool:
     """Print the problems of all nodes, on the first one; whether there are none."""
-    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
-    names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     lines = []
-    for rank in range(world):
-        name = names[rank] if rank < len(names) else f"node {rank}"
+    for rank, name in enumerate(names):
         try:
             store.wait([f"node-{rank}"], PATIENCE)
             host, problems = json.loads(store.get(f"node-{rank}"))

@@ -20,5 +20,6 @@ if ((SLURM_JOB_NUM_NODES * PROCESSES_PER_NODE > 1)); then
     nodes=(--num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * PROCESSES_PER_NODE))"
         --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 fi
-"${PREFIX[@]}" accelerate launch --config_file "accelerate_configs/$strategy.yaml" "${nodes[@]}" \
+# --quiet: where one process fails, what it said is all there is to say, and accelerate adds no stack trace of its own.
+"${PREFIX[@]}" accelerate launch --quiet --config_file "accelerate_configs/$strategy.yaml" "${nodes[@]}" \
     "$script" --config "$recipe" "$@"

@@ -1,16 +1,50 @@
 #!/bin/bash
 # A Slurm cluster of two nodes on this machine, for the tests: real daemons, each node with its own network, no systemd.
 #
+#   tests/cluster/cluster.sh install           Debian's packages, where they are not installed and root may do so
+#   tests/cluster/cluster.sh missing           prints what keeps a cluster from starting here; nothing when nothing does
 #   tests/cluster/cluster.sh start FOLDER      then: export SLURM_CONF=FOLDER/slurm.conf
 #   tests/cluster/cluster.sh stop FOLDER
 #
-# Needs root and Debian's slurm-wlm and munge (apt-get install -y slurm-wlm munge iproute2). All that it writes is in
-# FOLDER, except a marked block in /etc/hosts, a bridge and two network namespaces, which `stop` removes.
+# Needs root and Debian's slurm-wlm, munge and iproute2. All that it writes is in FOLDER, except a marked block in
+# /etc/hosts, a bridge and two network namespaces, which `stop` removes.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
-action=$1 folder=$(realpath -m "$2")
+action=$1 folder=$(realpath -m "${2:-.}")
 conf=$folder/slurm.conf
 subnet=10.177.78 bridge=ftbridge prefix=ftnode port=17700
+
+programs_missing() {
+    local program
+    for program in slurmctld slurmd srun munged ip nsenter unshare; do
+        command -v "$program" >/dev/null || echo "$program"
+    done
+}
+
+install() { # never fails: what cannot be installed is a reason to skip the tests, not to fail them
+    [[ -n $(programs_missing) ]] || return 0
+    if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
+        echo "cluster.sh: Slurm is not installed, and only root on Debian can install it here" >&2
+        return 0
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get -qq update && apt-get -qq install --yes --no-install-recommends slurm-wlm munge iproute2; } >&2 ||
+        echo "cluster.sh: apt-get could not install slurm-wlm, munge and iproute2" >&2
+}
+
+missing() {
+    local programs
+    programs=$(programs_missing)
+    if [[ $EUID -ne 0 ]]; then
+        echo "a Slurm cluster is started by root"
+    elif [[ -n $programs ]]; then
+        echo "not installed: ${programs//$'\n'/, } (apt-get install slurm-wlm munge iproute2)"
+    elif ! unshare --net --uts true 2>/dev/null || ! ip link add ftprobe type bridge 2>/dev/null; then
+        echo "this machine allows no network namespaces and bridges, with which two nodes are told apart"
+    else
+        ip link del ftprobe
+    fi
+}
 
 pids_in() { cat "$folder"/run/"$1".pid 2>/dev/null || true; }
 
@@ -19,13 +53,19 @@ stop() {
         export SLURM_CONF=$conf
         timeout 10 scancel --signal=KILL --full --user=root 2>/dev/null || true
         timeout 10 scancel --user=root 2>/dev/null || true
-        for _ in {1..50}; do if [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]]; then sleep 0.2; fi; done
+        for _ in {1..50}; do
+            [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]] || break
+            sleep 0.2
+        done
     fi
     local name pid
     for name in slurmd.${prefix}1 slurmd.${prefix}2 slurmctld munged; do
         for pid in $(pids_in "$name"); do
             kill "$pid" 2>/dev/null || continue
-            for _ in {1..80}; do if [[ -d /proc/$pid ]]; then sleep 0.1; fi; done
+            for _ in {1..80}; do
+                [[ -d /proc/$pid ]] || break
+                sleep 0.1
+            done
         done
     done
     for i in 1 2; do
@@ -125,7 +165,9 @@ CONF
 }
 
 case $action in
+    install) install ;;
+    missing) missing ;;
     start) stop && { start || { stop; exit 1; }; } ;;
     stop) stop ;;
-    *) echo "cluster.sh: expected start or stop, got $action" >&2 && exit 2 ;;
+    *) echo "cluster.sh: expected install, missing, start or stop, got $action" >&2 && exit 2 ;;
 esac
