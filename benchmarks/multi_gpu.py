@@ -4,16 +4,19 @@
     python benchmarks/multi_gpu.py --model models/tiny-llava --work /tmp/multi_gpu --output multi_gpu.json --batch_size 2
 
 Only the config and the processor of the model are read: its weights are drawn at random in the published shape and
-written to disk, so that every strategy loads them as it would load the real ones. Each strategy trains 11 steps by
-`scripts/train_llava.py` with a checkpoint at step 10, loses what came after it, and is started again. The second line
-runs on a CPU, where strategies that need GPUs are listed with the reason for which they were refused.
+written to disk, so that every strategy loads them as it would load the real ones. First each strategy trains 11 steps by
+`scripts/train_llava.py` with a checkpoint at step 10. Then, while there is time, each loses what came after its
+checkpoint and is started again. The JSON is written after every launch. The second line runs on a CPU, where strategies
+that need GPUs are listed with the reason for which they were refused.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +30,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 ROOT = Path(__file__).parents[1]
 STEPS, CHECKPOINT = 11, 10
+GRACE = 50  # seconds that a launch may go on after --seconds
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,20 @@ class Variant:
 
 
 QLORA = {"load_in_4bit": True}
+# FSDP2 divides 4-bit weights that are stored in the type of the run.
+DIVIDED_QLORA = QLORA | {"bnb_4bit_quant_storage": "bfloat16" if torch.cuda.is_available() else "float32"}
 FULL = {"language_model": "full", "projector": "full", "gradient_checkpointing": True}
 VARIANTS = {
     "LoRA, one GPU": Variant("single_gpu", processes=1, resumes=False),
     "LoRA, DDP": Variant("ddp"),
-    "LoRA, ZeRO-2": Variant("deepspeed_zero2"),
-    "LoRA, ZeRO-3": Variant("deepspeed_zero3"),
     "QLoRA, DDP": Variant("ddp", QLORA),
-    "QLoRA, FSDP2": Variant("fsdp2", QLORA | {"bnb_4bit_quant_storage": "bfloat16"}),
+    "LoRA, ZeRO-3": Variant("deepspeed_zero3"),
+    "QLoRA, FSDP2": Variant("fsdp2", DIVIDED_QLORA),
     # A checkpoint of 7 billion trained numbers takes 100 GB: only the result is saved.
     "full, ZeRO-3": Variant("deepspeed_zero3", FULL, resumes=False),
+    "LoRA, ZeRO-3, offload": Variant("deepspeed_zero3_offload", resumes=False),
+    "LoRA, ZeRO-2": Variant("deepspeed_zero2"),
     "LoRA, FSDP2": Variant("fsdp2"),
-    "LoRA, ZeRO-3, offload": Variant("deepspeed_zero3_offload", {"optim": "adamw_torch"}, resumes=False),
 }
 
 
@@ -87,8 +93,8 @@ def make_dataset(folder: Path, num_rows: int) -> None:
     DatasetDict({"train": train, "validation": train.select(range(2))}).save_to_disk(folder)
 
 
-def launch(variant: Variant, run: Path, args: argparse.Namespace, log: Path) -> tuple[int, float]:
-    """Train, or continue; (exit code, seconds)."""
+def launch(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
+    """Train, or continue: `{"seconds": it took}`, and `failed` and the log's `last_lines` where it did not end well."""
     processes = variant.processes or args.processes
     flags = {
         "config": ROOT / "scripts" / "configs" / "llava_lora.yaml",
@@ -108,93 +114,122 @@ def launch(variant: Variant, run: Path, args: argparse.Namespace, log: Path) -> 
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{variant.config}.yaml")]
-    command += ["--num_processes", str(processes), "scripts/train_llava.py", *words]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", "scripts/train_llava.py", *words]
+    # A single process that sees several GPUs is refused: it would copy the model to all of them at every step.
+    seen = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and torch.cuda.is_available() else {})
+    log = run.with_suffix(".log")
     started = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
-        # A single process that sees several GPUs is refused: it would copy the model to all of them at every step.
-        seen = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and torch.cuda.is_available() else {})
-        code = subprocess.run(
-            command, cwd=ROOT, env=seen, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    return code, time.perf_counter() - started
-
-
-def measure(variant: Variant, run: Path, args: argparse.Namespace) -> dict[str, object]:
-    """Speed over steps 6 to 10, the largest peak of any GPU, whether it saved and continued; or why it did not."""
-    log = run.with_suffix(".log")
-    code, seconds = launch(variant, run, args, log)
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env=seen, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = launcher.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            # The launcher ends its trainers, which have sessions of their own, within 30 seconds.
+            os.killpg(launcher.pid, signal.SIGTERM)
+            code = launcher.wait()
+            file.write(f"\nstopped after {seconds:.0f} s\n")
+    outcome = {"seconds": round(time.perf_counter() - started, 1)}
     if code:
-        return {"failed": reason(log)}
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        outcome |= {"failed": reason(lines), "last_lines": [line[-300:] for line in lines[-40:]]}
+    return outcome
+
+
+def reason(lines: list[str]) -> str:
+    """What the benchmark or the command said, or the first error that Python named."""
+    if lines[-1].startswith("stopped after"):
+        return lines[-1]
+    ours = [number for number, line in enumerate(lines) if line.startswith("train_llava.py:")]
+    if ours:
+        return " ".join(line.strip() for line in lines[ours[-1] : ours[-1] + 3])[:400]
+    errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line) and "ChildFailedError" not in line]
+    return errors[0][-400:] if errors else lines[-1][-400:]
+
+
+def train(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
+    """Speed over steps 6 to 10, the largest peak of any GPU, what was saved; or why it did not."""
+    outcome = launch(variant, run, args, seconds)
+    if "failed" in outcome:
+        return outcome
     history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     at_10 = next(entry for entry in history if entry.get("step") == CHECKPOINT and "loss" in entry)
-    weights = sorted(run.glob("*.safetensors"))
-    result = {
+    return outcome | {
         "samples_per_second": at_10["samples_per_second"],
         "peak_memory_gib": at_10.get("peak_memory_gib"),
         "loss": at_10["loss"],
-        "saved_mb": round(sum(path.stat().st_size for path in weights) / 1e6, 1),
-        "launch_seconds": round(seconds, 1),
+        "saved_mb": round(sum(path.stat().st_size for path in run.glob("*.safetensors")) / 1e6, 1),
     }
-    if not variant.resumes:
-        return result
+
+
+def proceed(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
+    """Forget what came after the checkpoint, and start the same command again."""
     (run / "metrics.json").unlink()
-    for path in [*run.glob(f"checkpoint-{STEPS}"), *weights]:
+    for path in [*run.glob(f"checkpoint-{STEPS}"), *run.glob("*.safetensors")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    code, seconds = launch(variant, run, args, log)
-    if code:
-        return result | {"failed": "continuing: " + reason(log)}
-    last = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return result | {"continued_to_step": last["global_step"], "continuation_seconds": round(seconds, 1)}
-
-
-def reason(log: Path) -> str:
-    """The message of the command, or the last error that Python named."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ours = [number for number, line in enumerate(lines) if line.startswith("train_llava.py:")]
-    if ours:
-        return " ".join(line.strip() for line in lines[ours[-1] : ours[-1] + 2])[:300]
-    errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line and "CalledProc" not in line]
-    return errors[-1][-300:] if errors else f"see {log}"
+    outcome = launch(variant, run, args, seconds)
+    if "failed" not in outcome:
+        outcome["to_step"] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["global_step"]
+    return outcome
 
 
 def table(results: dict[str, dict[str, object]]) -> str:
     lines = ["| | samples/s | peak GiB per GPU | saved MB | continued |", "|---|---|---|---|---|"]
     for name, result in results.items():
-        if "samples_per_second" not in result:
+        if "failed" in result:
             lines.append(f"| {name} | {result['failed']} | | | |")
             continue
-        continued = result.get("failed") or result.get("continued_to_step", "")
-        peak = result["peak_memory_gib"] if result["peak_memory_gib"] is not None else ""
-        lines.append(f"| {name} | {result['samples_per_second']} | {peak} | {result['saved_mb']} | {continued} |")
+        continued = result.get("continued", {})
+        cells = [result["samples_per_second"], result["peak_memory_gib"], result["saved_mb"]]
+        cells.append(continued.get("failed") or continued.get("to_step"))
+        lines.append(f"| {name} | {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model whose config and processor are taken")
-    parser.add_argument("--work", type=Path, required=True, help="new folder for weights, rows and runs (20 GB for 7B)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results, written after each")
+    parser.add_argument("--work", type=Path, required=True, help="new folder for weights, rows and runs (35 GB for 7B)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file of the results, written after each launch"
+    )
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--batch_size", type=int, default=8, help="rows of each process")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=540, help="no strategy is begun after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help=f"nothing is begun after so long, or goes on {GRACE} s later"
+    )
     args = parser.parse_args()
     started = time.perf_counter()
+    args.work = args.work.resolve()
     args.work.mkdir(parents=True)
     make_model(args.model, args.work / "model")
     make_dataset(args.work / "data", args.batch_size * args.processes * STEPS)
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     print(f"model and rows made in {time.perf_counter() - started:.0f} s", flush=True)
-    results = {}
-    for name in args.only:
-        if time.perf_counter() - started > args.seconds:
-            results[name] = {"failed": "not begun: out of time"}
-            continue
-        run = args.work / name.replace(", ", "_").replace(" ", "_")
-        results[name] = measure(VARIANTS[name], run, args)
-        shutil.rmtree(run, ignore_errors=True)
+    results: dict[str, dict[str, object]] = {}
+    runs = {name: args.work / name.replace(", ", "_").replace(" ", "_") for name in args.only}
+
+    def left() -> float:
+        return args.seconds - (time.perf_counter() - started)
+
+    def keep(name: str, result: dict[str, object]) -> None:
+        results[name] = result
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"{time.perf_counter() - started:.0f} s: {name}: {results[name]}", flush=True)
+        shown = {key: value for key, value in result.items() if key != "last_lines"}
+        print(f"{time.perf_counter() - started:.0f} s: {name}: {shown}", flush=True)
+
+    for name, run in runs.items():
+        variant = VARIANTS[name]
+        keep(name, train(variant, run, args, left() + GRACE) if left() > 0 else {"failed": "not begun: out of time"})
+        if not variant.resumes:
+            shutil.rmtree(run, ignore_errors=True)
+    # What was trained on several GPUs in few bytes can wait: the figures of all come first.
+    for name, run in runs.items():
+        if VARIANTS[name].resumes and "failed" not in results[name] and left() > 0:
+            keep(name, results[name] | {"continued": proceed(VARIANTS[name], run, args, left() + GRACE)})
     print(table(results))
 
 

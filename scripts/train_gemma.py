@@ -58,7 +58,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
-    speed = speed_up(model, script_args)
+    speed = speed_up(model, script_args, training_args)
 
     # Train
     wording = load_wording(script_args.dataset_name)

@@ -61,7 +61,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
     shares_prefix = shares_image_prefix(script_args, train_rows)
-    speed = speed_up(model, script_args, shares_prefix=shares_prefix)
+    speed = speed_up(model, script_args, training_args, shares_prefix=shares_prefix)
 
     # Train
     training_args.remove_unused_columns = False  # the collator takes what it needs, and keeps the row's number

@@ -1,27 +1,77 @@
-"""Trained weights made whole again where a strategy divides them between the processes."""
+"""Weights that a strategy divides between the processes: gathered fast to compute with, and whole to be saved."""
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from finetuning.checkpointing import decoder_layers
 from finetuning.hardware import strategy
+
+
+def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
+    """What a strategy's file cannot say because it follows from the model; changes DeepSpeed's `config` in place."""
+    zero = config["zero_optimization"]
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # PyTorch's own AdamW steps on the CPU too. DeepSpeed's would be compiled at first use, by a CUDA toolkit that
+        # few machines have (DeepSpeed#2772).
+        config["zero_force_ds_cpu_optimizer"] = False
+    if zero["stage"] == 3:
+        gather_whole_layers(model, zero)
+
+
+def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
+    """ZeRO-3: gather a decoder layer, and a frozen vision tower, in one piece each, the next one during this one.
+
+    Left alone, DeepSpeed gathers each linear layer and each adapter by a call of its own, from hooks that take longer
+    than the products between them: LoRA then trains at a quarter of DDP's speed. Here adapters and norms, which are
+    small, stay whole on every GPU, and what is fetched ahead is one layer.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    layers = decoder_layers(model)
+    towers = [module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"]
+    for module in [*layers, *(tower for tower in towers if not any(p.requires_grad for p in tower.parameters()))]:
+        set_z3_leaf_module(module, True)
+    # DeepSpeed takes a layer's gradients when that of its input is there: the first layer's input must have one.
+    model.enable_input_require_grads()
+    zero["stage3_prefetch_bucket_size"] = max(
+        sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers
+    )
+    adapters = [parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name]
+    if adapters:
+        zero["stage3_param_persistence_threshold"] = max(adapters)
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> whole weight on the CPU, for the trainable weights only: the frozen base is never gathered.
+
+    Of a part that is trained in full beside LoRA also the layers that no gradient reaches (the last of a vision tower):
+    PEFT saves such a part as a whole.
 
     Called by all processes together. Under DeepSpeed these are the fp32 masters that the optimizer steps, not the
     16-bit copies that the model computes with, so that an adapter is saved alike under every strategy.
     """
     weights = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if strategy().startswith("ZeRO"):
+        if strategy().startswith("ZeRO") and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 
             whole = safe_get_full_fp32_param(parameter)
+        elif parameter.requires_grad or ".modules_to_save." in name:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else gathered(parameter)
         else:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            continue
         weights[name] = whole.detach().cpu().clone()
     return weights
+
+
+def gathered(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter that the optimizer does not know, whole also under ZeRO-3, which leaves each process a share."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()

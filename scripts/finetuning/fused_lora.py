@@ -46,9 +46,10 @@ class Projections:
     """LoRA layers of PEFT that read the same activation, as one product: y = [W_1; W_2; ...] x + s_i B_i A_i x.
 
     16-bit base weights are stacked in memory once, and the layers' own weights become views of the stack, so no byte
-    is added; 4-bit weights are dequantised into one stack at each use. The adapters' dropout is drawn once for all
-    layers of the stack, because they read the same activation: elements are dropped as often as PEFT drops them.
-    `refresh` must run before each forward pass of the model.
+    is added; 4-bit weights are dequantised into one stack at each use; weights that ZeRO-3 divides come and go, and are
+    multiplied one by one. The adapters' dropout is drawn once for all layers of the stack, because they read the same
+    activation: elements are dropped as often as PEFT drops them. `refresh` must run before each forward pass of the
+    model, under ZeRO-3 of each decoder layer.
     """
 
     def __init__(self, layers: list[nn.Module]):
@@ -60,6 +61,7 @@ class Projections:
         self.scales = [layer.scaling[self.adapter] for layer in layers]
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
+        self.is_divided = hasattr(self.bases[0].weight, "ds_id")
         self.in_use = True
         self.dtype: torch.dtype | None = None
         self.stack: Tensor | None = None
@@ -90,7 +92,7 @@ class Projections:
             self.b_transposed = [b.T for b in self.b]
             self.copies = [*self.stacked_a.split(self.ranks), *self.b]
             self.stack = None
-        if not self.is_quantized:
+        if not (self.is_quantized or self.is_divided):
             self.stack_weights(weights)
         return self.copies, self.parameters
 
@@ -119,10 +121,20 @@ class Projections:
         return stack.to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight().T)
+        if not self.is_divided:
+            return torch.mm(x, self.weight().T)
+        y = x.new_empty(len(x), sum(self.sizes))
+        for columns, base in zip(y.split(self.sizes, 1), self.bases, strict=True):
+            columns.addmm_(x, base.weight.detach().to(self.dtype).T, beta=0)
+        return y
 
     def transposed_product(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.weight())
+        if not self.is_divided:
+            return torch.mm(grad, self.weight())
+        grad_x = grad.new_empty(len(grad), self.layers[0].in_features)
+        for number, (columns, base) in enumerate(zip(grad.split(self.sizes, 1), self.bases, strict=True)):
+            grad_x.addmm_(columns, base.weight.detach().to(self.dtype), beta=min(number, 1))
+        return grad_x
 
     def draw_seeds(self) -> Tensor | None:
         # Drawn from the device's generator, which checkpointing rewinds before it computes a layer again.
@@ -265,6 +277,9 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         supervised_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
+        if self.is_divided and past_key_values is None:
+            # Here and not before the whole model: this layer's weights have just been gathered.
+            follow_adapters([self.fused_qkv, self.fused_o, self.fused_gate_up, self.fused_down])
         if past_key_values is not None or not self.fused_qkv.in_use:
             return super().forward(
                 hidden_states,
@@ -342,10 +357,10 @@ def fuse_lora(model: nn.Module) -> int:
 
     What is not plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps PEFT's
     own code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
-    code too. Raises ValueError under DeepSpeed ZeRO-3, whose partitioned weights only a module's own call gathers.
+    code too. DeepSpeed ZeRO-3 must gather whole decoder layers (`divided.gather_whole_layers`); what is not in a decoder
+    keeps PEFT's code there.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError("fused_lora does not work with ZeRO-3: set fused_lora: false, or use DDP or ZeRO-2")
+    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     fused = 0
     decoders = [module for module in model.modules() if type(module) in FUSED_LAYERS]
     for index, layer in enumerate(decoders):
@@ -364,29 +379,34 @@ def fuse_lora(model: nn.Module) -> int:
         layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1
+        layer.is_divided = divided
         layer.__class__ = FUSED_LAYERS[type(layer)]
         fused += len(projections)
     in_decoders = {
         id(module) for layer in decoders if isinstance(layer, FusedDecoderLayer) for module in layer.modules()
     }
     for module in model.modules():
-        if type(module) is LoraLinear and id(module) not in in_decoders and is_plain_lora(module):
+        if type(module) is LoraLinear and id(module) not in in_decoders and is_plain_lora(module) and not divided:
             module.fused = Projections([module])
             module.__class__ = FusedLoraLinear
             fused += 1
-    if fused:
+    if fused and not divided:
         stacks = [value for module in model.modules() for value in vars(module).values() if type(value) is Projections]
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         base_model.register_forward_pre_hook(partial(refresh, stacks), with_kwargs=True)
     return fused
 
 
-@torch.no_grad()
 def refresh(stacks: list[Projections], model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before each pass: the adapters' 16-bit copies follow the fp32 masters, all of them in a few launches."""
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         return  # a next token of a generation: nothing was trained since the prompt
+    follow_adapters(stacks)
+
+
+@torch.no_grad()
+def follow_adapters(stacks: list[Projections]) -> None:
     device_type = stacks[0].bases[0].weight.device.type
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     copies, masters = zip(*(stack.refresh(autocast_dtype) for stack in stacks), strict=True)

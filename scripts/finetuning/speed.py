@@ -3,9 +3,10 @@
 from datasets import Dataset
 from torch import nn
 
-from finetuning.arguments import ScriptArguments
+from finetuning.arguments import ScriptArguments, TrainingArguments
+from finetuning.divided import set_up_deepspeed
 from finetuning.fused_lora import fuse_lora
-from finetuning.hardware import weights_are_divided
+from finetuning.hardware import strategy
 from finetuning.shared_prefix import share_prefix
 
 
@@ -16,12 +17,16 @@ def shares_image_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
     return "image_id" in rows.column_names and len(set(rows["image_id"])) < len(rows)
 
 
-def speed_up(model: nn.Module, script_args: ScriptArguments, *, shares_prefix: bool = False) -> str:
+def speed_up(
+    model: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, *, shares_prefix: bool = False
+) -> str:
     """Fused LoRA and the shared prefix, as the recipe says. One line for people.
 
-    Where no process holds whole weights (ZeRO-3, FSDP2), LoRA stays PEFT's: only a module's own call gathers them.
+    Under FSDP2 LoRA stays PEFT's, whose own calls gather the weights.
     """
-    fused = fuse_lora(model) if script_args.fused_lora and not weights_are_divided() else 0
+    if training_args.deepspeed_plugin is not None:
+        set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
+    fused = fuse_lora(model) if script_args.fused_lora and strategy() != "FSDP2" else 0
     ignore_right_padding(model)
     if shares_prefix:
         share_prefix(model)
