@@ -133,6 +133,9 @@ def launch(variant: Variant, run: Path, args: argparse.Namespace, seconds: float
     outcome = {"seconds": round(time.perf_counter() - started, 1)}
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # What the launcher says of processes that it ended hides why it had to.
+        ended = [number for number, line in enumerate(lines) if "torch/distributed/elastic" in line]
+        lines = lines[: ended[0]] + lines[-1:] if ended else lines
         outcome |= {"failed": reason(lines), "last_lines": [line[-300:] for line in lines[-40:]]}
     return outcome
 
