@@ -58,7 +58,7 @@ test: .venv/installed-dev
 
 test-cluster: .venv/installed-dev
 	tests/cluster/cluster.sh install
-	$(BIN)/python -m pytest tests/cluster -rs
+	$(BIN)/python -m pytest tests/cluster
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
