@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from finetuning.arguments import ScriptArguments, parse_arguments
+from finetuning.checkpointing import decoder_layers
 from finetuning.collator import LlavaDataCollator
 from finetuning.hardware import choose_precision
 from finetuning.models import load_for_inference, load_processing_class
 from finetuning.placement import place, without_gradient
-from finetuning.trainer import TrainingDiverged
+from finetuning.trainer import FineTuningTrainer, TrainingDiverged
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 
@@ -137,6 +138,29 @@ def test_parts_that_no_gradient_reaches_are_left_out(tiny_llava):
     config = AutoConfig.from_pretrained(tiny_llava)
     assert without_gradient("model.vision_tower.encoder.layers.3.mlp.fc1.weight", config)
     assert not without_gradient("model.vision_tower.encoder.layers.2.mlp.fc1.weight", config)
+
+
+def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cctv_dataset, tmp_path):
+    """transformers would checkpoint every part, and compute the gradient of the picture through the whole tower."""
+    script_args, args, lora_args = parse_arguments(SAMPLE, [
+        *("--gradient_checkpointing", "true", "--checkpoint_layers", "1", "--max_steps", "1", "--save_strategy", "no"),
+        *("--vision_tower", "frozen", "--projector", "frozen", "--eval_strategy", "no", "--report_to", "none"),
+        *("--output_dir", str(tmp_path)),
+    ])  # fmt: skip
+    args.remove_unused_columns = False
+    processor = load_processing_class(str(tiny_llava))
+    model = place(build(tiny_llava), script_args, lora_args)
+    tower, projector = model.get_base_model().model.vision_tower, model.get_base_model().model.multi_modal_projector
+    features = []
+    projector.register_forward_hook(lambda module, inputs, output: features.append(output))
+    trainer = FineTuningTrainer(
+        model=model, args=args, train_dataset=load_from_disk(cctv_dataset)["train"], processing_class=processor,
+        data_collator=LlavaDataCollator(processor), checkpoint_layers=script_args.checkpoint_layers,
+    )  # fmt: skip
+    trainer.train()
+    assert len(features) == 1 and not features[0].requires_grad
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+    assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class StopRequest:
         self.signals = [signal.Signals[f"SIG{name}"] for name in names]
         self.received = 0  # number of the signal that this process got
         self.agreed = 0  # of the one that all processes know of
+        self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def _remember(self, number: int, frame: object) -> None:
         if os.getpid() == self._process and not self.received:
@@ -63,11 +64,27 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agree(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop; called by all processes at the same step."""
+        """Whether any process was asked to stop; called by all processes at the same step.
+
+        On several GPUs it is the answer to the call before: to read the newest one, host and GPU would wait for each
+        other at every step.
+        """
+        if not torch.distributed.is_initialized():
+            self.agreed = self.received
+            return self.agreed > 0
         number = torch.tensor(self.received, device=device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        self.agreed = int(number)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        if device.type != "cuda":
+            self.agreed = int(number)
+            return self.agreed > 0
+        if self._asked is not None:
+            answer, arrived = self._asked
+            arrived.synchronize()
+            self.agreed = int(answer)
+        answer, arrived = torch.empty_like(number, device="cpu", pin_memory=True), torch.cuda.Event()
+        answer.copy_(number, non_blocking=True)
+        arrived.record()
+        self._asked = answer, arrived
         return self.agreed > 0
 
     @property

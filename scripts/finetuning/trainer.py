@@ -54,7 +54,9 @@ class FineTuningTrainer(InterruptibleTrainer):
             and not weights_are_divided()
         )
         if chooses_layers:
-            training_args.gradient_checkpointing = False
+            # Both names of one switch: transformers would checkpoint the vision tower too, and have it asked for
+            # gradients that nobody uses.
+            training_args.gradient_checkpointing = training_args.activation_checkpointing = False
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -69,6 +71,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         if chooses_layers:
             self.add_callback(self.layer_checkpointing)
         self._num_weights: int | None = None
+        switch_only_on_change(model)
         self._start_interval()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
@@ -90,6 +93,11 @@ class FineTuningTrainer(InterruptibleTrainer):
         batches = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
         return batches
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # Counted on the GPU: a count that is copied there would wait for the whole step before.
+        labels = [{"labels": batch["labels"].to(device, non_blocking=True)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(labels, device)
 
     def training_step(self, model, inputs, *args, **kwargs):
         # A step that ran out of memory left half its gradients behind: it can be repeated where there were none before.
@@ -192,3 +200,9 @@ class FineTuningTrainer(InterruptibleTrainer):
         if self.is_world_process_zero():
             # A pickle that nothing here reads: arguments.yaml says the same, to people too.
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def switch_only_on_change(model: torch.nn.Module) -> None:
+    """Let `model.train()`, which transformers calls at every step, visit thousands of modules only when it must."""
+    switch = model.train
+    model.train = lambda mode=True: model if model.training == mode else switch(mode)
