@@ -86,6 +86,8 @@ start() {
     (umask 077 && head -c 128 /dev/urandom >"$folder/munge/key")
 
     echo "CgroupPlugin=cgroup/v1" >"$folder/cgroup.conf" # loaded though unused; the default is fatal without cgroups
+    # Logs are named by the job: numbers that no cluster before had, but ports (by the last digits) that are always the same.
+    local first_job=$(($(date +%s) / 60 % 3000 * 20000 + 1))
     cat >"$conf" <<CONF
 ClusterName=test
 SlurmctldHost=$(hostname -s)($subnet.1)
@@ -113,6 +115,7 @@ PropagateResourceLimits=NONE
 MailProg=/bin/true
 AccountingStorageType=accounting_storage/none
 MinJobAge=86400
+FirstJobId=$first_job
 KillWait=20
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0

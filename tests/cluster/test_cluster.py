@@ -83,7 +83,8 @@ def states(job: str) -> set[str]:
 
 
 def log_of(job: str) -> str:
-    return "\n".join(path.read_text() for path in sorted((ROOT / "slurm" / "logs").glob(f"*-{job}*.log")))
+    paths = itertools.chain.from_iterable((ROOT / "slurm/logs").glob(f"*-{job}{end}.log") for end in ("", "_*"))
+    return "\n".join(path.read_text() for path in sorted(paths))
 
 
 def wait_until(condition: Callable[[], object], what: str, pause: float = 0.02) -> None:
