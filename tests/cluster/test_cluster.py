@@ -190,7 +190,8 @@ def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturb
     assert ended == ["without a word", "SIGUSR1", "SIGTERM", "completed"]
     for before, after in itertools.pairwise(attempts[1:]):
         assert after["from_step"] == before["step"]  # after a signal no step is done twice
-    told = read_attempts(disturbed)  # to W&B
+    # What W&B was told. A file without a run is of its own process when TERM ended that before it wrote anything.
+    told = [attempt for attempt in read_attempts(disturbed) if "id" in attempt]
     assert {attempt["id"] for attempt in told} == {(disturbed / "wandb_run_id.txt").read_text().strip()}
     assert told[-1]["group"] == "train" and {"strategy:ddp", "processes:4", f"job:{job}"} <= set(told[-1]["tags"])
     steps = [[entry["train/global_step"] for entry in attempt["history"] if "train/loss" in entry] for attempt in told]
