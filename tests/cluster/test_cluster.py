@@ -205,8 +205,8 @@ def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturb
 
 
 def chain(recipe: Path, raw: Path, folder: Path) -> dict[str, str]:
-    """Submit a chain of two steps of training; its jobs by name."""
-    flags = ("--dataset_name", folder / "data", "--output_dir", folder / "run", "--max_steps", "2")
+    """Submit a chain; its jobs by name."""
+    flags = ("--dataset_name", folder / "data", "--output_dir", folder / "run")
     data = ("--frames", raw / "frames", "--labels", raw / "labels.csv", "--messages", raw / "messages.txt")
     result = run("slurm/chain.sh", TRAIN[1], "cpu", recipe, *flags, "--", *data, "--gap", "3", CHECK_NODES="no")
     assert result.returncode == 0, result.stderr
@@ -221,13 +221,26 @@ def small_jobs(recipe, raw_cctv, tmp_path_factory) -> tuple[Path, dict[str, str]
     flags = ("--max_steps", "2", "--save_strategy", "no", "--output_dir", folder / "sweep")
     sweep = ("slurm/sweep.slurm", TRAIN[1], "cpu", recipe, folder / "grid.yaml", *flags)
     jobs = {"sweep": submit(*sweep, CHECK_NODES="no")}
-    jobs |= chain(recipe, raw_cctv, folder / "chain")
     warned = ("--no-requeue", "--job-name=warned", *TRAIN, "cpu", recipe, "--output_dir", folder / "warned")
-    jobs["warned"] = submit(*warned, by="sbatch", CHECK_NODES="no")
+    jobs["warned"] = submit(*warned, "--max_steps", "1000", by="sbatch", CHECK_NODES="no")
     wait_until(lambda: f"job {jobs['warned']}, restart 0" in log_of(jobs["warned"]), "the job's script runs")
     run("scancel", "--batch", "-s", "USR2", jobs["warned"])  # as Slurm does before the time limit; Python is not up yet
     jobs |= {f"hopeless {name}": job for name, job in chain(recipe, folder / "no-frames", folder / "hopeless").items()}
+    jobs |= chain(recipe, raw_cctv, folder / "chain")
     return folder, jobs
+
+
+def test_a_chain_prepares_trains_evaluates_and_merges_also_when_its_training_is_queued_again(small_jobs):
+    folder, jobs = small_jobs
+    wait_for_step(folder / "chain" / "run", jobs["train"], 1, attempts=1)
+    run("scancel", "--batch", "-s", "USR2", jobs["train"])
+    start_again(jobs["train"])
+    for name in ("prepare", "train", "evaluate", "merge"):
+        wait_for(jobs[name], "COMPLETED")
+    attempts = progress_of(folder / "chain" / "run")["attempts"]
+    assert [attempt["reason"] for attempt in attempts] == ["SIGUSR2", "completed"]
+    assert (folder / "chain" / "run" / "evaluation" / "test" / "metrics.json").is_file()
+    assert (folder / "chain" / "run-merged" / "merge_report.json").is_file()
 
 
 def test_a_job_that_may_not_be_queued_again_ends_with_the_command_that_goes_on(small_jobs):
@@ -248,14 +261,6 @@ def test_a_sweep_trains_each_point_in_a_folder_and_the_runs_are_a_group(small_jo
         assert json.loads((run_folder / "adapter_config.json").read_text())["r"] == rank
         (attempt,) = read_attempts(run_folder)
         assert attempt["group"] == f"array-{jobs['sweep']}" and attempt["config"]["lora_r"] == rank
-
-
-def test_a_chain_prepares_trains_evaluates_and_merges(small_jobs):
-    folder, jobs = small_jobs
-    for name in ("prepare", "train", "evaluate", "merge"):
-        wait_for(jobs[name], "COMPLETED")
-    assert (folder / "chain" / "run" / "evaluation" / "test" / "metrics.json").is_file()
-    assert (folder / "chain" / "run-merged" / "merge_report.json").is_file()
 
 
 def test_a_chain_stops_when_its_first_job_fails(small_jobs):
