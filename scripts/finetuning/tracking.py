@@ -138,14 +138,15 @@ def group_of_the_job() -> str | None:
 
 
 def wandb_address(args: TrainingArguments) -> str | None:
-    """The run's page; offline the command that will upload it. None without W&B or in other processes."""
+    """The run's page; offline the command that uploads it, all attempts. None without W&B or in other processes."""
     if "wandb" not in args.report_to:
         return None
     import wandb
 
     if wandb.run is None:
         return None
-    return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parent}"
+    # run.dir is <run>/wandb/offline-run-<moment>-<id>/files
+    return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parents[1] / 'offline-run-*'}"
 
 
 def close(args: TrainingArguments, state: TrainerState, exit_code: int, metrics: dict[str, Any] | None = None) -> None:

@@ -202,6 +202,7 @@ def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturb
     assert SECRET not in log_of(job)
     status = must_run("scripts/status.py", disturbed)
     assert "complete: 40 steps" in status and "restarts: 3" in status
+    assert f"W&B: wandb sync {disturbed}/wandb/offline-run-*" in status
 
 
 def chain(recipe: Path, raw: Path, folder: Path) -> dict[str, str]:
