@@ -181,7 +181,9 @@ def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturb
     wait_for(urgent, "COMPLETED")
     start_again(job)
     wait_for(job, "COMPLETED")
-    assert "Traceback" not in log_of(job)
+    assert f'{TRAIN[1]}", line' not in log_of(
+        job
+    )  # no stack trace but of torchrun's own, which leave at their own time
 
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (undisturbed, disturbed))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
