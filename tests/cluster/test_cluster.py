@@ -43,14 +43,14 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def recipe(tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
-    """The sample's recipe, on the tiny model and dataset of the tests: 40 steps, a checkpoint every fifth.
+    """The sample's recipe, on the tiny model and dataset of the tests: 30 steps, a checkpoint every fifth.
 
     Left alone, DDP fills its buckets anew after the first step of each start; more than two processes then add up in
     another order, and a restart ends 1e-6 elsewhere.
     """
     values = yaml.safe_load((ROOT / "scripts/configs/llava_sample.yaml").read_text())
     values |= {
-        "model_name_or_path": str(tiny_llava), "dataset_name": str(cctv_dataset), "max_steps": 40, "lora_dropout": 0.1,
+        "model_name_or_path": str(tiny_llava), "dataset_name": str(cctv_dataset), "max_steps": 30, "lora_dropout": 0.1,
         "per_device_train_batch_size": 1, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 5,
         "logging_steps": 1, "ddp_find_unused_parameters": True, "output_dir": str(tmp_path_factory.mktemp("outputs") / "run"),
     }  # fmt: skip
@@ -139,10 +139,10 @@ def training_processes(job: str, node: str) -> list[int]:
     return found
 
 
-def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path):
+def test_killed_and_stopped_a_run_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path):
     words = ("--nodes=2", *TRAIN, "ddp", recipe, "--output_dir")
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    job = submit(*words, undisturbed, PROCESSES_PER_NODE="2")
+    job = submit(*words, undisturbed, by="sbatch", PROCESSES_PER_NODE="2")
     wait_for(job, "COMPLETED")
     assert "Nodes checked: 2, 2 processes each; they reach each other" in log_of(job)
 
@@ -169,41 +169,34 @@ def test_killed_warned_and_preempted_a_run_ends_with_the_weights_of_an_undisturb
     assert checkpoints and all(checkpoint_problems(path) == [] for path in checkpoints)
     assert list(disturbed.glob("unfinished/checkpoint-*"))
 
-    # 2. Told to stop by a signal to all its processes, it saves and queues itself again ...
+    # 2. Told to stop by a signal to all its processes, it saves, queues itself again, and goes on to its end.
     job = submit(*words, disturbed, **again)
     wait_for_step(disturbed, job, progress_of(disturbed)["step"] + 1, attempts=2)
     run("scancel", "-s", "USR1", job)
     start_again(job)
-
-    # 3. ... and once more when a job of a higher partition takes its nodes; then it ends.
-    wait_for_step(disturbed, job, progress_of(disturbed)["step"] + 1, attempts=3)
-    urgent = submit("-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=true", by="sbatch")
-    wait_for(urgent, "COMPLETED")
-    start_again(job)
     wait_for(job, "COMPLETED")
-    assert f'{TRAIN[1]}", line' not in log_of(
-        job
-    )  # no stack trace but of torchrun's own, which leave at their own time
+    # No stack trace of ours; torchrun's own launchers may print one when the first of them leaves.
+    assert f'{TRAIN[1]}", line' not in log_of(job)
 
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (undisturbed, disturbed))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     attempts = progress_of(disturbed)["attempts"]
     ended = [attempt.get("reason", "without a word") for attempt in attempts]
-    assert ended == ["without a word", "SIGUSR1", "SIGTERM", "completed"]
-    for before, after in itertools.pairwise(attempts[1:]):
-        assert after["from_step"] == before["step"]  # after a signal no step is done twice
-    # What W&B was told. A file without a run is of its own process when TERM ended that before it wrote anything.
+    assert ended == ["without a word", "SIGUSR1", "completed"]
+    assert attempts[2]["from_step"] == attempts[1]["step"]  # after a signal no step is done twice
+    # What W&B was told. What its process had not yet written when it was killed is missing; those steps came again.
     told = [attempt for attempt in read_attempts(disturbed) if "id" in attempt]
     assert {attempt["id"] for attempt in told} == {(disturbed / "wandb_run_id.txt").read_text().strip()}
     assert told[-1]["group"] == "train" and {"strategy:ddp", "processes:4", f"job:{job}"} <= set(told[-1]["tags"])
     steps = [[entry["train/global_step"] for entry in attempt["history"] if "train/loss" in entry] for attempt in told]
-    assert all(part == sorted(part) for part in steps) and set(itertools.chain(*steps)) == set(range(1, 41))
+    assert all(part == sorted(part) for part in steps)
+    assert set(itertools.chain(*steps)) >= set(range(attempts[1]["from_step"] + 1, 31))
     assert told[-1]["summary"]["completed"] is True
     files = [path for path in disturbed.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) > 20 and not [path for path in files if SECRET.encode() in path.read_bytes()]
     assert SECRET not in log_of(job)
     status = must_run("scripts/status.py", disturbed)
-    assert "complete: 40 steps" in status and "restarts: 3" in status
+    assert "complete: 30 steps" in status and "restarts: 2" in status
     assert f"W&B: wandb sync {disturbed}/wandb/offline-run-*" in status
 
 
@@ -211,21 +204,26 @@ def chain(recipe: Path, raw: Path, folder: Path) -> dict[str, str]:
     """Submit a chain; its jobs by name."""
     flags = ("--dataset_name", folder / "data", "--output_dir", folder / "run")
     data = ("--frames", raw / "frames", "--labels", raw / "labels.csv", "--messages", raw / "messages.txt")
-    result = run("slurm/chain.sh", TRAIN[1], "cpu", recipe, *flags, "--", *data, "--gap", "3", CHECK_NODES="no")
+    places = {"PREPARE_OPTIONS": "--nodelist=ftnode2", "TRAIN_OPTIONS": "--nodelist=ftnode1", "CHECK_NODES": "no"}
+    result = run("slurm/chain.sh", TRAIN[1], "cpu", recipe, *flags, "--", *data, "--gap", "3", **places)
     assert result.returncode == 0, result.stderr
     return dict(line.split(": job ") for line in result.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")
 def small_jobs(recipe, raw_cctv, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """Jobs of one process, all queued at once, as one of them would leave a core idle: their folder, and ids by name."""
+    """Jobs of one process, queued together, since one of them would leave a core idle: their folder, and ids by name.
+
+    Node 1 is left to the training of the chain, which is to be preempted.
+    """
     folder = tmp_path_factory.mktemp("small-jobs")
     (folder / "grid.yaml").write_text("lora_r: [4, 8]\n")
+    node_2 = ("--nodelist=ftnode2", "--nodes=1")
     flags = ("--max_steps", "2", "--save_strategy", "no", "--output_dir", folder / "sweep")
     sweep = ("slurm/sweep.slurm", TRAIN[1], "cpu", recipe, folder / "grid.yaml", *flags)
-    jobs = {"sweep": submit(*sweep, CHECK_NODES="no")}
+    jobs = {"sweep": submit(*node_2, *sweep, CHECK_NODES="no")}
     warned = ("--no-requeue", "--job-name=warned", *TRAIN, "cpu", recipe, "--output_dir", folder / "warned")
-    jobs["warned"] = submit(*warned, "--max_steps", "1000", by="sbatch", CHECK_NODES="no")
+    jobs["warned"] = submit(*node_2, *warned, "--max_steps", "1000", CHECK_NODES="no")
     wait_until(lambda: f"job {jobs['warned']}, restart 0" in log_of(jobs["warned"]), "the job's script runs")
     run("scancel", "--batch", "-s", "USR2", jobs["warned"])  # as Slurm does before the time limit; Python is not up yet
     jobs |= {f"hopeless {name}": job for name, job in chain(recipe, folder / "no-frames", folder / "hopeless").items()}
@@ -233,15 +231,17 @@ def small_jobs(recipe, raw_cctv, tmp_path_factory) -> tuple[Path, dict[str, str]
     return folder, jobs
 
 
-def test_a_chain_prepares_trains_evaluates_and_merges_also_when_its_training_is_queued_again(small_jobs):
+def test_a_chain_prepares_trains_evaluates_and_merges_also_when_its_training_is_preempted(small_jobs):
     folder, jobs = small_jobs
     wait_for_step(folder / "chain" / "run", jobs["train"], 1, attempts=1)
-    run("scancel", "--batch", "-s", "USR2", jobs["train"])
+    urgent = ("--partition=urgent", "--nodelist=ftnode1", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_for(submit(*urgent, by="sbatch"), "COMPLETED")
     start_again(jobs["train"])
     for name in ("prepare", "train", "evaluate", "merge"):
         wait_for(jobs[name], "COMPLETED")
     attempts = progress_of(folder / "chain" / "run")["attempts"]
-    assert [attempt["reason"] for attempt in attempts] == ["SIGUSR2", "completed"]
+    assert [attempt["reason"] for attempt in attempts] == ["SIGTERM", "completed"]
+    assert attempts[1]["from_step"] == attempts[0]["step"]
     assert (folder / "chain" / "run" / "evaluation" / "test" / "metrics.json").is_file()
     assert (folder / "chain" / "run-merged" / "merge_report.json").is_file()
 
