@@ -234,14 +234,23 @@ def rows(*images_per_row: int) -> Dataset:
     return Dataset.from_dict(columns).cast_column("images", List(Image()))
 
 
-def test_rows_without_image_hang_divided_weights(monkeypatch):
+def test_rows_without_image_hang_divided_weights(monkeypatch, tmp_path):
+    arguments = training_arguments(tmp_path)
     assert preflight.rows_without_image(rows(1, 0, 2, 0)) == 2
     assert preflight.rows_without_image(Dataset.from_dict({"messages": ["a"]})) == 0
     for how, refused in [("DDP", False), ("ZeRO-2", False), ("ZeRO-3", True), ("FSDP2", True)]:
         monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
         launch_by(monkeypatch, how)
-        assert bool(preflight.row_problems(rows(1, 0))) is refused
-        assert preflight.row_problems(rows(1, 1)) == []
+        assert bool(preflight.row_problems(arguments, rows(1, 0))) is refused
+        assert preflight.row_problems(arguments, rows(1, 1)) == []
+
+
+def test_max_length_where_nothing_is_cut(tmp_path):
+    arguments = training_arguments(tmp_path, max_length=700)
+    (problem,) = preflight.row_problems(arguments, rows(1, 1))
+    assert problem.startswith("max_length: 700 has no effect on rows with images")
+    assert "Remove it from the recipe" in problem and "check_data.py --max_length 700" in problem
+    assert preflight.row_problems(arguments, Dataset.from_dict({"messages": ["a"]})) == []
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,6 @@ class TrainingArguments(SFTConfig):
         default=False,
         metadata={"help": "A loss that is not finite stops the run; looking for one again would stall the GPU."},
     )
-    ddp_timeout: int = field(
-        default=7200,
-        metadata={
-            "help": "Seconds that processes wait for each other; longer than PyTorch's 1800, because the others wait "
-            "while the first prepares the rows of a text dataset."
-        },
-    )
 
     def __post_init__(self):
         capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()

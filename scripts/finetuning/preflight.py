@@ -33,7 +33,7 @@ def refuse_what_cannot_work(
     problems = [
         *strategy_problems(script_args, training_args, model_args),
         *precision_problems(training_args, model_args, capability),
-        *row_problems(train_rows),
+        *row_problems(training_args, train_rows),
     ]
     try:
         counts = count_what_is_trained(script_args, training_args, model_args)
@@ -161,14 +161,21 @@ def rows_without_image(rows: Dataset) -> int:
     return pc.sum(pc.equal(pc.list_value_length(rows.data.column("images")), 0)).as_py() or 0
 
 
-def row_problems(rows: Dataset) -> list[str]:
+def row_problems(training_args: TrainingArguments, rows: Dataset) -> list[str]:
+    problems = []
+    if "images" in rows.column_names and training_args.max_length is not None:
+        problems.append(
+            f"max_length: {training_args.max_length} has no effect on rows with images, which are never cut: a cut image "
+            "cannot be used (LlamaFactory#6131). Remove it from the recipe, and rows that are too long from the data: "
+            f"python scripts/check_data.py --max_length {training_args.max_length} names them"
+        )
     if weights_are_divided() and (without := rows_without_image(rows)):
-        return [
+        problems.append(
             f"{without} of {len(rows)} training rows have no image. Where weights are divided, a process whose rows skip "
             "the vision tower waits for ever for the others (DeepSpeed#7170): leave these rows out, or launch with "
             f"{CONFIGS}/ddp.yaml or {CONFIGS}/deepspeed_zero2.yaml"
-        ]
-    return []
+        )
+    return problems
 
 
 def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:

@@ -17,6 +17,7 @@ from finetuning.divided import trained_weights
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
 from finetuning.preemption import InterruptibleTrainer
+from finetuning.waiting import no_time_out
 
 
 class TrainingDiverged(RuntimeError):
@@ -60,7 +61,8 @@ class FineTuningTrainer(InterruptibleTrainer):
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-        super().__init__(*args, **kwargs)
+        with no_time_out():  # the first process tokenises text, and the others then read what it stored
+            super().__init__(*args, **kwargs)
         for name, parameter in model.named_parameters():
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
