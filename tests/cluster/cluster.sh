@@ -46,6 +46,10 @@ missing() {
     fi
 }
 
+alive() { # a process that has ended may still wait for init to take note of it
+    [[ -d /proc/$1 ]] && ! grep -q '^State:.Z' "/proc/$1/status" 2>/dev/null
+}
+
 pids_in() { cat "$folder"/run/"$1".pid 2>/dev/null || true; }
 
 stop() {
@@ -63,7 +67,7 @@ stop() {
         for pid in $(pids_in "$name"); do
             kill "$pid" 2>/dev/null || continue
             for _ in {1..80}; do
-                [[ -d /proc/$pid ]] || break
+                alive "$pid" || break
                 sleep 0.1
             done
         done

@@ -139,6 +139,56 @@ def training_processes(job: str, node: str) -> list[int]:
     return found
 
 
+def chain(recipe: Path, raw: Path, folder: Path) -> dict[str, str]:
+    """Submit a chain; its jobs by name."""
+    flags = ("--dataset_name", folder / "data", "--output_dir", folder / "run")
+    data = ("--frames", raw / "frames", "--labels", raw / "labels.csv", "--messages", raw / "messages.txt")
+    places = {"PREPARE_OPTIONS": "--nodelist=ftnode2", "TRAIN_OPTIONS": "--nodelist=ftnode1", "CHECK_NODES": "no"}
+    result = run("slurm/chain.sh", TRAIN[1], "cpu", recipe, *flags, "--", *data, "--gap", "3", **places)
+    assert result.returncode == 0, result.stderr
+    return dict(line.split(": job ") for line in result.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def small_jobs(recipe, raw_cctv, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """Jobs of one process, queued before all others, since one of them leaves a core idle: their folder, ids by name.
+
+    Node 1 is left to the training of the chain, which is to be preempted.
+    """
+    folder = tmp_path_factory.mktemp("small-jobs")
+    (folder / "grid.yaml").write_text("lora_r: [4, 8]\n")
+    node_2 = ("--nodelist=ftnode2", "--nodes=1")
+    flags = ("--max_steps", "2", "--save_strategy", "no", "--output_dir", folder / "sweep")
+    sweep = ("slurm/sweep.slurm", TRAIN[1], "cpu", recipe, folder / "grid.yaml", *flags)
+    jobs = {"sweep": submit(*node_2, *sweep, CHECK_NODES="no")}
+    warned = ("--no-requeue", "--job-name=warned", *TRAIN, "cpu", recipe, "--output_dir", folder / "warned")
+    jobs["warned"] = submit(*node_2, *warned, "--max_steps", "1000", CHECK_NODES="no")
+    wait_until(lambda: f"job {jobs['warned']}, restart 0" in log_of(jobs["warned"]), "the job's script runs")
+    run("scancel", "--batch", "-s", "USR2", jobs["warned"])  # as Slurm does before the time limit; Python is not up yet
+    jobs |= {f"hopeless {name}": job for name, job in chain(recipe, folder / "no-frames", folder / "hopeless").items()}
+    jobs |= chain(recipe, raw_cctv, folder / "chain")
+    return folder, jobs
+
+
+def test_a_training_that_is_preempted_is_queued_again_and_keeps_its_chain(small_jobs):
+    folder, jobs = small_jobs
+    wait_for_step(folder / "chain" / "run", jobs["train"], 1, attempts=1)
+    # Held up, or it could end before the next round of the scheduler; Slurm's notice of a preemption is CONT, then TERM.
+    os.kill(progress_of(folder / "chain" / "run")["attempts"][0]["process"], signal.SIGSTOP)
+    urgent = ("--partition=urgent", "--nodelist=ftnode1", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_for(submit(*urgent, by="sbatch"), "COMPLETED")
+    start_again(jobs["train"])
+    assert states(jobs["evaluate"]) == {"PENDING"}
+
+
+def test_a_wrong_recipe_fails_before_it_is_queued(recipe):
+    before = run("squeue", "--noheader", "--states=all", "--format=%F").stdout
+    result = run("slurm/submit.sh", "--nodes=2", *TRAIN, "dpd", recipe, "--lora_rank", "4")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "dpd: no strategy" in result.stderr and "--lora_rank" in result.stderr
+    assert run("squeue", "--noheader", "--states=all", "--format=%F").stdout == before
+
+
 def test_killed_and_stopped_a_run_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path):
     words = ("--nodes=2", *TRAIN, "ddp", recipe, "--output_dir")
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
@@ -200,43 +250,8 @@ def test_killed_and_stopped_a_run_ends_with_the_weights_of_an_undisturbed_one(re
     assert f"W&B: wandb sync {disturbed}/wandb/offline-run-*" in status
 
 
-def chain(recipe: Path, raw: Path, folder: Path) -> dict[str, str]:
-    """Submit a chain; its jobs by name."""
-    flags = ("--dataset_name", folder / "data", "--output_dir", folder / "run")
-    data = ("--frames", raw / "frames", "--labels", raw / "labels.csv", "--messages", raw / "messages.txt")
-    places = {"PREPARE_OPTIONS": "--nodelist=ftnode2", "TRAIN_OPTIONS": "--nodelist=ftnode1", "CHECK_NODES": "no"}
-    result = run("slurm/chain.sh", TRAIN[1], "cpu", recipe, *flags, "--", *data, "--gap", "3", **places)
-    assert result.returncode == 0, result.stderr
-    return dict(line.split(": job ") for line in result.stdout.splitlines())
-
-
-@pytest.fixture(scope="module")
-def small_jobs(recipe, raw_cctv, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """Jobs of one process, queued together, since one of them would leave a core idle: their folder, and ids by name.
-
-    Node 1 is left to the training of the chain, which is to be preempted.
-    """
-    folder = tmp_path_factory.mktemp("small-jobs")
-    (folder / "grid.yaml").write_text("lora_r: [4, 8]\n")
-    node_2 = ("--nodelist=ftnode2", "--nodes=1")
-    flags = ("--max_steps", "2", "--save_strategy", "no", "--output_dir", folder / "sweep")
-    sweep = ("slurm/sweep.slurm", TRAIN[1], "cpu", recipe, folder / "grid.yaml", *flags)
-    jobs = {"sweep": submit(*node_2, *sweep, CHECK_NODES="no")}
-    warned = ("--no-requeue", "--job-name=warned", *TRAIN, "cpu", recipe, "--output_dir", folder / "warned")
-    jobs["warned"] = submit(*node_2, *warned, "--max_steps", "1000", CHECK_NODES="no")
-    wait_until(lambda: f"job {jobs['warned']}, restart 0" in log_of(jobs["warned"]), "the job's script runs")
-    run("scancel", "--batch", "-s", "USR2", jobs["warned"])  # as Slurm does before the time limit; Python is not up yet
-    jobs |= {f"hopeless {name}": job for name, job in chain(recipe, folder / "no-frames", folder / "hopeless").items()}
-    jobs |= chain(recipe, raw_cctv, folder / "chain")
-    return folder, jobs
-
-
-def test_a_chain_prepares_trains_evaluates_and_merges_also_when_its_training_is_preempted(small_jobs):
+def test_the_chain_trains_evaluates_and_merges(small_jobs):
     folder, jobs = small_jobs
-    wait_for_step(folder / "chain" / "run", jobs["train"], 1, attempts=1)
-    urgent = ("--partition=urgent", "--nodelist=ftnode1", "--exclusive", "--output=/dev/null", "--wrap=true")
-    wait_for(submit(*urgent, by="sbatch"), "COMPLETED")
-    start_again(jobs["train"])
     for name in ("prepare", "train", "evaluate", "merge"):
         wait_for(jobs[name], "COMPLETED")
     attempts = progress_of(folder / "chain" / "run")["attempts"]
@@ -272,11 +287,3 @@ def test_a_chain_stops_when_its_first_job_fails(small_jobs):
     for name in ("train", "evaluate", "merge"):
         wait_for(jobs[f"hopeless {name}"], "CANCELLED")
     assert not (folder / "hopeless" / "run").exists()
-
-
-def test_a_wrong_recipe_fails_before_it_is_queued(recipe):
-    before = run("squeue", "--noheader", "--states=all", "--format=%i").stdout
-    result = run("slurm/submit.sh", "--nodes=2", *TRAIN, "dpd", recipe, "--lora_rank", "4")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "dpd: no strategy" in result.stderr and "--lora_rank" in result.stderr
-    assert run("squeue", "--noheader", "--states=all", "--format=%i").stdout == before
