@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from finetuning.arguments import TrainingArguments
@@ -127,6 +128,10 @@ def load_base_model(
         device_map=device_map,
         revision=revision,
     )
+    if is_deepspeed_zero3_enabled():
+        # transformers 5.23 remembers there every renaming that it knows, not those that these files needed, and would
+        # save the weights under names that no class has. Forgotten, the class's own are taken.
+        vars(model).pop("_weight_conversions", None)
     if dtype == torch.float16 and config.model_type.startswith("gemma"):
         keep_residual_stream_in_fp32(model)
     return model

@@ -1,0 +1,27 @@
+"""On the PYTHONPATH of a launch: what accelerate and DeepSpeed do on GPUs, on a CPU too.
+
+PyTorch's FSDP2 runs over gloo; accelerate 1.15 turns FSDP on for the GPU kinds of `distributed_type` only, so that a CPU
+launch is given the name of one. DeepSpeed 0.19 compiles a helper for CPUs, minutes of work for something that inference
+alone uses: it is told that nothing can be compiled. Everything else is the real thing: dividing, gathering, saving,
+continuing.
+"""
+
+import os
+
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    initialise = accelerate.state.PartialState.__init__
+
+    def initialise_as_gpu(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        if self.__dict__.get("distributed_type") == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    accelerate.state.PartialState.__init__ = initialise_as_gpu
+
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
