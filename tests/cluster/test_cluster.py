@@ -182,11 +182,14 @@ def test_a_training_that_is_preempted_is_queued_again_and_keeps_its_chain(small_
 
 
 def test_a_wrong_recipe_fails_before_it_is_queued(recipe):
-    before = run("squeue", "--noheader", "--states=all", "--format=%F").stdout
+    def queued() -> set[str]:
+        return set(run("squeue", "--noheader", "--states=all", "--format=%F").stdout.split())
+
+    before = queued()
     result = run("slurm/submit.sh", "--nodes=2", *TRAIN, "dpd", recipe, "--lora_rank", "4")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "dpd: no strategy" in result.stderr and "--lora_rank" in result.stderr
-    assert run("squeue", "--noheader", "--states=all", "--format=%F").stdout == before
+    assert queued() == before
 
 
 def test_killed_and_stopped_a_run_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path):
