@@ -46,7 +46,7 @@ from preparing.cctv import (
     tie_dialogues,
 )
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS
-from preparing.images import MAX_PIXELS, NEAR_DUPLICATE_BITS, Seen, describe_leaks, report_leaks
+from preparing.images import Seen, add_image_flags, describe_leaks, image_flag_problems, report_leaks
 from preparing.ledger import Ledger
 from preparing.splits import split_groups, split_in_order, split_into_blocks
 from preparing.writing import describe_file, refuse_existing_output, summarise, write_dataset
@@ -160,15 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", type=int, help="of them the last so many to validate, ordered (default 0)")
     parser.add_argument("--gap", type=int, help=f"frames left out between splits, blocks and ordered (default {GAP})")
     parser.add_argument("--seed", type=int, default=0, help="for drawing dialogues and the random split (default 0)")
-    parser.add_argument(
-        "--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected (default 50 million)"
-    )
-    parser.add_argument(
-        "--near_duplicate_bits",
-        type=int,
-        default=NEAR_DUPLICATE_BITS,
-        help="differing bits of 256 up to which two frames are near-duplicates (default %(default)s)",
-    )
+    add_image_flags(parser)
     args = parser.parse_args()
     problems = []
     if not args.frames.is_dir():
@@ -191,11 +183,10 @@ def parse_arguments() -> argparse.Namespace:
             setattr(args, name, reads[args.split][name])
     if args.split == "ordered" and args.train is None:
         problems.append("--split ordered needs --train: how many frames to learn from")
-    for name in ("train", "validation", "gap", "near_duplicate_bits"):
+    for name in ("train", "validation", "gap"):
         if (getattr(args, name) or 0) < 0:
             problems.append(f"--{name} {getattr(args, name)}: expected 0 or more")
-    if args.max_pixels < 1:
-        problems.append(f"--max_pixels {args.max_pixels}: expected 1 or more")
+    problems += image_flag_problems(args)
     shares = [args.validation_size or 0, args.test_size or 0]
     if min(shares) < 0 or sum(shares) >= 1:
         problems.append(

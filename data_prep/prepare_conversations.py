@@ -29,12 +29,12 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS, Turns, read_turns
 from preparing.images import (
-    MAX_PIXELS,
-    NEAR_DUPLICATE_BITS,
     Inspection,
     Seen,
+    add_image_flags,
     describe_leaks,
     find_inside,
+    image_flag_problems,
     inspect_images,
     near_duplicates,
     report_leaks,
@@ -322,15 +322,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation_size", type=float, default=0.1, help="share of the records (default %(default)s)")
     parser.add_argument("--test_size", type=float, default=0.1, help="share of the records (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="for the split (default %(default)s)")
-    parser.add_argument(
-        "--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected (default 50 million)"
-    )
-    parser.add_argument(
-        "--near_duplicate_bits",
-        type=int,
-        default=NEAR_DUPLICATE_BITS,
-        help="differing bits of 256 up to which two images are near-duplicates (default %(default)s)",
-    )
+    add_image_flags(parser)
     args = parser.parse_args()
     problems = []
     if args.images is not None and not args.images.is_dir():
@@ -339,10 +331,7 @@ def parse_arguments() -> argparse.Namespace:
         problems.append(
             f"--validation_size {args.validation_size} and --test_size {args.test_size}: expected shares that leave some to train"
         )
-    if args.max_pixels < 1:
-        problems.append(f"--max_pixels {args.max_pixels}: expected 1 or more")
-    if args.near_duplicate_bits < 0:
-        problems.append(f"--near_duplicate_bits {args.near_duplicate_bits}: expected 0 or more")
+    problems += image_flag_problems(args)
     for column in args.columns:
         name, _, type_name = column.partition(":")
         if type_name not in COLUMN_TYPES or name in ("", *RESERVED_COLUMNS):

@@ -10,24 +10,22 @@ Stopped half way, the same command continues; finished, it shows what is there.
 """
 
 import argparse
-import gc
 import math
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.dataset import open_dataset, open_split, spread
 from finetuning.evaluation import (
     answer_with_both,
-    base_name,
+    ask_both,
     digest,
     digest_weights,
     finish_evaluation,
@@ -35,9 +33,9 @@ from finetuning.evaluation import (
     open_run,
     read_log_history,
     start_evaluation,
+    untuned_name,
 )
 from finetuning.facts import LISTS, FactReader, guess_most_common, load_wording, score_facts, share_right, summarise
-from finetuning.models import load_for_inference
 from finetuning.perplexity import AnswerLoss, answer_losses, perplexity
 from finetuning.plots import Picture, draw, loss_curves
 from finetuning.report import Item, Plot, Table, write_report
@@ -75,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState()
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
-        base = base_name(run, arguments)
+        base = untuned_name(run, arguments)
         prompts = Dataset.from_list([{"messages": question["messages"]} for question in questions])
         answers = answer_with_both(
             run, base, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
@@ -98,22 +96,14 @@ def losses_of_both(
     conversations = [
         [*question["messages"], {"role": "assistant", "content": question["reference"]}] for question in questions
     ]
-    model, tokenizer = load_for_inference(str(run))
     losses = {}
-    for name in ("tuned", "base"):
-        off = nullcontext()
-        if name == "base" and isinstance(model, PeftModel):
-            off = model.disable_adapter()
-        elif name == "base":
-            # Every weight was trained: the base is another model, and only one of the two need fit.
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-            model, _ = load_for_inference(base)
-        with off:
-            losses[name] = answer_losses(
-                model, tokenizer, conversations, batch_size=batch_size, description=f"Loss of the {name} model"
-            )
+
+    def ask(name: str, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        losses[name] = answer_losses(
+            model, tokenizer, conversations, batch_size=batch_size, description=f"Loss of the {name} model"
+        )
+
+    ask_both(run, base, ask)
     return losses
 
 

@@ -26,7 +26,6 @@ from finetuning.counting import (
 from finetuning.dataset import open_dataset, open_split, spread
 from finetuning.evaluation import (
     answer_with_both,
-    base_name,
     digest,
     digest_weights,
     finish_evaluation,
@@ -34,6 +33,7 @@ from finetuning.evaluation import (
     open_run,
     read_log_history,
     start_evaluation,
+    untuned_name,
 )
 from finetuning.plots import error_by_crowd_size, loss_curves, predicted_against_true
 from finetuning.questions import counting_questions, image_counts
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState()
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers, of both models to the same prompts
-        base = base_name(run, arguments)
+        base = untuned_name(run, arguments)
         answers = answer_with_both(
             run, base, questions, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
         )

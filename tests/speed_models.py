@@ -12,6 +12,14 @@ from transformers import (
 )
 
 IMAGE_TOKEN, NUM_IMAGE_TOKENS, VOCABULARY = 99, 16, 100
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.2,
+}
 
 
 def tiny_llava(attention: str = "sdpa") -> LlavaForConditionalGeneration:
@@ -19,31 +27,14 @@ def tiny_llava(attention: str = "sdpa") -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
     )
-    text = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        initializer_range=0.2,
-    )
+    text = LlamaConfig(**TEXT, num_key_value_heads=2)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
     return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
 def tiny_gemma(attention: str = "sdpa") -> GemmaForCausalLM:
     torch.manual_seed(0)
-    config = GemmaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        initializer_range=0.2,
-    )
+    config = GemmaConfig(**TEXT, num_key_value_heads=1, head_dim=16)
     model = GemmaForCausalLM._from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # zero at the start, as 1 + weight: something to tell the offset by

@@ -1,5 +1,6 @@
 """Looks at every image once: is it one, is it whole, is it of a sane size, and what does it look like."""
 
+import argparse
 import hashlib
 import io
 import os
@@ -34,6 +35,27 @@ HASH_SIDE = 16
 NEAR_DUPLICATE_BITS = 25
 # Two splits leak when at least this share of the second looks like, or is a moment away from, something in the first.
 LEAK_SHARE = 0.5
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected (default 50 million)"
+    )
+    parser.add_argument(
+        "--near_duplicate_bits",
+        type=int,
+        default=NEAR_DUPLICATE_BITS,
+        help="differing bits of 256 up to which two images are near-duplicates (default %(default)s)",
+    )
+
+
+def image_flag_problems(args: argparse.Namespace) -> list[str]:
+    smallest = {"max_pixels": 1, "near_duplicate_bits": 0}
+    return [
+        f"--{name} {getattr(args, name)}: expected {least} or more"
+        for name, least in smallest.items()
+        if getattr(args, name) < least
+    ]
 
 
 class Inspection(NamedTuple):

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from PIL import Image
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning import tracking
 from finetuning.generation import generate_answers
-from finetuning.models import load_for_inference
+from finetuning.models import base_name, load_for_inference
 from finetuning.report import Item, Plot, Table
 from finetuning.runs import read_metrics
 
@@ -37,11 +38,35 @@ def open_run(name: str) -> tuple[Path, dict[str, Any]]:
     return run, yaml.safe_load((run / "arguments.yaml").read_text(encoding="utf-8"))
 
 
-def base_name(run: Path, arguments: dict[str, Any]) -> str:
-    """The base of a run: from the adapter's config, or for a fully fine-tuned run from its arguments."""
-    if (run / "adapter_config.json").is_file():
-        return PeftConfig.from_pretrained(run).base_model_name_or_path
-    return arguments["model_name_or_path"]
+def untuned_name(run: Path, arguments: dict[str, Any]) -> str:
+    """What the run began with: its adapter's base, or for a run trained in full the model that its arguments name."""
+    base = base_name(str(run))
+    return base if base != str(run) else arguments["model_name_or_path"]
+
+
+def ask_both(
+    run: Path,
+    base: str,
+    ask: Callable[[str, PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase], None],
+    names: Sequence[str] = ("tuned", "base"),
+) -> None:
+    """`ask(name, model, processing_class)` of the run's model and of its base, with the run's own processor.
+
+    An adapter is switched off for the base. Where every weight was trained the base is another model, and only one of
+    the two is in memory at a time.
+    """
+    model, processing_class = load_for_inference(str(run))
+    for name in names:
+        off = nullcontext()
+        if name == "base" and isinstance(model, PeftModel):
+            off = model.disable_adapter()
+        elif name == "base":
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+            model, _ = load_for_inference(base)
+        with off:
+            ask(name, model, processing_class)
 
 
 def read_log_history(run: Path) -> list[dict[str, Any]]:
@@ -113,17 +138,10 @@ def answer_with_both(
     missing = [name for name in ("tuned", "base") if len(answers[name]) < len(rows)]
     if not missing:
         return answers
-    model, processing_class = load_for_inference(str(run))
-    for name in missing:
-        off = nullcontext()
-        if name == "base" and isinstance(model, PeftModel):
-            off = model.disable_adapter()
-        elif name == "base":
-            # Every weight was trained: the base is another model, and only one of the two need fit.
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-            model, _ = load_for_inference(base)
+
+    def ask(
+        name: str, model: PreTrainedModel | PeftModel, processing_class: ProcessorMixin | PreTrainedTokenizerBase
+    ) -> None:
         done = answers[name]
         bar = tqdm(
             total=len(rows),
@@ -132,7 +150,7 @@ def answer_with_both(
             unit="answer",
             disable=not state.is_main_process,
         )
-        with off, bar:
+        with bar:
             # The size of a chunk does not depend on the number of processes: the same batches, the same answers.
             while len(done) < len(rows):
                 chunk = range(len(done), min(len(done) + CHUNK * batch_size, len(rows)))
@@ -148,6 +166,8 @@ def answer_with_both(
                     _append(folder / UNFINISHED, [{name: answer} for answer in new])
                 done += new
                 bar.update(len(new))
+
+    ask_both(run, base, ask, missing)
     return answers
 
 
