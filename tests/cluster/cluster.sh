@@ -28,7 +28,8 @@ install() { # never fails: what cannot be installed is a reason to skip the test
         return 0
     fi
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qq update && apt-get -qq install --yes --no-install-recommends slurm-wlm munge iproute2; } >&2 ||
+    local apt=(apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1) # no network: minutes less to find out
+    { "${apt[@]}" update && "${apt[@]}" install --yes --no-install-recommends slurm-wlm munge iproute2; } >&2 ||
         echo "cluster.sh: apt-get could not install slurm-wlm, munge and iproute2" >&2
 }
 
