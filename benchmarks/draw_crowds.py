@@ -50,7 +50,9 @@ def messages() -> str:
 
 def study(paths: list[Path], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The empty scene (height, width, 3), and how often each of its pixels is hidden, a distribution over pixels."""
-    frames = np.stack([np.asarray(Image.open(path).convert("RGB").resize(size)) for path in tqdm(paths, "reading", unit="frame")])
+    frames = np.stack(
+        [np.asarray(Image.open(path).convert("RGB").resize(size)) for path in tqdm(paths, "reading", unit="frame")]
+    )
     scene = np.median(frames[:: max(1, len(frames) // 200)], axis=0)
     hidden = (np.abs(frames - scene).max(axis=-1) > 45).mean(axis=0)  # 45 of 255: more than light and noise do
     return scene.astype(np.uint8), hidden / hidden.sum()
@@ -94,7 +96,9 @@ def draw(number: int, scene: np.ndarray, hidden: np.ndarray, most: int, folder: 
         )
         if rng.random() < 0.4:  # a bag
             at = middle + rng.choice([-1, 1]) * wide * 0.6
-            canvas.ellipse([at - wide * 0.25, coat_end - tall * 0.1, at + wide * 0.25, coat_end + tall * 0.05], fill=hair)
+            canvas.ellipse(
+                [at - wide * 0.25, coat_end - tall * 0.1, at + wide * 0.25, coat_end + tall * 0.05], fill=hair
+            )
         head = tall * 0.068
         top = bottom - tall
         canvas.ellipse([middle - head, top, middle + head, top + head * 2.5], fill=hair if rng.random() < 0.6 else skin)
