@@ -34,14 +34,22 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     towers = [module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"]
     for module in [*layers, *(tower for tower in towers if not any(p.requires_grad for p in tower.parameters()))]:
         set_z3_leaf_module(module, True)
-    # DeepSpeed takes a layer's gradients when that of its input is there: the first layer's input must have one.
-    model.enable_input_require_grads()
+    layers[0].register_forward_pre_hook(ask_for_gradient)
     zero["stage3_prefetch_bucket_size"] = max(
         sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers
     )
     adapters = [parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name]
     if adapters:
         zero["stage3_param_persistence_threshold"] = max(adapters)
+
+
+def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # DeepSpeed takes a layer's gradients when that of its input is there, so that the first layer's input must have one.
+    # (transformers' `enable_input_require_grads` would also send one through the whole vision tower.)
+    hidden_states, *others = args
+    if torch.is_grad_enabled() and not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return hidden_states, *others
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -71,7 +79,7 @@ def gathered(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter that the optimizer does not know, whole also under ZeRO-3, which leaves each process a share."""
     if not hasattr(parameter, "ds_id"):
         return parameter
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
