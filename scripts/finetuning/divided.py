@@ -25,8 +25,8 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     """ZeRO-3: gather a decoder layer, and a frozen vision tower, in one piece each, the next one during this one.
 
     Left alone, DeepSpeed gathers each linear layer and each adapter by a call of its own, from hooks that take longer
-    than the products between them: LoRA then trains at a quarter of DDP's speed. Here adapters and norms, which are
-    small, stay whole on every GPU, and what is fetched ahead is one layer.
+    than the products between them: LoRA then trains at a quarter of DDP's speed. Here a layer's weights, adapters and
+    norms come in one message, and what is fetched ahead is one layer.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -34,13 +34,19 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     towers = [module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"]
     for module in [*layers, *(tower for tower in towers if not any(p.requires_grad for p in tower.parameters()))]:
         set_z3_leaf_module(module, True)
+        remember_parameters(module)
     layers[0].register_forward_pre_hook(ask_for_gradient)
     zero["stage3_prefetch_bucket_size"] = max(
         sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers
     )
-    adapters = [parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name]
-    if adapters:
-        zero["stage3_param_persistence_threshold"] = max(adapters)
+    # What stays whole on every GPU is divided and gathered again after each step, one small tensor at a time.
+    zero["stage3_param_persistence_threshold"] = 0
+
+
+def remember_parameters(module: nn.Module) -> None:
+    """DeepSpeed walks through the module for its parameters several times a step, a quarter of all that it adds."""
+    parameters = list(module.named_parameters())
+    module.named_parameters = lambda *args, **kwargs: iter(parameters)
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
