@@ -6,16 +6,21 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# pip would compile every file of the packages, which takes longer than all the rest of the installation. Python compiles
+# what it reads, and keeps it.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
+
 .PHONY: sample sample-anime test test-cluster lint
 
 # An environment is made anew when the pins change. Tools for tests and style are added only where they are needed.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --quiet --upgrade -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 data/sample-raw/labels.csv: | .venv/installed
