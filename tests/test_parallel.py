@@ -24,7 +24,7 @@ from finetuning.arguments import parse_arguments
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
-LORA = {"language_model": "lora", "projector": "full", "vision_tower": "lora", "lora_r": 4, "lora_alpha": 8}
+LORA = {"language_model": "lora", "projector": "full", "vision_tower": "full", "lora_r": 4, "lora_alpha": 8}
 FULL = {"language_model": "full", "projector": "full", "vision_tower": "frozen"}
 RECIPE = {
     "global_batch_size": 4,
