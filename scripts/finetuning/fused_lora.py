@@ -277,7 +277,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         supervised_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        if self.is_divided and past_key_values is None:
+        if self.fused_qkv.is_divided and past_key_values is None:
             # Here and not before the whole model: this layer's weights have just been gathered.
             follow_adapters([self.fused_qkv, self.fused_o, self.fused_gate_up, self.fused_down])
         if past_key_values is not None or not self.fused_qkv.in_use:
@@ -379,7 +379,6 @@ def fuse_lora(model: nn.Module) -> int:
         layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1
-        layer.is_divided = divided
         layer.__class__ = FUSED_LAYERS[type(layer)]
         fused += len(projections)
     in_decoders = {
