@@ -50,11 +50,16 @@ def messages() -> str:
 
 def study(paths: list[Path], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The empty scene (height, width, 3), and how often each of its pixels is hidden, a distribution over pixels."""
-    frames = np.stack(
-        [np.asarray(Image.open(path).convert("RGB").resize(size)) for path in tqdm(paths, "reading", unit="frame")]
-    )
-    scene = np.median(frames[:: max(1, len(frames) // 200)], axis=0)
-    hidden = (np.abs(frames - scene).max(axis=-1) > 45).mean(axis=0)  # 45 of 255: more than light and noise do
+
+    def read(path: Path) -> np.ndarray:
+        with Image.open(path) as frame:
+            return np.asarray(frame.convert("RGB").resize(size))
+
+    # Some 200 frames tell the empty scene, however many there are.
+    scene = np.median([read(path) for path in paths[:: max(1, len(paths) // 200)]], axis=0)
+    hidden = np.zeros(scene.shape[:2])
+    for path in tqdm(paths, "reading", unit="frame"):
+        hidden += np.abs(read(path) - scene).max(axis=-1) > 45  # of 255: more than light and noise do
     return scene.astype(np.uint8), hidden / hidden.sum()
 
 
@@ -124,8 +129,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=320, help="of the drawn frames, in pixels (default %(default)s)")
     args = parser.parse_args()
     if args.output.exists():
-        sys.exit(f"draw_crowds.py: {args.output} exists already: choose another --output")
+        raise ValueError(f"{args.output} exists already: choose another --output")
     paths = sorted(args.frames.iterdir())[: args.first]
+    if not 1 <= args.first <= len(paths):
+        raise ValueError(f"--first {args.first}: expected 1 or more, and {args.frames} holds {len(paths)} of them")
     with Image.open(paths[0]) as first:
         size = (args.width, round(args.width * first.height / first.width))
     scene, hidden = study(paths, size)
@@ -141,4 +148,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"draw_crowds.py: {error}")
