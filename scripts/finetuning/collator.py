@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from transformers import BatchFeature, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -16,7 +14,6 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     (rows, tokens) and `pixel_values` of shape (images, 3, height, width). `labels` are -100 everywhere but on the
     assistant's text and its end-of-sequence token. A row that carries its number in the dataset (`row`) keeps it
     in `rows`, so that a bad batch can be named. Nothing is ever cut: a cut image token makes the row useless.
-    `supervised_rows` are the positions, in the flattened (rows * tokens), whose next token is supervised.
     """
 
     def __init__(self, processor: ProcessorMixin):
@@ -26,7 +23,6 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         batch = super().torch_call(examples)
         if "row" in examples[0]:
             batch["rows"] = [example["row"] for example in examples]
-        batch["supervised_rows"] = supervised_rows(batch["labels"])
         return batch
 
     def prompts(self, examples: list[dict[str, Any]]) -> BatchFeature:
@@ -42,9 +38,3 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
-
-
-def supervised_rows(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (rows, tokens) -> positions in the flattened batch from which a supervised token is predicted."""
-    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return (shifted != -100).flatten().nonzero().flatten()

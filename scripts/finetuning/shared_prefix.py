@@ -20,7 +20,7 @@ from transformers.masking_utils import BlockMask, sdpa_mask
 from transformers.utils import is_torch_flex_attn_available
 from trl.data_utils import prepare_multimodal_messages
 
-from finetuning.collator import LlavaDataCollator, supervised_rows
+from finetuning.collator import LlavaDataCollator
 
 if is_torch_flex_attn_available():
     from torch.nn.attention.flex_attention import create_block_mask
@@ -94,7 +94,6 @@ class SharedPrefixCollator(LlavaDataCollator):
             for row, sequence in zip(rows, sequences, strict=True):
                 row[: len(sequence[name])] = sequence[name]
             batch[name] = rows
-        batch["supervised_rows"] = supervised_rows(batch["labels"])
         prefixes = {int((branch_ids == PREFIX).sum()) for branch_ids in batch["branch_ids"]}
         if len(prefixes) == 1 and prefixes != {0}:
             batch["prefix_length"] = prefixes.pop()

@@ -1,7 +1,10 @@
 """TRL's SFTTrainer, watched: speed and waiting in every log, answers scored at every evaluation, no step on a bad loss."""
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,24 @@ from finetuning.checkpointing import LayerCheckpointing
 from finetuning.divided import trained_weights
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
+from finetuning.lm_head import CollateSupervisedRows, score_supervised_rows
 from finetuning.preemption import InterruptibleTrainer
 from finetuning.waiting import no_time_out
 
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the rows, and says what to try."""
+
+
+@dataclass
+class Watched:
+    """What a training batch said of itself, on its way from the GPU to the host."""
+
+    step: int
+    rows: list[int] | None
+    input_ids: torch.Tensor
+    numbers: torch.Tensor  # loss; sums over the batch: supervised tokens, their entropy, right ones; all real tokens
+    arrived: torch.cuda.Event | None  # None on a CPU
 
 
 class FineTuningTrainer(InterruptibleTrainer):
@@ -66,6 +81,11 @@ class FineTuningTrainer(InterruptibleTrainer):
         for name, parameter in model.named_parameters():
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
+        # Nothing that is looked at in a step may have to come from the GPU first.
+        self.data_collator = CollateSupervisedRows(self.data_collator)
+        score_supervised_rows(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self._on_its_way: deque[Watched] = deque()
+        self._arrived: list[list[float]] = []
         self.questions = questions
         self.score_answers = score_answers
         self.eval_max_new_tokens = eval_max_new_tokens
@@ -82,7 +102,9 @@ class FineTuningTrainer(InterruptibleTrainer):
             history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
             self._total_train_tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
         self._start_interval()
-        return super().train(resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, **kwargs)
+        self._read_what_arrived(wait=True)
+        return result
 
     def _start_interval(self) -> None:
         self._interval_started = time.perf_counter()
@@ -114,6 +136,7 @@ class FineTuningTrainer(InterruptibleTrainer):
             except torch.OutOfMemoryError:
                 if not may_repeat:
                     raise
+            self._forget_unfinished(inputs["input_ids"])
             model.zero_grad(set_to_none=True)
             self.layer_checkpointing.take_more()
 
@@ -123,33 +146,93 @@ class FineTuningTrainer(InterruptibleTrainer):
             self._num_weights = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._num_weights
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows = inputs.pop("rows", None)
         self._rows_seen += len(inputs["input_ids"])
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        if self.model.training and plain and not return_outputs:
+            return self._loss_without_waiting(model, inputs, rows, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(self._describe_divergence(loss.item(), rows, inputs["input_ids"]))
+        self._refuse_bad_loss(loss.item(), self.state.global_step + 1, rows, inputs["input_ids"])
         return result
 
-    def _describe_divergence(self, loss: float, rows: list[int] | None, input_ids: torch.Tensor) -> str:
-        split = "training" if self.model.training else "validation"
+    def _loss_without_waiting(self, model, inputs, rows: list[int] | None, num_items_in_batch) -> torch.Tensor:
+        """TRL's loss; its metrics, and whether it is finite, are looked at when the GPU has come so far."""
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        supervised = outputs.label_mask.sum()
+        average_over = supervised if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / average_over.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
+        with torch.no_grad():
+            real = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["position_ids"])
+            numbers = [loss, supervised, outputs.entropy.sum(), outputs.is_top1.sum(), real.sum()]
+            self._watch(torch.stack([number.double() for number in numbers]), rows, inputs["input_ids"])
+        return loss
+
+    def _watch(self, numbers: torch.Tensor, rows: list[int] | None, input_ids: torch.Tensor) -> None:
+        arrived = None
+        if numbers.is_cuda:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._on_its_way.append(Watched(self.state.global_step + 1, rows, input_ids, numbers, arrived))
+        self._read_what_arrived()
+
+    def _read_what_arrived(self, *, wait: bool = False) -> None:
+        """Look at all batches but the newest, which the GPU is still at; with `wait` at that too."""
+        while self._on_its_way and (wait or len(self._on_its_way) > 1 or self._on_its_way[0].arrived is None):
+            watched = self._on_its_way.popleft()
+            if watched.arrived is not None:
+                watched.arrived.synchronize()
+            loss, *sums = watched.numbers.tolist()
+            self._refuse_bad_loss(loss, watched.step, watched.rows, watched.input_ids)
+            self._arrived.append(sums)
+
+    def _forget_unfinished(self, input_ids: torch.Tensor) -> None:
+        if self._on_its_way and self._on_its_way[-1].input_ids is input_ids:
+            self._on_its_way.pop()
+
+    def _note_metrics(self) -> None:
+        """TRL's metrics of the batches since the last log, over all processes."""
+        self._read_what_arrived(wait=True)
+        if not self._arrived:
+            return
+        sums = torch.tensor(self._arrived, dtype=torch.float64, device=self.accelerator.device)
+        sums = self.accelerator.gather(sums).view(-1, *sums.shape).sum(0)
+        supervised = sums[:, 0].clamp(min=1)
+        metrics = self._metrics["train"]
+        metrics["entropy"] += (sums[:, 1] / supervised).tolist()
+        metrics["mean_token_accuracy"] += (sums[:, 2] / supervised).tolist()
+        self._total_train_tokens += int(sums[:, 3].sum())
+        metrics["num_tokens"] = [self._total_train_tokens]
+        self._arrived.clear()
+
+    def _refuse_bad_loss(self, loss: float, step: int, rows: list[int] | None, input_ids: torch.Tensor) -> None:
+        if math.isfinite(loss):
+            return
+        split = "Training" if self.model.training else "Validation"
         texts = self._tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         named = [
             f"  row {rows[position] if rows else '(packed)'}: {' '.join(text.split())[-160:]}"
             for position, text in enumerate(texts)
         ]
-        return "\n".join(
-            [
-                f"the loss is {loss} at step {self.state.global_step + 1}. {split.capitalize()} rows of this batch:",
-                *named,
-                "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the GPU "
-                "has it; max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same command "
-                "with these changes and a new --output_dir starts again.",
-            ]
+        raise TrainingDiverged(
+            "\n".join(
+                [
+                    f"the loss is {loss} at step {step}. {split} rows of this batch:",
+                    *named,
+                    "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the "
+                    "GPU has it; max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same "
+                    "command with these changes and a new --output_dir starts again.",
+                ]
+            )
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            self._note_metrics()
         if "loss" in logs:
             seconds = time.perf_counter() - self._interval_started
             logs["samples_per_second"] = round(self._rows_seen * self.accelerator.num_processes / seconds, 3)
@@ -167,6 +250,7 @@ class FineTuningTrainer(InterruptibleTrainer):
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         started = time.perf_counter()
+        self._read_what_arrived(wait=True)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.questions:
             with self.accelerator.autocast():
@@ -186,6 +270,10 @@ class FineTuningTrainer(InterruptibleTrainer):
         # An evaluation is no training time.
         self._interval_started += time.perf_counter() - started
         return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._read_what_arrived(wait=True)  # what is saved after a bad loss is lost work
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
