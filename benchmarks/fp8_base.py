@@ -42,6 +42,7 @@ def hold_base_in_fp8(model: nn.Module) -> int:
     layers = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
     for layer in layers:
         for projections in (layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down):
+            projections.leaves_room = False  # B would be columns of a product that is replaced here
             projections.refresh(None)
             held = Fp8Weight(projections.weight())
             projections.product, projections.transposed_product = held.product, held.transposed_product

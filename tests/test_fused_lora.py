@@ -211,6 +211,10 @@ def test_adapters_stay_pefts(tmp_path):
     model.unmerge_adapter()
     with torch.no_grad():
         torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = type(tiny_gemma()).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_generation_with_a_cache_is_unchanged():
@@ -241,16 +245,51 @@ def test_16_bit_base_keeps_fp32_adapters_and_their_gradients():
     assert max(relative_error(grad, expected[name]) for name, grad in grads.items()) < 0.06
 
 
-def test_stack_follows_weights_that_are_replaced():
+@pytest.mark.parametrize("leaves_room", [False, True])
+def test_stack_follows_weights_that_are_replaced(leaves_room):
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
     layers = [model.get_submodule(f"base_model.model.model.language_model.layers.0.self_attn.{n}_proj") for n in "qkv"]
-    projections = Projections(layers)
+    weights = [layer.get_base_layer().weight for layer in layers]
+    before = [weight.clone() for weight in weights]
+    projections = Projections(layers, leaves_room=leaves_room)
     projections.refresh(None)
-    assert projections.weight().data_ptr() == layers[0].get_base_layer().weight.data_ptr()
-    layers[1].get_base_layer().weight.data = torch.ones_like(layers[1].get_base_layer().weight)
+    assert projections.weight().data_ptr() == weights[0].data_ptr()
+    assert all(map(torch.equal, weights, before))
+    weights[1].data = torch.ones_like(weights[1])
     projections.refresh(None)
     assert projections.weight()[32:48].eq(1).all()
-    assert layers[1].get_base_layer().weight.data_ptr() == projections.weight()[32:].data_ptr()
+    assert weights[1].data_ptr() == projections.weight()[32:].data_ptr()
+    model.double()
+    projections.refresh(None)
+    assert torch.equal(projections.weight()[:32], before[0].double())
+    assert weights[1].data_ptr() == projections.weight()[32:].data_ptr()
+
+
+def test_ranks_and_scales_of_a_stack_may_differ():
+    patterns = {
+        "rank_pattern": {"k_proj": 2, "up_proj": 7, "down_proj": 1},
+        "alpha_pattern": {"v_proj": 11, "gate_proj": 1},
+    }
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, **patterns).train()
+    expected = loss_and_grads(model, llava_batch())
+    fuse_lora(model)
+    assert_same(loss_and_grads(model, llava_batch()), expected)
+    qkv = model.base_model.model.model.language_model.layers[0].fused_qkv
+    assert (qkv.ranks, qkv.scales) == ([4, 2, 4], [1.5, 3.0, 2.75])
+    assert qkv.joined.shape == (32 + 16 + 16, 32 + 4 + 2 + 4)
+    assert qkv.joined[32:48, 32:36].eq(0).all()
+    assert qkv.joined[32:48, 36:38].ne(0).all()
+
+
+def test_autocast_over_an_fp32_base():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = loss_and_grads(model, llava_batch())
+        fuse_lora(model)
+        _, grads = loss_and_grads(model, llava_batch())
+    weight = model.base_model.model.model.language_model.layers[0].mlp.down_proj.get_base_layer().weight
+    assert weight.dtype == torch.float32
+    assert max(relative_error(grad, expected[name]) for name, grad in grads.items()) < 0.06
 
 
 def test_lone_layers_keep_their_bias():
@@ -269,17 +308,20 @@ def kernel_cases(layer_kernels):
     gate_up, grad_activated = torch.randn(6, 2 * 24), torch.randn(6, 24)
     cos, sin = torch.randn(1, 3, 12), torch.randn(1, 3, 12)
     qkv = torch.randn(2, 3, (3 + 2 + 2) * 12)
+    wide = torch.zeros(6, 50)  # rows that lie apart
     rotated = layer_kernels.split_and_rotate(qkv, cos, sin, (3, 2))
     cases = {
-        "rms_norm": (layer_kernels.rms_norm(hidden, weight, 1.0, 1e-5, torch.float32),),
+        "rms_norm": (layer_kernels.rms_norm(hidden, weight, 1.0, 1e-5, wide[:, :40]), wide[:, 40:]),
         "rms_norm_backward": layer_kernels.rms_norm_backward(hidden, weight, 0.0, 1e-5, grad, residual),
         "rotate": rotated,
         "rotate_backward": (layer_kernels.split_and_rotate_backward(*rotated, cos, sin),),
         "drop": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4),),
+        "drop of rows that lie apart": (layer_kernels.drop(wide[:, :40], torch.tensor([2**31 - 3, 12345]), 0.4),),
         "quantize_rows": (layer_kernels.quantize_rows(hidden)[1],),
     }
     for is_gelu in (False, True):
-        cases[f"activation {is_gelu}"] = (layer_kernels.gated_activation(gate_up, is_gelu),)
+        room = torch.zeros(6, 30)
+        cases[f"activation {is_gelu}"] = (layer_kernels.gated_activation(gate_up, is_gelu, room[:, :24]), room)
         cases[f"activation_backward {is_gelu}"] = layer_kernels.gated_activation_backward(
             gate_up, grad_activated, is_gelu
         )

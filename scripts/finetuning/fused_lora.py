@@ -6,17 +6,18 @@ keeps every one of them. Here a decoder layer is four products of stacked weight
     norm -> [q; k; v]    rotate, attend    o + residual    norm -> [gate; up]    activation -> down + residual
 
 Products run in the 16-bit type of the base, adapters stay fp32 and are cast once per step; the low-rank part is added
-inside the matrix product (`addmm`); frozen weights get no gradient; norms, activations and dropout masks are computed
-again in the backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora inspired the plan.
+inside the matrix product (as more columns of it, or by `addmm`); frozen weights get no gradient; norms, activations and
+dropout masks are computed again in the backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's
+fast_lora inspired the plan.
 """
 
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,37 +46,43 @@ except ImportError:
 class Projections:
     """LoRA layers of PEFT that read the same activation, as one product: y = [W_1; W_2; ...] x + s_i B_i A_i x.
 
-    16-bit base weights are stacked in memory once, and the layers' own weights become views of the stack, so no byte
-    is added; 4-bit weights are dequantised into one stack at each use; weights that ZeRO-3 divides come and go, and are
-    multiplied one by one. The adapters' dropout is drawn once for all layers of the stack, because they read the same
-    activation: elements are dropped as often as PEFT drops them. `refresh` must run before each forward pass of the
-    model, under ZeRO-3 of each decoder layer.
+    16-bit base weights are stacked in memory once, and the layers' own weights become views of the stack; 4-bit weights
+    are dequantised into one stack at each use; weights that ZeRO-3 divides come and go, and are multiplied one by one.
+
+    Where `leaves_room`, what writes x leaves room for s A x behind each row (`new_input`), and the stack has columns for
+    B behind W, block-diagonal: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part is added to y by
+    `addmm`, which reads and writes it once more; so it is where the base is in another type than the products.
+
+    The adapters' dropout is drawn once for all layers of the stack, because they read the same activation: elements are
+    dropped as often as PEFT drops them. `refresh` must run before each forward pass of the model, under ZeRO-3 of each
+    decoder layer.
     """
 
-    def __init__(self, layers: list[nn.Module]):
+    def __init__(self, layers: list[nn.Module], *, leaves_room: bool = False):
         self.layers = layers
         self.bases = [layer.get_base_layer() for layer in layers]
         self.adapter = layers[0].active_adapters[0]
         self.sizes = [layer.out_features for layer in layers]
+        self.in_features = layers[0].in_features
         self.ranks = [layer.r[self.adapter] for layer in layers]
         self.scales = [layer.scaling[self.adapter] for layer in layers]
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
         self.is_divided = hasattr(self.bases[0].weight, "ds_id")
+        self.leaves_room = leaves_room and not (self.is_quantized or self.is_divided)
         self.in_use = True
-        self.dtype: torch.dtype | None = None
-        self.stack: Tensor | None = None
+        self.types: tuple | None = None
 
     def adapters(self) -> list[Tensor]:
         """The parameters: every A (rank, in), then every B (out, rank)."""
         first = [layer.lora_A[self.adapter].weight for layer in self.layers]
         return first + [layer.lora_B[self.adapter].weight for layer in self.layers]
 
-    def refresh(self, autocast_dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Follow what changed since the last pass; the adapters' copies in the type of the products, and the adapters.
+    def refresh(self, autocast_dtype: torch.dtype | None) -> None:
+        """Follow what changed since the last pass; `a` and `b` are still to be copied from `parameters`.
 
-        The caller copies the second list into the first. Products run in autocast's type where it is on, else in the
-        type of the base weights (of 4-bit ones: what they unpack to).
+        Products run in autocast's type where it is on, else in the type of the base weights (of 4-bit ones: what they
+        unpack to).
         """
         first = self.layers[0]
         self.in_use = not first.disable_adapters and not first.merged and first.active_adapters == [self.adapter]
@@ -83,35 +90,51 @@ class Projections:
         self.drops = self.dropout > 0 and first.training
         weights = [base.weight for base in self.bases]
         own_dtype = weights[0].quant_state.dtype if self.is_quantized else weights[0].dtype
-        dtype, device = autocast_dtype or own_dtype, weights[0].device
-        if dtype != self.dtype or self.stacked_a.device != device:
-            self.dtype = dtype
-            number = len(self.layers)
-            self.stacked_a = torch.empty(sum(self.ranks), first.in_features, dtype=dtype, device=device)
-            self.b = [torch.empty_like(b, dtype=dtype, requires_grad=False) for b in self.parameters[number:]]
-            self.b_transposed = [b.T for b in self.b]
-            self.copies = [*self.stacked_a.split(self.ranks), *self.b]
-            self.stack = None
+        types = (autocast_dtype or own_dtype, own_dtype, weights[0].device)
+        if types != self.types:
+            self.types, self.dtype = types, types[0]
+            self.stacked_a = torch.empty(sum(self.ranks), self.in_features, dtype=self.dtype, device=types[2])
+            self.a = self.stacked_a.split(self.ranks)
+            self.b = [
+                torch.empty_like(b, dtype=self.dtype, requires_grad=False) for b in self.parameters[len(self.a) :]
+            ]
+            self.joined = None
+            self.rows = []
         if not (self.is_quantized or self.is_divided):
-            self.stack_weights(weights)
-        return self.copies, self.parameters
+            self.stack_weights(weights, joins=self.leaves_room and self.dtype == own_dtype)
 
-    def stack_weights(self, weights: list[nn.Parameter]) -> None:
-        rows = () if self.stack is None else self.rows
-        if [weight.data_ptr() for weight in weights] == [row.data_ptr() for row in rows]:
+    def stack_weights(self, weights: list[nn.Parameter], *, joins: bool) -> None:
+        if self.rows and all(map(Tensor.is_set_to, weights, self.rows)):
             return
         # First use, or somebody moved or replaced the weights.
-        self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
-        self.rows = self.stack.split(self.sizes)
+        if joins:
+            self.joined = empty_rows(sum(self.sizes), self.in_features + sum(self.ranks), weights[0])
+            self.stack, low_rank = self.joined.split([self.in_features, sum(self.ranks)], 1)
+            torch.cat([weight.data for weight in weights], out=self.stack)
+            blocks = low_rank.zero_().split(self.sizes)
+            self.b = [block.split(self.ranks, 1)[number] for number, block in enumerate(blocks)]
+            scales = [torch.full((rank,), scale) for rank, scale in zip(self.ranks, self.scales, strict=True)]
+            self.scale_of_column = torch.cat(scales).to(weights[0].device)
+        else:
+            self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
+        # Each a storage of its own: transformers, saving a merged model, cannot compare rows that lie apart in a shared one.
+        self.rows = [from_dlpack(rows) for rows in self.stack.split(self.sizes)]
         for weight, row in zip(weights, self.rows, strict=True):
             weight.data = row
+
+    def new_input(self, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks), or None."""
+        if self.joined is None:
+            return self.stacked_a.new_empty(tokens, self.in_features), None
+        wide = empty_rows(tokens, self.joined.shape[1], self.joined)
+        return wide[:, : self.in_features], wide
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
         if not self.is_quantized:
             return self.stack.to(self.dtype)
         weights = [base.weight for base in self.bases]
-        shape = (sum(self.sizes), self.layers[0].in_features)
+        shape = (sum(self.sizes), self.in_features)
         stack = torch.empty(shape, dtype=weights[0].quant_state.dtype, device=weights[0].device)
         for weight, rows in zip(weights, stack.split(self.sizes), strict=True):
             if stack.is_cuda:
@@ -131,7 +154,7 @@ class Projections:
     def transposed_product(self, grad: Tensor) -> Tensor:
         if not self.is_divided:
             return torch.mm(grad, self.weight())
-        grad_x = grad.new_empty(len(grad), self.layers[0].in_features)
+        grad_x = grad.new_empty(len(grad), self.in_features)
         for number, (columns, base) in enumerate(zip(grad.split(self.sizes, 1), self.bases, strict=True)):
             grad_x.addmm_(columns, base.weight.detach().to(self.dtype), beta=min(number, 1))
         return grad_x
@@ -140,13 +163,16 @@ class Projections:
         # Drawn from the device's generator, which checkpointing rewinds before it computes a layer again.
         return torch.randint(2**31, (2,), device=self.stacked_a.device) if self.drops else None
 
-    def forward(self, x: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (tokens, in) -> y (tokens, sum of out), and x_a = A x (tokens, sum of ranks)."""
+    def forward(self, x: Tensor, seeds: Tensor | None, wide: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (tokens, in) -> y (tokens, sum of out), and x_a = A x (tokens, sum of ranks); `wide` from `new_input`."""
         x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.stacked_a.T)
+        if wide is not None:
+            torch.mul(x_a, self.scale_of_column, out=wide[:, self.in_features :])
+            return torch.mm(wide, self.joined.T), x_a
         y = self.product(x)
-        parts = zip(y.split(self.sizes, 1), x_a.split(self.ranks, 1), self.b_transposed, self.scales, strict=True)
-        for columns, low_rank, b_transposed, scale in parts:
-            columns.addmm_(low_rank, b_transposed, alpha=scale)
+        parts = zip(y.split(self.sizes, 1), x_a.split(self.ranks, 1), self.b, self.scales, strict=True)
+        for columns, low_rank, b, scale in parts:
+            columns.addmm_(low_rank, b.T, alpha=scale)
         return y, x_a
 
     def backward(
@@ -189,7 +215,8 @@ class NormProject(torch.autograd.Function):
         # (weight, offset, epsilon); Gemma's norm multiplies by 1 + weight.
         is_gemma = isinstance(norm, GemmaRMSNorm)
         ctx.norm = (norm.weight, 1.0, norm.eps) if is_gemma else (norm.weight, 0.0, norm.variance_epsilon)
-        y, x_a = projections.forward(rms_norm(hidden, *ctx.norm, projections.dtype), ctx.seeds)
+        x, wide = projections.new_input(len(hidden))
+        y, x_a = projections.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, wide)
         ctx.save_for_backward(hidden, x_a)
         return hidden, y
 
@@ -200,7 +227,7 @@ class NormProject(torch.autograd.Function):
         grad_x, grad_a, grads_b = projections.backward(grad, x_a, ctx.seeds, ctx.needs_input_grad[0])
         grad_hidden = None
         if grad_x is None:
-            x = rms_norm(hidden, *ctx.norm, projections.dtype)
+            x = rms_norm(hidden, *ctx.norm, torch.empty_like(hidden, dtype=projections.dtype))
         else:
             grad_hidden, x = rms_norm_backward(hidden, *ctx.norm, grad_x, grad_residual)
         return grad_hidden, None, None, *projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
@@ -231,7 +258,8 @@ class ActivateProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, residual, projections, is_gelu, *adapters):
         ctx.projections, ctx.seeds, ctx.is_gelu = projections, projections.draw_seeds(), is_gelu
-        y, x_a = projections.forward(gated_activation(gate_up, is_gelu), ctx.seeds)
+        x, wide = projections.new_input(len(gate_up))
+        y, x_a = projections.forward(gated_activation(gate_up, is_gelu, x), ctx.seeds, wide)
         ctx.save_for_backward(gate_up, x_a)
         return add_residual(y, residual)
 
@@ -253,6 +281,11 @@ class SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, query, key, value):
         return split_and_rotate_backward(query, key, value, *ctx.saved_tensors), None, None, None
+
+
+def empty_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows, columns), each row at a multiple of 64 elements: matrix products are fast on aligned rows only."""
+    return like.new_empty(rows, -(-columns // 64) * 64)[:, :columns]
 
 
 def add_residual(y: Tensor, residual: Tensor) -> Tensor:
@@ -374,8 +407,10 @@ def fuse_lora(model: nn.Module) -> int:
         if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
             continue
         query, key, value, output, gate, up, down = projections
-        layer.fused_qkv, layer.fused_o = Projections([query, key, value]), Projections([output])
-        layer.fused_gate_up, layer.fused_down = Projections([gate, up]), Projections([down])
+        layer.fused_qkv = Projections([query, key, value], leaves_room=True)
+        layer.fused_o = Projections([output])  # attention writes what it reads, and a copy costs what `addmm` does
+        layer.fused_gate_up = Projections([gate, up], leaves_room=True)
+        layer.fused_down = Projections([down], leaves_room=True)
         layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1
@@ -408,8 +443,17 @@ def refresh(stacks: list[Projections], model: nn.Module, args: tuple, kwargs: di
 def follow_adapters(stacks: list[Projections]) -> None:
     device_type = stacks[0].bases[0].weight.device.type
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    copies, masters = zip(*(stack.refresh(autocast_dtype) for stack in stacks), strict=True)
-    torch._foreach_copy_(list(chain.from_iterable(copies)), list(chain.from_iterable(masters)))
+    for stack in stacks:
+        stack.refresh(autocast_dtype)
+    # Two calls, because copies into columns are launched one by one, and with them all of their call.
+    torch._foreach_copy_(
+        [a for stack in stacks for a in stack.a],
+        [a for stack in stacks for a in stack.parameters[: len(stack.a)]],
+    )
+    torch._foreach_copy_(
+        [b for stack in stacks for b in stack.b],
+        [b for stack in stacks for b in stack.parameters[len(stack.a) :]],
+    )
 
 
 def is_plain_lora(module: nn.Module) -> bool:

@@ -26,17 +26,19 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Tensor:
-    """(rows, width) -> hidden / rms(hidden) * (offset + weight) as `dtype`; Gemma's offset is 1, Llama's 0."""
+def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, out: Tensor) -> Tensor:
+    """(rows, width) -> hidden / rms(hidden) * (offset + weight); Gemma's offset is 1, Llama's 0.
+
+    Written into `out` of the same shape, whose rows may lie apart (stride (any, 1)), in its type.
+    """
     if has_kernel(hidden):
         rows, width = hidden.shape
-        normed = torch.empty(rows, width, dtype=dtype, device=hidden.device)
         block = triton.next_power_of_2(width)
-        rms_norm_kernel[(rows,)](hidden, weight, normed, width, offset, eps, BLOCK=block, num_warps=8)
-        return normed
+        rms_norm_kernel[(rows,)](hidden, weight, out, width, out.stride(0), offset, eps, BLOCK=block, num_warps=8)
+        return out
     wide = widen(hidden)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (offset + widen(weight))).to(dtype)
+    return out.copy_(normed * (offset + widen(weight)))
 
 
 def rms_norm_backward(
@@ -60,21 +62,23 @@ def rms_norm_backward(
     return (through + widen(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
 
 
-def gated_activation(gate_up: Tensor, is_gelu: bool) -> Tensor:
-    """(rows, [gate, up]) -> silu(gate) * up, or Gemma's tanh-approximated gelu(gate) * up; (rows, width)"""
+def gated_activation(gate_up: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
+    """(rows, [gate, up]) -> silu(gate) * up, or Gemma's tanh-approximated gelu(gate) * up.
+
+    Written into `out` (rows, width), whose rows may lie apart (stride (any, 1)).
+    """
     if has_kernel(gate_up):
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        activated = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+        rows, width = out.shape
         gated_activation_kernel[(rows, triton.cdiv(width, 1024))](
-            gate_up, activated, width, IS_GELU=is_gelu, BLOCK=1024
+            gate_up, out, width, out.stride(0), IS_GELU=is_gelu, BLOCK=1024
         )
-        return activated
+        return out
     gate, up = widen(gate_up).chunk(2, dim=-1)
     if is_gelu:
         activated = 0.5 * gate * (1 + torch.tanh(GELU_TANH * (gate + 0.044715 * gate * gate * gate)))
     else:
         activated = gate * torch.sigmoid(gate)
-    return (activated * up).to(gate_up.dtype)
+    return out.copy_(activated * up)
 
 
 def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> tuple[Tensor, Tensor]:
@@ -154,14 +158,16 @@ MIX = 0x45D9F3B  # multiplier of Thomas Mueller's 32-bit integer hash
 def drop(tensor: Tensor, seeds: Tensor, probability: float) -> Tensor:
     """Zero each element with `probability` and scale the others by 1 / (1 - probability).
 
-    The mask is a hash of the element's position and two 31-bit `seeds`, so it costs no memory: the same seeds give the
-    same mask in the backward pass.
+    `tensor` is (rows, width), its rows may lie apart (stride (any, 1)). The mask is a hash of the element's row and
+    column and two 31-bit `seeds`, so it costs no memory: the same seeds give the same mask in the backward pass.
     """
     if has_kernel(tensor):
-        dropped = torch.empty_like(tensor)
-        grid = (triton.cdiv(tensor.numel(), 1024),)
+        rows, width = tensor.shape
+        dropped = tensor.new_empty(rows, width)
         threshold = int(probability * 2**31)
-        drop_kernel[grid](tensor, seeds, dropped, tensor.numel(), threshold, 1 / (1 - probability), BLOCK=1024)
+        drop_kernel[(rows, triton.cdiv(width, 1024))](
+            tensor, seeds, dropped, width, tensor.stride(0), threshold, 1 / (1 - probability), BLOCK=1024
+        )
         return dropped
     low_32_bits = 0xFFFFFFFF
     mixed = (torch.arange(tensor.numel(), device=tensor.device) + seeds[0]) & low_32_bits
@@ -191,7 +197,7 @@ def quantize_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
 if triton is not None:
 
     @triton.jit
-    def rms_norm_kernel(hidden_ptr, weight_ptr, normed_ptr, width, offset, eps, BLOCK: tl.constexpr):
+    def rms_norm_kernel(hidden_ptr, weight_ptr, normed_ptr, width, normed_stride, offset, eps, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)
         inside = columns < width
@@ -199,7 +205,7 @@ if triton is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden, 0) / width + eps)
         normed = hidden * inverse_rms * (offset + weight)
-        tl.store(normed_ptr + row * width + columns, normed, mask=inside)
+        tl.store(normed_ptr + row * normed_stride + columns, normed, mask=inside)
 
     @triton.jit
     def rms_norm_backward_kernel(
@@ -236,14 +242,16 @@ if triton is not None:
         return activated, slope
 
     @triton.jit
-    def gated_activation_kernel(gate_up_ptr, activated_ptr, width, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
+    def gated_activation_kernel(
+        gate_up_ptr, activated_ptr, width, activated_stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
         gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
         activated, _ = activation(gate, IS_GELU)
-        tl.store(activated_ptr + row * width + columns, activated * up, mask=inside)
+        tl.store(activated_ptr + row * activated_stride + columns, activated * up, mask=inside)
 
     @triton.jit
     def gated_activation_backward_kernel(
@@ -311,9 +319,11 @@ if triton is not None:
             tl.store(alone + HALF, second, mask=inside)
 
     @triton.jit
-    def drop_kernel(tensor_ptr, seeds_ptr, dropped_ptr, size, threshold, scale, BLOCK: tl.constexpr):
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < size
+    def drop_kernel(tensor_ptr, seeds_ptr, dropped_ptr, width, stride, threshold, scale, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < width
+        places = row * width + columns
         mixed = (places + tl.load(seeds_ptr)).to(tl.uint32)
         second_seed = tl.load(seeds_ptr + 1).to(tl.uint32)
         for step in tl.static_range(4):
@@ -321,7 +331,7 @@ if triton is not None:
                 mixed = mixed ^ second_seed
             mixed = (mixed ^ (mixed >> 16)) * 0x45D9F3B
         mixed = (mixed ^ (mixed >> 16)) >> 1
-        values = tl.load(tensor_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(tensor_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
         kept = tl.where(mixed.to(tl.int32) >= threshold, values * scale, 0.0)
         tl.store(dropped_ptr + places, kept, mask=inside)
 
