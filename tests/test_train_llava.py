@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,8 @@ def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cc
     ])  # fmt: skip
     args.remove_unused_columns = False
     processor = load_processing_class(str(tiny_llava))
-    model = place(build(tiny_llava), script_args, lora_args)
+    base = build(tiny_llava).eval()  # as it is when it has been loaded
+    model = place(base, script_args, lora_args)
     tower, projector = model.get_base_model().model.vision_tower, model.get_base_model().model.multi_modal_projector
     features = []
     projector.register_forward_hook(lambda module, inputs, output: features.append(output))
@@ -157,7 +159,12 @@ def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cc
         model=model, args=args, train_dataset=load_from_disk(cctv_dataset)["train"], processing_class=processor,
         data_collator=LlavaDataCollator(processor), checkpoint_layers=script_args.checkpoint_layers,
     )  # fmt: skip
+    passes = Counter()
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.input_layernorm.register_forward_hook(lambda *_, index=index: passes.update([index]))
     trainer.train()
+    assert all(module.training for module in model.modules())
+    assert passes == {0: 2, 1: 1}  # the first layer once more in the backward pass
     assert len(features) == 1 and not features[0].requires_grad
     assert not any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
     assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, False]

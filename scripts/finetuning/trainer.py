@@ -294,5 +294,14 @@ class FineTuningTrainer(InterruptibleTrainer):
 
 def switch_only_on_change(model: torch.nn.Module) -> None:
     """Let `model.train()`, which transformers calls at every step, visit thousands of modules only when it must."""
-    switch = model.train
-    model.train = lambda mode=True: model if model.training == mode else switch(mode)
+    switch, switched_to = model.train, None
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        # The model's own `training` says nothing of its parts: a loaded base in a new PeftModel is still evaluating.
+        nonlocal switched_to
+        if mode != switched_to:
+            switched_to = mode
+            switch(mode)
+        return model
+
+    model.train = train
