@@ -24,7 +24,7 @@ from speed_models import (
 from finetuning import layer_kernels
 from finetuning.fused_lora import FusedLoraLinear, Projections, fuse_lora
 from finetuning.layer_kernels import drop
-from finetuning.speed import ignore_right_padding
+from finetuning.speed import ignore_right_padding, see_as_in_inference
 
 
 def text_batch() -> dict[str, torch.Tensor]:
@@ -120,6 +120,27 @@ def test_the_mask_of_right_padding_changes_nothing(fused):
     )
     assert_same(loss_and_grads(model, batch), expected)
     assert masks == [None]
+
+
+def test_a_frozen_tower_sees_in_training_what_it_sees_in_inference():
+    model = with_lora(tiny_llava().to(torch.bfloat16), LANGUAGE_MODEL).train()
+    pixels = llava_batch()["pixel_values"]
+
+    model_of_images = model.get_base_model().model
+    mixed = []
+    model_of_images.vision_tower.embeddings.register_forward_hook(
+        lambda *_: mixed.append(torch.is_autocast_enabled("cpu"))
+    )
+
+    def features() -> torch.Tensor:
+        return torch.cat(model_of_images.get_image_features(pixels).pooler_output)
+
+    expected = features()
+    with torch.autocast("cpu", torch.bfloat16):
+        features()
+        see_as_in_inference(model)
+        assert torch.equal(features(), expected)
+    assert mixed == [False, True, False]
 
 
 def test_only_supervised_rows_are_computed_after_the_last_attention():

@@ -1,11 +1,12 @@
 """What a recipe says about speed, applied to a model: nothing here changes what is learned."""
 
+import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.divided import set_up_deepspeed
-from finetuning.fused_lora import fuse_lora
+from finetuning.fused_lora import fuse_lora, without_autocast
 from finetuning.hardware import strategy
 from finetuning.shared_prefix import share_prefix
 
@@ -28,6 +29,7 @@ def speed_up(
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
     fused = fuse_lora(model) if script_args.fused_lora and strategy() != "FSDP2" else 0
     ignore_right_padding(model)
+    see_as_in_inference(model)
     if shares_prefix:
         share_prefix(model)
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
@@ -50,3 +52,20 @@ def ignore_right_padding(model: nn.Module) -> None:
         return args, kwargs
 
     language_model.register_forward_pre_hook(drop_mask, with_kwargs=True)
+
+
+def see_as_in_inference(model: nn.Module) -> None:
+    """Run a frozen 16-bit vision tower in its own type, as inference does.
+
+    Mixed precision would widen its activations to fp32 between the products, which is for what is trained.
+    """
+    tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
+    if tower is None or tower.dtype == torch.float32 or any(p.requires_grad for p in tower.parameters()):
+        return
+    forward = tower.forward
+
+    def forward_without_autocast(pixel_values: Tensor, *args, **kwargs):
+        with without_autocast(pixel_values):
+            return forward(pixel_values, *args, **kwargs)
+
+    tower.forward = forward_without_autocast
