@@ -13,12 +13,27 @@ from finetuning.hardware import strategy
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
     """What a strategy's file cannot say because it follows from the model; changes DeepSpeed's `config` in place."""
     zero = config["zero_optimization"]
+    spare_the_host(model, config)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # PyTorch's own AdamW steps on the CPU too. DeepSpeed's would be compiled at first use, by a CUDA toolkit that
         # few machines have (DeepSpeed#2772).
         config["zero_force_ds_cpu_optimizer"] = False
     if zero["stage"] == 3:
         gather_whole_layers(model, zero)
+
+
+def spare_the_host(model: nn.Module, config: dict[str, Any]) -> None:
+    """Nothing in a step that waits for the GPU, or walks through the whole model, to no end."""
+    # DeepSpeed times each forward pass and each step for a report that nobody asked for, and waits for the GPU to do so.
+    config["timers"] = {"throughput": {"enabled": False}}
+    remember_parameters(model)
+    if config["bf16"]["enabled"]:
+        # What is not finite stops the run by its loss, as under DDP. DeepSpeed would look at every gradient, and at the
+        # norm, before each step; a norm that is not finite clips to nothing either way.
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        config["bf16"]["check_grad_overflow"] = False
+        stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: False
 
 
 def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
@@ -45,8 +60,12 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
 
 def remember_parameters(module: nn.Module) -> None:
     """DeepSpeed walks through the module for its parameters several times a step, a quarter of all that it adds."""
-    parameters = list(module.named_parameters())
-    module.named_parameters = lambda *args, **kwargs: iter(parameters)
+    walk, parameters = module.named_parameters, list(module.named_parameters())
+
+    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        return walk(prefix, recurse, remove_duplicate) if prefix or not recurse else iter(parameters)
+
+    module.named_parameters = named_parameters
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
