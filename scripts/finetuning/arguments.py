@@ -109,6 +109,14 @@ class TrainingArguments(SFTConfig):
         metadata={"help": "A loss that is not finite stops the run; looking for one again would stall the GPU."},
     )
 
+    ddp_broadcast_buffers: bool = field(
+        default=False,
+        metadata={
+            "help": "DDP: send the first process's buffers to all before each forward pass. Nothing changes them here, and "
+            "the processes would wait for each other."
+        },
+    )
+
     def __post_init__(self):
         capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()
         self.use_cpu = capability is None
