@@ -84,6 +84,7 @@ def test_gradients_reach_a_trained_projector():
     assert_same(loss_and_grads(model, llava_batch()), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*erge lora module to 4-bit")
 def test_nf4_gradients_equal_peft(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
@@ -101,8 +102,18 @@ def test_nf4_gradients_equal_peft(tmp_path):
     )
     model = with_lora(base, LANGUAGE_MODEL).train()
     expected = loss_and_grads(model, llava_batch())
+    with torch.no_grad(), model.disable_adapter():
+        expected_base = model(**llava_batch()).logits
     assert fuse_lora(model) == 21
     assert_same(loss_and_grads(model, llava_batch()), expected)
+    with torch.no_grad(), model.disable_adapter():  # PEFT's and bitsandbytes' own code, on the stacked weights
+        torch.testing.assert_close(model(**llava_batch()).logits, expected_base, rtol=0, atol=0)
+    model.merge_adapter()
+    model.unmerge_adapter()  # weights that were quantised twice more, into memory of their own
+    with torch.no_grad():
+        as_peft = model(**llava_batch(), use_cache=True).logits
+        assert relative_error(as_peft, expected_base) > 0.01
+        torch.testing.assert_close(model(**llava_batch(), use_cache=False).logits, as_peft, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fused", [False, True])

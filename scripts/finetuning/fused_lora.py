@@ -11,8 +11,10 @@ dropout masks are computed again in the backward pass instead of kept. LoRAFusio
 fast_lora inspired the plan.
 """
 
+import operator
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -35,7 +37,7 @@ from finetuning.layer_kernels import (
 )
 
 try:
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
     from peft.tuners.lora import Linear4bit as LoraLinear4bit
 
     LORA_CLASSES = (LoraLinear, LoraLinear4bit)
@@ -46,12 +48,14 @@ except ImportError:
 class Projections:
     """LoRA layers of PEFT that read the same activation, as one product: y = [W_1; W_2; ...] x + s_i B_i A_i x.
 
-    16-bit base weights are stacked in memory once, and the layers' own weights become views of the stack; 4-bit weights
-    are dequantised into one stack at each use; weights that ZeRO-3 divides come and go, and are multiplied one by one.
+    Base weights are stacked in memory once, and the layers' own weights become views of the stack: 16-bit ones to be
+    multiplied as they are, 4-bit ones to be dequantised in one call at each use (their scales, where these are quantised
+    too, once and for all: half a bit for each weight). Weights that ZeRO-3 divides come and go, and are multiplied one by
+    one. The adapters are stacked as s A and as B, block-diagonal.
 
     Where `leaves_room`, what writes x leaves room for s A x behind each row (`new_input`), and the stack has columns for
-    B behind W, block-diagonal: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part is added to y by
-    `addmm`, which reads and writes it once more; so it is where the base is in another type than the products.
+    B behind W: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part is added to y by `addmm`, which reads
+    and writes it once more; so it is where the base is in another type than the products.
 
     The adapters' dropout is drawn once for all layers of the stack, because they read the same activation: elements are
     dropped as often as PEFT drops them. `refresh` must run before each forward pass of the model, under ZeRO-3 of each
@@ -66,6 +70,9 @@ class Projections:
         self.in_features = layers[0].in_features
         self.ranks = [layer.r[self.adapter] for layer in layers]
         self.scales = [layer.scaling[self.adapter] for layer in layers]
+        # Where each layer's B lies among all, and its gradient.
+        spans = zip(accumulate(self.sizes), self.sizes, accumulate(self.ranks), self.ranks, strict=True)
+        self.diagonal = [(slice(row - size, row), slice(column - rank, column)) for row, size, column, rank in spans]
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
         self.is_divided = hasattr(self.bases[0].weight, "ds_id")
@@ -79,7 +86,7 @@ class Projections:
         return first + [layer.lora_B[self.adapter].weight for layer in self.layers]
 
     def refresh(self, autocast_dtype: torch.dtype | None) -> None:
-        """Follow what changed since the last pass; `a` and `b` are still to be copied from `parameters`.
+        """Follow what changed since the last pass; `copies` are still to be filled from `parameters`.
 
         Products run in autocast's type where it is on, else in the type of the base weights (of 4-bit ones: what they
         unpack to).
@@ -93,54 +100,73 @@ class Projections:
         types = (autocast_dtype or own_dtype, own_dtype, weights[0].device)
         if types != self.types:
             self.types, self.dtype = types, types[0]
-            self.stacked_a = torch.empty(sum(self.ranks), self.in_features, dtype=self.dtype, device=types[2])
-            self.a = self.stacked_a.split(self.ranks)
-            self.b = [
-                torch.empty_like(b, dtype=self.dtype, requires_grad=False) for b in self.parameters[len(self.a) :]
-            ]
-            self.joined = None
-            self.rows = []
-        if not (self.is_quantized or self.is_divided):
+            self.a = torch.empty(sum(self.ranks), self.in_features, dtype=self.dtype, device=types[2])
+            self.scale = torch.cat([torch.full((rank, 1), s) for rank, s in zip(self.ranks, self.scales, strict=True)])
+            self.scale = self.scale.to(types[2])
+            self.joined, self.stacked = None, []
+            self.hold_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=types[2]))
+        if self.is_quantized:
+            self.stack_quantized(weights)
+        elif not self.is_divided:
             self.stack_weights(weights, joins=self.leaves_room and self.dtype == own_dtype)
 
+    def hold_b(self, b: Tensor) -> None:
+        self.b = b
+        self.copies = [*self.a.split(self.ranks), *(b[place] for place in self.diagonal)]
+
     def stack_weights(self, weights: list[nn.Parameter], *, joins: bool) -> None:
-        if self.rows and all(map(Tensor.is_set_to, weights, self.rows)):
+        if self.stacked and all(map(Tensor.is_set_to, weights, self.stacked)):
             return
         # First use, or somebody moved or replaced the weights.
         if joins:
             self.joined = empty_rows(sum(self.sizes), self.in_features + sum(self.ranks), weights[0])
-            self.stack, low_rank = self.joined.split([self.in_features, sum(self.ranks)], 1)
+            self.stack, b = self.joined.split([self.in_features, sum(self.ranks)], 1)
             torch.cat([weight.data for weight in weights], out=self.stack)
-            blocks = low_rank.zero_().split(self.sizes)
-            self.b = [block.split(self.ranks, 1)[number] for number, block in enumerate(blocks)]
-            scales = [torch.full((rank,), scale) for rank, scale in zip(self.ranks, self.scales, strict=True)]
-            self.scale_of_column = torch.cat(scales).to(weights[0].device)
+            self.hold_b(b.zero_())
         else:
             self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
         # Each a storage of its own: transformers, saving a merged model, cannot compare rows that lie apart in a shared one.
-        self.rows = [from_dlpack(rows) for rows in self.stack.split(self.sizes)]
-        for weight, row in zip(weights, self.rows, strict=True):
-            weight.data = row
+        self.stacked = [from_dlpack(rows) for rows in self.stack.split(self.sizes)]
+        for weight, rows in zip(weights, self.stacked, strict=True):
+            weight.data = rows
+
+    def stack_quantized(self, weights: list[nn.Parameter]) -> None:
+        states = [weight.quant_state for weight in weights]
+        if self.stacked and all(map(operator.is_, states, self.stacked)):
+            return
+        self.stacked = states
+        scales = [
+            dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+            for state in states
+        ]
+        lengths = [len(part) for part in scales]
+        self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
+        self.quant_state = QuantState(
+            torch.cat(scales),
+            shape=torch.Size((sum(self.sizes), self.in_features)),
+            code=states[0].code,
+            blocksize=states[0].blocksize,
+            quant_type=states[0].quant_type,
+            dtype=states[0].dtype,
+        )
+        parts = zip(
+            weights, self.stack.split([len(weight) for weight in weights]),
+            states, self.quant_state.absmax.split(lengths), strict=True,
+        )  # fmt: skip
+        for weight, rows, state, absmax in parts:
+            weight.data = rows
+            state.absmax, state.nested, state.state2, state.offset = absmax, False, None, None
 
     def new_input(self, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks), or None."""
         if self.joined is None:
-            return self.stacked_a.new_empty(tokens, self.in_features), None
+            return self.a.new_empty(tokens, self.in_features), None
         wide = empty_rows(tokens, self.joined.shape[1], self.joined)
         return wide[:, : self.in_features], wide
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
-        if not self.is_quantized:
-            return self.stack.to(self.dtype)
-        weights = [base.weight for base in self.bases]
-        shape = (sum(self.sizes), self.in_features)
-        stack = torch.empty(shape, dtype=weights[0].quant_state.dtype, device=weights[0].device)
-        for weight, rows in zip(weights, stack.split(self.sizes), strict=True):
-            if stack.is_cuda:
-                dequantize_4bit(weight.data, weight.quant_state, out=rows)
-            else:  # bitsandbytes has no `out` there
-                rows.copy_(dequantize_4bit(weight.data, weight.quant_state))
+        stack = dequantize_4bit(self.stack, self.quant_state) if self.is_quantized else self.stack
         return stack.to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:
@@ -161,46 +187,35 @@ class Projections:
 
     def draw_seeds(self) -> Tensor | None:
         # Drawn from the device's generator, which checkpointing rewinds before it computes a layer again.
-        return torch.randint(2**31, (2,), device=self.stacked_a.device) if self.drops else None
+        return torch.randint(2**31, (2,), device=self.a.device) if self.drops else None
 
     def forward(self, x: Tensor, seeds: Tensor | None, wide: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (tokens, in) -> y (tokens, sum of out), and x_a = A x (tokens, sum of ranks); `wide` from `new_input`."""
-        x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.stacked_a.T)
-        if wide is not None:
-            torch.mul(x_a, self.scale_of_column, out=wide[:, self.in_features :])
-            return torch.mm(wide, self.joined.T), x_a
-        y = self.product(x)
-        parts = zip(y.split(self.sizes, 1), x_a.split(self.ranks, 1), self.b, self.scales, strict=True)
-        for columns, low_rank, b, scale in parts:
-            columns.addmm_(low_rank, b.T, alpha=scale)
-        return y, x_a
+        """x (tokens, in) -> y (tokens, sum of out), and x_a = s A x (tokens, sum of ranks); `wide` from `new_input`."""
+        x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.a.T)
+        if wide is None:
+            return self.product(x).addmm_(x_a, self.b.T), x_a
+        wide[:, self.in_features :] = x_a
+        return torch.mm(wide, self.joined.T), x_a
 
     def backward(
         self, grad: Tensor, x_a: Tensor, seeds: Tensor | None, needs_grad: bool
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Gradient of x (None when nothing below is trained), of x_a, and of every B."""
-        grad_a = torch.empty_like(x_a)
-        grads_b = []
-        parts = zip(
-            grad.split(self.sizes, 1), x_a.split(self.ranks, 1), grad_a.split(self.ranks, 1),
-            self.b, self.scales, self.parameters[len(self.b) :], strict=True,
-        )  # fmt: skip
-        for columns, low_rank, grad_low_rank, b, scale, parameter in parts:
-            grad_low_rank.addmm_(columns, b, beta=0, alpha=scale)
-            grad_b = torch.empty_like(b).addmm_(columns.T, low_rank, beta=0, alpha=scale)
-            grads_b.append(grad_b.to(parameter.dtype))
+        grad_a = torch.mm(grad, self.b)
+        grad_b = torch.mm(grad.T, x_a)
+        grads_b = [grad_b[place].to(self.parameters[-1].dtype) for place in self.diagonal]
         if not needs_grad:
             return None, grad_a, grads_b
         grad_x = self.transposed_product(grad)
         if seeds is None:
-            grad_x.addmm_(grad_a, self.stacked_a)
+            grad_x.addmm_(grad_a, self.a)
         else:
-            grad_x.add_(drop(torch.mm(grad_a, self.stacked_a), seeds, self.dropout))
+            grad_x.add_(drop(torch.mm(grad_a, self.a), seeds, self.dropout))
         return grad_x, grad_a, grads_b
 
     def grads_of_a(self, x: Tensor, grad_a: Tensor, seeds: Tensor | None) -> tuple[Tensor, ...]:
         dropped = x if seeds is None else drop(x, seeds, self.dropout)
-        return torch.mm(grad_a.T, dropped).to(self.parameters[0].dtype).split(self.ranks)
+        return (torch.mm(grad_a.T, dropped) * self.scale).to(self.parameters[0].dtype).split(self.ranks)
 
 
 class NormProject(torch.autograd.Function):
@@ -445,14 +460,15 @@ def follow_adapters(stacks: list[Projections]) -> None:
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     for stack in stacks:
         stack.refresh(autocast_dtype)
-    # Two calls, because copies into columns are launched one by one, and with them all of their call.
-    torch._foreach_copy_(
-        [a for stack in stacks for a in stack.a],
-        [a for stack in stacks for a in stack.parameters[: len(stack.a)]],
-    )
-    torch._foreach_copy_(
-        [b for stack in stacks for b in stack.b],
-        [b for stack in stacks for b in stack.parameters[len(stack.a) :]],
+    pairs = [pair for stack in stacks for pair in zip(stack.copies, stack.parameters, strict=True)]
+    # In two calls: copies into columns are launched one by one, and with them all of their call.
+    for dense in (True, False):
+        chosen = [pair for pair in pairs if pair[0].is_contiguous() is dense]
+        if chosen:
+            torch._foreach_copy_(*map(list, zip(*chosen, strict=True)))
+    torch._foreach_mul_(
+        [a for stack in stacks for a in stack.copies[: len(stack.layers)]],
+        [scale for stack in stacks for scale in stack.scales],
     )
 
 
@@ -469,4 +485,6 @@ def is_plain_lora(module: nn.Module) -> bool:
         and not getattr(module, "fan_in_fan_out", False)
         and isinstance(base, nn.Linear)
         and not base.weight.requires_grad
+        # 4-bit weights are stacked by whole blocks.
+        and base.in_features * base.out_features % getattr(base.weight, "blocksize", 1) == 0
     )
