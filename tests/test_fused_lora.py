@@ -349,6 +349,7 @@ def kernel_cases(layer_kernels):
         "rotate_backward": (layer_kernels.split_and_rotate_backward(*rotated, cos, sin),),
         "drop": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4),),
         "drop of rows that lie apart": (layer_kernels.drop(wide[:, :40], torch.tensor([2**31 - 3, 12345]), 0.4),),
+        "drop and add": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4, add_to=residual.clone()),),
         "quantize_rows": (layer_kernels.quantize_rows(hidden)[1],),
     }
     for is_gelu in (False, True):

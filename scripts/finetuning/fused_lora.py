@@ -210,7 +210,7 @@ class Projections:
         if seeds is None:
             grad_x.addmm_(grad_a, self.a)
         else:
-            grad_x.add_(drop(torch.mm(grad_a, self.a), seeds, self.dropout))
+            drop(torch.mm(grad_a, self.a), seeds, self.dropout, add_to=grad_x)
         return grad_x, grad_a, grads_b
 
     def grads_of_a(self, x: Tensor, grad_a: Tensor, seeds: Tensor | None) -> tuple[Tensor, ...]:
