@@ -7,26 +7,33 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from finetuning.checkpointing import decoder_layers
+from finetuning.gathered import can_be_gathered, gather_layers
 from finetuning.hardware import strategy
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
     """What a strategy's file cannot say because it follows from the model; changes DeepSpeed's `config` in place."""
     zero = config["zero_optimization"]
-    spare_the_host(model, config)
+    spare_the_host(config)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # PyTorch's own AdamW steps on the CPU too. DeepSpeed's would be compiled at first use, by a CUDA toolkit that
         # few machines have (DeepSpeed#2772).
         config["zero_force_ds_cpu_optimizer"] = False
     if zero["stage"] == 3:
-        gather_whole_layers(model, zero)
+        layers = decoder_layers(model)
+        if zero.get("offload_param", {}).get("device", "none") == "none" and can_be_gathered(layers):
+            # What is left to DeepSpeed is trained: its optimizer and its gradients are divided.
+            gather_layers(model, layers)
+            zero["stage"] = 2
+        else:
+            gather_whole_layers(model, zero)
+    remember_parameters(model)
 
 
-def spare_the_host(model: nn.Module, config: dict[str, Any]) -> None:
+def spare_the_host(config: dict[str, Any]) -> None:
     """Nothing in a step that waits for the GPU, or walks through the whole model, to no end."""
     # DeepSpeed times each forward pass and each step for a report that nobody asked for, and waits for the GPU to do so.
     config["timers"] = {"throughput": {"enabled": False}}
-    remember_parameters(model)
     if config["bf16"]["enabled"]:
         # What is not finite stops the run by its loss, as under DDP. DeepSpeed would look at every gradient, and at the
         # norm, before each step; a norm that is not finite clips to nothing either way.

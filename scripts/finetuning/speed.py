@@ -4,6 +4,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from finetuning import packed_attention
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.divided import set_up_deepspeed
 from finetuning.fused_lora import fuse_lora, without_autocast
@@ -25,15 +26,21 @@ def speed_up(
 
     Under FSDP2 LoRA stays PEFT's, whose own calls gather the weights.
     """
+    fused = fuse_lora(model) if script_args.fused_lora and strategy() != "FSDP2" else 0
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
-    fused = fuse_lora(model) if script_args.fused_lora and strategy() != "FSDP2" else 0
     ignore_right_padding(model)
     see_as_in_inference(model)
+    count_image_tokens_once(model)
     if shares_prefix:
         share_prefix(model)
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
     return f"  {fused} LoRA layers computed in one piece{shared}"
+
+
+# transformers hands a mask of four dimensions on as it is: this one stands for none until a layer is reached. To be asked
+# for one, transformers would first look whether rows are packed, and the host would wait for the GPU to see.
+NO_MASK = torch.empty(0, 0, 0, 0)
 
 
 def ignore_right_padding(model: nn.Module) -> None:
@@ -47,11 +54,42 @@ def ignore_right_padding(model: nn.Module) -> None:
 
     def drop_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
-        if module.training and mask is not None and mask.dim() == 2 and kwargs.get("past_key_values") is None:
+        padded = mask is not None and mask.dim() == 2
+        packed = mask is None and module.config._attn_implementation == packed_attention.NAME
+        if module.training and (padded or packed) and kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = NO_MASK
+        return args, kwargs
+
+    def show_no_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if kwargs.get("attention_mask") is NO_MASK:
             kwargs["attention_mask"] = None
         return args, kwargs
 
     language_model.register_forward_pre_hook(drop_mask, with_kwargs=True)
+    for layer in language_model.layers:
+        layer.register_forward_pre_hook(show_no_mask, with_kwargs=True)
+
+
+def count_image_tokens_once(model: nn.Module) -> None:
+    """Let the first training pass only compare the number of image tokens with that of the features.
+
+    A processor makes as many for each picture, and `LlavaDataCollator` refuses what is not one mark for each. To compare
+    them the host waits for the GPU to have finished the step before.
+    """
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    llava = base_model.model
+    if not hasattr(llava, "get_placeholder_mask"):
+        return
+    with_check, checked = llava.get_placeholder_mask, False
+
+    def get_placeholder_mask(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        nonlocal checked
+        if llava.training and checked:
+            return (input_ids == llava.config.image_token_id).unsqueeze(-1)
+        checked = llava.training
+        return with_check(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+    llava.get_placeholder_mask = get_placeholder_mask
 
 
 def see_as_in_inference(model: nn.Module) -> None:
