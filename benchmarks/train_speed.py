@@ -38,7 +38,7 @@ from finetuning.fused_lora import fuse_lora
 from finetuning.models import is_vision, load_config, load_processing_class
 from finetuning.packed_attention import register_packed_attention
 from finetuning.shared_prefix import SharedPrefixCollator, group_by_image, share_prefix
-from finetuning.speed import ignore_right_padding, see_as_in_inference
+from finetuning.speed import count_image_tokens_once, ignore_right_padding, see_as_in_inference
 from finetuning.trainer import FineTuningTrainer
 
 GIB = 2**30
@@ -224,6 +224,7 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
         fused = fuse_lora(model)
         ignore_right_padding(model)
         see_as_in_inference(model)
+        count_image_tokens_once(model)
         if variant.shared:
             share_prefix(model)
         if variant.fp8:

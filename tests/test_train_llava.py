@@ -103,6 +103,14 @@ def test_a_role_the_template_does_not_know_is_an_error(tiny_llava):
         collator([{"messages": [*dialogue("a"), {"role": "system", "content": "b"}], "images": []}])
 
 
+def test_an_image_mark_in_the_text_is_an_error(tiny_llava):
+    """It would become 576 image tokens without a picture."""
+    collate = LlavaDataCollator(load_processing_class(str(tiny_llava)))
+    messages = [{"role": "user", "content": "<image> How many?"}, {"role": "assistant", "content": "2"}]
+    with pytest.raises(ValueError, match=r"row 7: <image> in the text: '<image> How many\?'\. Remove it there"):
+        collate([{"messages": messages, "images": [Image.new("RGB", (40, 40))], "row": 7}])
+
+
 # ---- placement -------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The one place that makes batches of images and dialogues: for training, and for asking."""
 
+from itertools import chain
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -20,10 +21,21 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         super().__init__(processor=processor, max_length=None, assistant_only_loss=True)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for example in examples:
+            self.refuse_image_marks(example)
         batch = super().torch_call(examples)
         if "row" in examples[0]:
             batch["rows"] = [example["row"] for example in examples]
         return batch
+
+    def refuse_image_marks(self, example: dict[str, Any]) -> None:
+        mark = self.processor.image_token
+        for message in chain(example["messages"], *example.get("other_messages", [])):
+            if mark in str(message["content"]):
+                raise ValueError(
+                    f"row {example.get('row', '(unnumbered)')}: {mark} in the text: {str(message['content'])[:80]!r}. Remove it "
+                    "there: the collator puts one before the text for each picture"
+                )
 
     def prompts(self, examples: list[dict[str, Any]]) -> BatchFeature:
         """Rows whose `messages` end with a user turn -> one left-padded batch to generate from.

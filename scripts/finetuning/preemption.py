@@ -72,7 +72,7 @@ class StopRequest:
         if not torch.distributed.is_initialized():
             self.agreed = self.received
             return self.agreed > 0
-        number = torch.tensor(self.received, device=device)
+        number = torch.full((), self.received, device=device)  # filled there: a copy would wait for the whole step
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
         if device.type != "cuda":
             self.agreed = int(number)
