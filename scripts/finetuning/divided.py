@@ -27,6 +27,9 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
             zero["stage"] = 2
         else:
             gather_whole_layers(model, zero)
+    if zero["stage"] < 3:
+        # Averaged where they lie: DeepSpeed's way of scattering them sends as much, and copies them before and after.
+        zero["reduce_scatter"] = False
     remember_parameters(model)
 
 
