@@ -140,6 +140,20 @@ class FineTuningTrainer(InterruptibleTrainer):
             model.zero_grad(set_to_none=True)
             self.layer_checkpointing.take_more()
 
+    def _clip_grad_norm(self, model):
+        # DeepSpeed's engine has clipped; accelerate would wait for its whole step to hand out a number for the log.
+        return model.get_global_grad_norm() if strategy().startswith("ZeRO") else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The log reads a tensor when it comes to it; transformers would read DeepSpeed's at every step.
+        return super()._get_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        # Gradients stay where DDP averages them: it would copy each back when the last message has come.
+        accelerator_args = super()._build_accelerator_args(**kwargs)
+        accelerator_args["kwargs_handlers"][0].gradient_as_bucket_view = True
+        return accelerator_args
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # transformers counts all parameters anew at every step, 15 ms for a 7B model with adapters.
         if self._num_weights is None:
