@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from speed_models import (
     DECODER,
@@ -20,6 +21,7 @@ from speed_models import (
     tiny_llava,
     with_lora,
 )
+from torch import nn
 
 from finetuning import layer_kernels
 from finetuning.fused_lora import FusedLoraLinear, Projections, fuse_lora
@@ -114,6 +116,28 @@ def test_nf4_gradients_equal_peft(tmp_path):
         as_peft = model(**llava_batch(), use_cache=True).logits
         assert relative_error(as_peft, expected_base) > 0.01
         torch.testing.assert_close(model(**llava_batch(), use_cache=False).logits, as_peft, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_quantised_twice_are_unpacked_as_one_stack_and_stay_quantised_twice():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    functional = bitsandbytes.functional
+    torch.manual_seed(0)
+    layers = []
+    for rows in (128, 384):  # 256 and 768 blocks of 64 weights: whole blocks of 256 scales
+        base = bitsandbytes.nn.Linear4bit(128, rows, bias=False, compute_dtype=torch.float32)
+        packed, state = functional.quantize_4bit(
+            torch.randn(rows, 128) * rows, quant_type="nf4", compress_statistics=True
+        )
+        base.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+        layers.append(get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"])).base_model.model[0])
+    expected = torch.cat([functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in layers])
+    stack = Projections(layers)
+    stack.refresh(None)
+    assert torch.equal(stack.weight(), expected)
+    for layer in layers:
+        state = layer.weight.quant_state
+        assert state.nested and state.absmax.dtype == torch.uint8
+        assert state.absmax.untyped_storage().data_ptr() == stack.absmax.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("fused", [False, True])

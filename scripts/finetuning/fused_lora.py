@@ -49,9 +49,8 @@ class Projections:
     """LoRA layers of PEFT that read the same activation, as one product: y = [W_1; W_2; ...] x + s_i B_i A_i x.
 
     Base weights are stacked in memory once, and the layers' own weights become views of the stack: 16-bit ones to be
-    multiplied as they are, 4-bit ones to be dequantised in one call at each use (their scales, where these are quantised
-    too, once and for all: half a bit for each weight). Weights that ZeRO-3 divides come and go, and are multiplied one by
-    one. The adapters are stacked as s A and as B, block-diagonal.
+    multiplied as they are, 4-bit ones to be dequantised in one call at each use. Weights that ZeRO-3 divides come and go,
+    and are multiplied one by one. The adapters are stacked as s A and as B, block-diagonal.
 
     Where `leaves_room`, what writes x leaves room for s A x behind each row (`new_input`), and the stack has columns for
     B behind W: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part is added to y by `addmm`, which reads
@@ -135,27 +134,36 @@ class Projections:
         if self.stacked and all(map(operator.is_, states, self.stacked)):
             return
         self.stacked = states
-        scales = [
-            dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-            for state in states
-        ]
-        lengths = [len(part) for part in scales]
-        self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
+        first, self.lengths = states[0], [len(state.absmax) for state in states]
+        # Scales that are quantised too stay so where blocks of them end with a weight, as they do at every real size.
+        if first.nested and any(length % first.state2.blocksize for length in self.lengths[:-1]):
+            for state in states:
+                state.absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+                state.nested, state.state2, state.offset = False, None, None
+        of_scales = [state.state2 for state in states] if first.nested else []
+        # One memory for the stack and for the weights, so that none is added.
+        self.stack = in_one([weight.data for weight in weights], weights, "data")
+        self.absmax = in_one([state.absmax for state in states], states, "absmax")
+        if of_scales:
+            in_one_of_scales = in_one([state.absmax for state in of_scales], of_scales, "absmax")
+            self.state_of_scales = QuantState(
+                in_one_of_scales, code=of_scales[0].code, blocksize=of_scales[0].blocksize, dtype=of_scales[0].dtype
+            )
         self.quant_state = QuantState(
-            torch.cat(scales),
+            self.absmax,
             shape=torch.Size((sum(self.sizes), self.in_features)),
-            code=states[0].code,
-            blocksize=states[0].blocksize,
-            quant_type=states[0].quant_type,
-            dtype=states[0].dtype,
+            code=first.code,
+            blocksize=first.blocksize,
+            quant_type=first.quant_type,
+            dtype=first.dtype,
         )
-        parts = zip(
-            weights, self.stack.split([len(weight) for weight in weights]),
-            states, self.quant_state.absmax.split(lengths), strict=True,
-        )  # fmt: skip
-        for weight, rows, state, absmax in parts:
-            weight.data = rows
-            state.absmax, state.nested, state.state2, state.offset = absmax, False, None, None
+
+    def dequantized(self) -> Tensor:
+        if self.stacked[0].nested:
+            absmax = dequantize_blockwise(self.absmax, self.state_of_scales)
+            torch._foreach_add_(list(absmax.split(self.lengths)), [state.offset for state in self.stacked])
+            self.quant_state.absmax = absmax
+        return dequantize_4bit(self.stack, self.quant_state)
 
     def new_input(self, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks), or None."""
@@ -166,8 +174,7 @@ class Projections:
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
-        stack = dequantize_4bit(self.stack, self.quant_state) if self.is_quantized else self.stack
-        return stack.to(self.dtype)
+        return (self.dequantized() if self.is_quantized else self.stack).to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         if not self.is_divided:
@@ -296,6 +303,14 @@ class SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, query, key, value):
         return split_and_rotate_backward(query, key, value, *ctx.saved_tensors), None, None, None
+
+
+def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
+    """The parts one after the other in one tensor; `name` of each owner becomes its part of it."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for owner, part in zip(owners, whole.split([len(part) for part in parts]), strict=True):
+        setattr(owner, name, part)
+    return whole
 
 
 def empty_rows(rows: int, columns: int, like: Tensor) -> Tensor:
