@@ -69,13 +69,22 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
 
 
 def remember_parameters(module: nn.Module) -> None:
-    """DeepSpeed walks through the module for its parameters several times a step, a quarter of all that it adds."""
+    """Whoever asks for all parameters walks through no modules: DeepSpeed asks several times a step, transformers twice."""
     walk, parameters = module.named_parameters, list(module.named_parameters())
 
     def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         return walk(prefix, recurse, remove_duplicate) if prefix or not recurse else iter(parameters)
 
     module.named_parameters = named_parameters
+
+
+def keep_views(engine: Any) -> None:
+    """ZeRO-1 and 2: the 16-bit parameters stay the views of one flat tensor that they are, once training has begun.
+
+    DeepSpeed makes all of them anew after each step, "just to be safe" as its source says, and the GPU waits for it.
+    """
+    if hasattr(engine.optimizer, "_update_model_bit16_weights"):
+        engine.optimizer._update_model_bit16_weights = lambda group: None
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
 from finetuning.checkpointing import LayerCheckpointing
-from finetuning.divided import remember_parameters, trained_weights
+from finetuning.divided import keep_views, remember_parameters, trained_weights
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
 from finetuning.lm_head import CollateSupervisedRows, score_supervised_rows
@@ -92,7 +92,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
         if chooses_layers:
             self.add_callback(self.layer_checkpointing)
-        self.add_callback(WalkOnce(self))
+        self.add_callback(SpareTheHost(self))
         self._num_weights: int | None = None
         switch_only_on_change(model)
         self._start_interval()
@@ -307,16 +307,18 @@ class FineTuningTrainer(InterruptibleTrainer):
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
-class WalkOnce(TrainerCallback):
-    """Gradients are cleared and clipped without a walk through thousands of modules for their parameters at each step."""
+class SpareTheHost(TrainerCallback):
+    """No walk through thousands of modules, or to hundreds of parameters, that a step can do without."""
 
     def __init__(self, trainer: FineTuningTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # Now, because until here parameters may be replaced. DeepSpeed has been told already; FSDP2 replaces its own.
+        # Now, because until here a checkpoint may have been read. FSDP2 replaces its parameters as it goes.
         if strategy() in ("one process", "DDP"):
             remember_parameters(self.trainer.model_wrapped)
+        elif strategy().startswith("ZeRO"):
+            keep_views(self.trainer.model_wrapped)
 
 
 def switch_only_on_change(model: torch.nn.Module) -> None:
