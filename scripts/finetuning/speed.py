@@ -61,7 +61,8 @@ def ignore_right_padding(model: nn.Module) -> None:
         return args, kwargs
 
     def show_no_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if kwargs.get("attention_mask") is NO_MASK:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.numel():  # it, or a copy: FSDP2 moves what a layer is given to its GPU
             kwargs["attention_mask"] = None
         return args, kwargs
 
