@@ -21,13 +21,13 @@ class Fp8Weight:
         self.by_output, self.output_scale = quantize_rows(weight)
         self.by_input, self.input_scale = quantize_rows(weight.T.contiguous())
 
-    def product(self, x: Tensor) -> Tensor:
-        """x (tokens, in) -> x W^T (tokens, out)"""
-        return scaled_product(x, self.by_output, self.output_scale)
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (tokens, out) + x W^T, x (tokens, in)"""
+        return y.add_(scaled_product(x, self.by_output, self.output_scale))
 
-    def transposed_product(self, grad: Tensor) -> Tensor:
-        """grad (tokens, out) -> grad W (tokens, in)"""
-        return scaled_product(grad, self.by_input, self.input_scale)
+    def add_transposed_product(self, grad_x: Tensor, grad: Tensor) -> Tensor:
+        """grad_x (tokens, in) + grad W, grad (tokens, out)"""
+        return grad_x.add_(scaled_product(grad, self.by_input, self.input_scale))
 
 
 def scaled_product(left: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
@@ -45,5 +45,6 @@ def hold_base_in_fp8(model: nn.Module) -> int:
             projections.leaves_room = False  # B would be columns of a product that is replaced here
             projections.refresh(None)
             held = Fp8Weight(projections.weight())
-            projections.product, projections.transposed_product = held.product, held.transposed_product
+            projections.add_product = held.add_product
+            projections.add_transposed_product = held.add_transposed_product
     return len(layers)

@@ -24,7 +24,7 @@ from speed_models import (
 from torch import nn
 
 from finetuning import layer_kernels
-from finetuning.fused_lora import FusedLoraLinear, Projections, fuse_lora
+from finetuning.fused_lora import FusedLoraLinear, Projections, follow_adapters, fuse_lora
 from finetuning.layer_kernels import drop
 from finetuning.speed import ignore_right_padding, see_as_in_inference
 
@@ -84,6 +84,35 @@ def test_gradients_reach_a_trained_projector():
     assert sum("projector" in name for name in expected[1]) == 4
     fuse_lora(model)
     assert_same(loss_and_grads(model, llava_batch()), expected)
+
+
+@pytest.mark.parametrize("leaves_room", [True, False])
+@pytest.mark.parametrize("is_divided", [False, True])
+def test_small_updates_are_not_lost_to_16_bits(leaves_room, is_divided):
+    """What the adapter adds is a thousandth of y, less than bf16 can show beside it; over many tokens it must be there."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(512, 256, bias=False)).to(torch.bfloat16)
+    layer = get_peft_model(layer, LoraConfig(r=64, lora_alpha=32, target_modules=["0"])).base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight, std=3e-4)
+    x = torch.randn(512, 512).to(torch.bfloat16)
+    a, b = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
+    taught = 0.5 * x.float() @ a.T @ b.T
+    base = x.float() @ layer.get_base_layer().weight.detach().float().T
+    assert 5e-4 < taught.std() / base.std() < 2e-3
+
+    def share_that_shows(y: torch.Tensor) -> float:
+        return ((y.float() - base) * taught).sum().item() / taught.square().sum().item()
+
+    projections = Projections([layer], leaves_room=leaves_room)
+    projections.is_divided = is_divided
+    projections.leaves_room &= not is_divided
+    follow_adapters([projections])
+    room, wide = projections.new_input(len(x))
+    with torch.no_grad():
+        fused, _ = projections.forward(room.copy_(x), None, wide)
+        as_peft = layer(x)
+    assert share_that_shows(fused) == pytest.approx(1, abs=0.05)
+    assert share_that_shows(as_peft) < 0.7
 
 
 @pytest.mark.filterwarnings("ignore:.*erge lora module to 4-bit")
@@ -380,7 +409,6 @@ def kernel_cases(layer_kernels):
         "rotate_backward": (layer_kernels.split_and_rotate_backward(*rotated, cos, sin),),
         "drop": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4),),
         "drop of rows that lie apart": (layer_kernels.drop(wide[:, :40], torch.tensor([2**31 - 3, 12345]), 0.4),),
-        "drop and add": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4, add_to=residual.clone()),),
         "quantize_rows": (layer_kernels.quantize_rows(hidden)[1],),
     }
     for is_gelu in (False, True):

@@ -53,8 +53,11 @@ class Projections:
     and are multiplied one by one. The adapters are stacked as s A and as B, block-diagonal.
 
     Where `leaves_room`, what writes x leaves room for s A x behind each row (`new_input`), and the stack has columns for
-    B behind W: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part is added to y by `addmm`, which reads
-    and writes it once more; so it is where the base is in another type than the products.
+    B behind W: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part comes first and the product of the base
+    is added to it by `addmm`, which reads and writes y once more; so it is where the base is in another type than the
+    products. Either way the sum is rounded to 16 bits once. PEFT adds the low-rank part to a product that is rounded
+    already, where most of what is less than half a unit in its last place is lost: at a learning rate of 1.4e-5 and a
+    rank of 64, 99 % of what the first step taught, 86 % after ten, 59 % after thirty.
 
     The adapters' dropout is drawn once for all layers of the stack, because they read the same activation: elements are
     dropped as often as PEFT drops them. `refresh` must run before each forward pass of the model, under ZeRO-3 of each
@@ -176,20 +179,20 @@ class Projections:
         """Stacked base weights, (sum of out, in)."""
         return (self.dequantized() if self.is_quantized else self.stack).to(self.dtype)
 
-    def product(self, x: Tensor) -> Tensor:
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + W x, in place."""
         if not self.is_divided:
-            return torch.mm(x, self.weight().T)
-        y = x.new_empty(len(x), sum(self.sizes))
+            return y.addmm_(x, self.weight().T)
         for columns, base in zip(y.split(self.sizes, 1), self.bases, strict=True):
-            columns.addmm_(x, base.weight.detach().to(self.dtype).T, beta=0)
+            columns.addmm_(x, base.weight.detach().to(self.dtype).T)
         return y
 
-    def transposed_product(self, grad: Tensor) -> Tensor:
+    def add_transposed_product(self, grad_x: Tensor, grad: Tensor) -> Tensor:
+        """grad_x + W^T grad, in place."""
         if not self.is_divided:
-            return torch.mm(grad, self.weight())
-        grad_x = grad.new_empty(len(grad), self.in_features)
-        for number, (columns, base) in enumerate(zip(grad.split(self.sizes, 1), self.bases, strict=True)):
-            grad_x.addmm_(columns, base.weight.detach().to(self.dtype), beta=min(number, 1))
+            return grad_x.addmm_(grad, self.weight())
+        for columns, base in zip(grad.split(self.sizes, 1), self.bases, strict=True):
+            grad_x.addmm_(columns, base.weight.detach().to(self.dtype))
         return grad_x
 
     def draw_seeds(self) -> Tensor | None:
@@ -200,7 +203,7 @@ class Projections:
         """x (tokens, in) -> y (tokens, sum of out), and x_a = s A x (tokens, sum of ranks); `wide` from `new_input`."""
         x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.a.T)
         if wide is None:
-            return self.product(x).addmm_(x_a, self.b.T), x_a
+            return self.add_product(torch.mm(x_a, self.b.T), x), x_a
         wide[:, self.in_features :] = x_a
         return torch.mm(wide, self.joined.T), x_a
 
@@ -213,12 +216,10 @@ class Projections:
         grads_b = [grad_b[place].to(self.parameters[-1].dtype) for place in self.diagonal]
         if not needs_grad:
             return None, grad_a, grads_b
-        grad_x = self.transposed_product(grad)
-        if seeds is None:
-            grad_x.addmm_(grad_a, self.a)
-        else:
-            drop(torch.mm(grad_a, self.a), seeds, self.dropout, add_to=grad_x)
-        return grad_x, grad_a, grads_b
+        grad_x = torch.mm(grad_a, self.a)
+        if seeds is not None:
+            grad_x = drop(grad_x, seeds, self.dropout)
+        return self.add_transposed_product(grad_x, grad), grad_a, grads_b
 
     def grads_of_a(self, x: Tensor, grad_a: Tensor, seeds: Tensor | None) -> tuple[Tensor, ...]:
         dropped = x if seeds is None else drop(x, seeds, self.dropout)

@@ -155,21 +155,19 @@ def launch_rotate(
 MIX = 0x45D9F3B  # multiplier of Thomas Mueller's 32-bit integer hash
 
 
-def drop(tensor: Tensor, seeds: Tensor, probability: float, add_to: Tensor | None = None) -> Tensor:
-    """Zero each element with `probability` and scale the others by 1 / (1 - probability); or add that in place.
+def drop(tensor: Tensor, seeds: Tensor, probability: float) -> Tensor:
+    """Zero each element with `probability` and scale the others by 1 / (1 - probability).
 
     `tensor` is (rows, width), its rows may lie apart (stride (any, 1)). The mask is a hash of the element's row and
     column and two 31-bit `seeds`, so it costs no memory: the same seeds give the same mask in the backward pass.
-    `add_to` is contiguous.
     """
     if has_kernel(tensor):
         rows, width = tensor.shape
-        dropped = tensor.new_empty(rows, width) if add_to is None else add_to
+        dropped = tensor.new_empty(rows, width)
         threshold = int(probability * 2**31)
         drop_kernel[(rows, triton.cdiv(width, 1024))](
-            tensor, seeds, dropped, width, tensor.stride(0), threshold, 1 / (1 - probability),
-            ADD=add_to is not None, BLOCK=1024,
-        )  # fmt: skip
+            tensor, seeds, dropped, width, tensor.stride(0), threshold, 1 / (1 - probability), BLOCK=1024
+        )
         return dropped
     low_32_bits = 0xFFFFFFFF
     mixed = (torch.arange(tensor.numel(), device=tensor.device) + seeds[0]) & low_32_bits
@@ -178,8 +176,7 @@ def drop(tensor: Tensor, seeds: Tensor, probability: float, add_to: Tensor | Non
             mixed = mixed ^ seeds[1]
         mixed = ((mixed ^ (mixed >> 16)) * MIX) & low_32_bits
     mixed = (mixed ^ (mixed >> 16)) >> 1
-    dropped = torch.where(mixed.view_as(tensor) >= int(probability * 2**31), tensor * (1 / (1 - probability)), 0)
-    return dropped if add_to is None else add_to.add_(dropped)
+    return torch.where(mixed.view_as(tensor) >= int(probability * 2**31), tensor * (1 / (1 - probability)), 0)
 
 
 def quantize_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,9 +319,7 @@ if triton is not None:
             tl.store(alone + HALF, second, mask=inside)
 
     @triton.jit
-    def drop_kernel(
-        tensor_ptr, seeds_ptr, dropped_ptr, width, stride, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def drop_kernel(tensor_ptr, seeds_ptr, dropped_ptr, width, stride, threshold, scale, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
@@ -338,8 +333,6 @@ if triton is not None:
         mixed = (mixed ^ (mixed >> 16)) >> 1
         values = tl.load(tensor_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
         kept = tl.where(mixed.to(tl.int32) >= threshold, values * scale, 0.0)
-        if ADD:
-            kept += tl.load(dropped_ptr + places, mask=inside, other=0.0).to(tl.float32)
         tl.store(dropped_ptr + places, kept, mask=inside)
 
     @triton.jit
