@@ -69,7 +69,7 @@ LLAVA = {
     "this project, dropout 0.05": Variant(ours=True, dropout=0.05),
     "this project, FP8 base": Variant(ours=True, fp8=True),
     "TRL, NF4": Variant(nf4=True, dropout=0.05, checkpoint_layers="all"),
-    "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="16"),
+    "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="17"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),
     "this project, 3 questions, shared": Variant(ours=True, questions=3, shared=True),
 }
