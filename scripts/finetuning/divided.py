@@ -37,7 +37,7 @@ def spare_the_host(config: dict[str, Any]) -> None:
     """Nothing in a step that waits for the GPU, or walks through the whole model, to no end."""
     # DeepSpeed times each forward pass and each step for a report that nobody asked for, and waits for the GPU to do so.
     config["timers"] = {"throughput": {"enabled": False}}
-    if config["bf16"]["enabled"]:
+    if config.get("bf16", {}).get("enabled"):
         # What is not finite stops the run by its loss, as under DDP. DeepSpeed would look at every gradient, and at the
         # norm, before each step; a norm that is not finite clips to nothing either way.
         from deepspeed.runtime.zero import stage3, stage_1_and_2

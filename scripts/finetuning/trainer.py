@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, watched: speed and waiting in every log, answers scored at every evaluation, no step on a bad loss."""
+"""TRL's SFTTrainer, watched: speed and waiting in every log, answers scored at every evaluation, an end to a bad loss."""
 
 import math
 import time
@@ -25,7 +25,10 @@ from finetuning.waiting import no_time_out
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the rows, and says what to try."""
+    """The loss became NaN or infinite; the message names the step and the rows, and says what to try.
+
+    On a GPU it is raised one batch later, so that no step waits to see its loss. Nothing is saved in between.
+    """
 
 
 @dataclass
