@@ -201,7 +201,7 @@ class SplitPrefix(torch.autograd.Function):
     """Queries, keys, values (batch, heads, tokens, width) -> the prefix's of each, the other queries, all keys, all values.
 
     Slices would do the same, but their gradients are padded with zeros and then added: in a model of 7 billion those
-    passes over memory take 11 ms of a step of 284.
+    passes over memory took 17 ms of a step of 284.
     """
 
     @staticmethod
