@@ -116,6 +116,12 @@ class TrainingArguments(SFTConfig):
             "the processes would wait for each other."
         },
     )
+    ddp_bucket_cap_mb: int | None = field(
+        default=200,
+        metadata={
+            "help": "DDP: gradients averaged in one message. Each message slows the products beside it: few are best."
+        },
+    )
 
     def __post_init__(self):
         capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()

@@ -1,8 +1,10 @@
 """Weights that a strategy divides between the processes: gathered fast to compute with, and whole to be saved."""
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -78,13 +80,28 @@ def remember_parameters(module: nn.Module) -> None:
     module.named_parameters = named_parameters
 
 
-def keep_views(engine: Any) -> None:
-    """ZeRO-1 and 2: the 16-bit parameters stay the views of one flat tensor that they are, once training has begun.
+def end_steps_in_few_launches(engine: Any) -> None:
+    """ZeRO-1 and 2, once training has begun: nothing at the end of a step waits for the GPU, or is done per parameter.
 
-    DeepSpeed makes all of them anew after each step, "just to be safe" as its source says, and the GPU waits for it.
+    The 16-bit parameters stay the views of one flat tensor that they are: DeepSpeed makes all of them anew after each step,
+    "just to be safe" as its source says. The norm of the gradients is left on the GPU: DeepSpeed computes it one parameter
+    after the other in fp64, and copies a constant to the GPU to compare it with, which waits for the whole step. In fp16,
+    whose loss scale follows that norm, and where the optimizer is on the CPU, DeepSpeed's norm stays.
     """
-    if hasattr(engine.optimizer, "_update_model_bit16_weights"):
-        engine.optimizer._update_model_bit16_weights = lambda group: None
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "_update_model_bit16_weights"):
+        return
+    optimizer._update_model_bit16_weights = lambda group: None
+    if optimizer.dtype != torch.float16 and not optimizer.cpu_offload:
+        optimizer.scaled_global_norm = partial(norm_of_gradients, optimizer)
+
+
+def norm_of_gradients(optimizer: Any) -> torch.Tensor:
+    """The L2 norm (fp32 scalar) of the averaged gradients, of which each process has a part."""
+    parts = [part for group in optimizer.averaged_gradients.values() for part in group]
+    total = torch.stack(torch._foreach_norm(parts, 2, torch.float32)).square().sum()
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    return total.sqrt()
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
 from finetuning.checkpointing import LayerCheckpointing
-from finetuning.divided import keep_views, remember_parameters, trained_weights
+from finetuning.divided import end_steps_in_few_launches, remember_parameters, trained_weights
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
 from finetuning.lm_head import CollateSupervisedRows, score_supervised_rows
@@ -321,7 +321,7 @@ class SpareTheHost(TrainerCallback):
         if strategy() in ("one process", "DDP"):
             remember_parameters(self.trainer.model_wrapped)
         elif strategy().startswith("ZeRO"):
-            keep_views(self.trainer.model_wrapped)
+            end_steps_in_few_launches(self.trainer.model_wrapped)
 
 
 def switch_only_on_change(model: torch.nn.Module) -> None:
