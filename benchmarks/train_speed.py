@@ -60,6 +60,8 @@ class Variant:
     padding_free: bool = False  # the rows of a batch side by side in one sequence
     batch_size: int | None = None
     accumulate: int = 1
+    graphs: bool = False  # passes as CUDA graphs
+    optim: str = "adamw_torch_fused"
 
 
 LLAVA = {
@@ -83,6 +85,9 @@ GEMMA = {
     ),
     "this project, NF4, 4 rows a step, at once": Variant(
         ours=True, nf4=True, dropout=0.05, padding_free=True, batch_size=4
+    ),
+    "this project, NF4, 4 rows a step, CUDA graphs": Variant(
+        ours=True, nf4=True, dropout=0.05, padding_free=True, batch_size=4, graphs=True
     ),
     "this project, NF4, packed": Variant(ours=True, nf4=True, packed=1024),
 }
@@ -184,6 +189,7 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
         gradient_accumulation_steps=variant.accumulate,
         max_steps=steps,
         learning_rate=options.learning_rate,
+        optim=variant.optim,
         lr_scheduler_type="constant",
         gradient_checkpointing=variant.checkpoint_layers != "0",
         assistant_only_loss=True,
@@ -235,6 +241,7 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
             model=model,
             train_dataset=group_by_image(rows) if variant.shared else rows,
             checkpoint_layers=str(min(int(variant.checkpoint_layers), len(decoder_layers(model)))),
+            cuda_graphs=variant.graphs,
             **common,
         )
         assert fused > 0

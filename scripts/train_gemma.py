@@ -74,6 +74,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         score_answers=reader.score_answers if reader else None,
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
+        cuda_graphs=script_args.cuda_graphs,
     )
     trainer.accelerator.print(describe_placement(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))

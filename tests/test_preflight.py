@@ -225,6 +225,44 @@ def test_types_and_attention_against_the_gpu(tmp_path, model, capability, messag
     assert (message in found[0]) if message else found == []
 
 
+@pytest.mark.parametrize(
+    ("script", "training", "model", "how", "capability", "message"),
+    [
+        ({}, {}, {}, "one process", A100, None),
+        (
+            {"checkpoint_layers": "0"},
+            {"padding_free": True},
+            {"attn_implementation": "packed"},
+            "one process",
+            H200,
+            None,
+        ),
+        ({"checkpoint_layers": "9"}, {"gradient_checkpointing": False}, {}, "one process", A100, None),
+        ({"checkpoint_layers": "9"}, {}, {}, "one process", A100, "checkpoint_layers: 9 (auto or 0 would do)"),
+        ({}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}, "one process", A100, "_kwargs"),
+        ({}, {}, {}, "one process", T4, "no GPU of compute capability 8.0"),
+        ({}, {}, {}, "one process", None, "no GPU of compute capability 8.0"),
+        ({}, {}, {}, "DDP", A100, "a launch by DDP"),
+        ({"fused_lora": False}, {}, {}, "one process", A100, "fused_lora: false"),
+        ({"language_model": "full"}, {}, {}, "one process", A100, "language_model: full"),
+        ({}, {}, {"attn_implementation": "eager"}, "one process", A100, "eager (sdpa or packed would do)"),
+        ({}, {"padding_free": True}, {}, "one process", A100, "sdpa with rows side by side (packed would do)"),
+    ],
+)
+def test_cuda_graphs_against_all_that_they_cannot_do(
+    monkeypatch, tmp_path, script, training, model, how, capability, message
+):
+    text = Dataset.from_dict({"messages": ["a"]})
+    arguments = training_arguments(tmp_path, **{"gradient_checkpointing": True} | training)
+    launch_by(monkeypatch, how)
+    given = script_arguments(cuda_graphs=True, **script), arguments, ModelArguments(**model)
+    found = preflight.graph_problems(*given, text, capability)
+    assert ([message in problem for problem in found] == [True]) if message else found == []
+    (with_images,) = preflight.graph_problems(*given, rows(1), capability)
+    assert with_images.startswith("cuda_graphs cannot go with images in the rows")
+    assert preflight.graph_problems(script_arguments(**script), *given[1:], rows(1), capability) == []
+
+
 # Rows
 
 

@@ -34,6 +34,7 @@ def refuse_what_cannot_work(
         *strategy_problems(script_args, training_args, model_args),
         *precision_problems(training_args, model_args, capability),
         *row_problems(training_args, train_rows),
+        *graph_problems(script_args, training_args, model_args, train_rows, capability),
     ]
     try:
         counts = count_what_is_trained(script_args, training_args, model_args)
@@ -176,6 +177,36 @@ def row_problems(training_args: TrainingArguments, rows: Dataset) -> list[str]:
             f"{CONFIGS}/ddp.yaml or {CONFIGS}/deepspeed_zero2.yaml"
         )
     return problems
+
+
+def graph_problems(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    rows: Dataset,
+    capability: tuple[int, int] | None,
+) -> list[str]:
+    """`cuda_graphs` against all that a recorded pass cannot do."""
+    if not script_args.cuda_graphs:
+        return []
+    attention = model_args.attn_implementation or "sdpa"
+    rows_side_by_side = training_args.packing or training_args.padding_free
+    layers = script_args.checkpoint_layers if training_args.gradient_checkpointing else "0"
+    cannot = {
+        "images in the rows: their steps keep a GPU busy as it is": "images" in rows.column_names,
+        "no GPU of compute capability 8.0 or newer": capability is None or capability < (8, 0),
+        f"a launch by {strategy()}: gradients are averaged while the passes run": strategy() != "one process",
+        "fused_lora: false": not script_args.fused_lora,
+        f"language_model: {script_args.language_model}": script_args.language_model != "lora",
+        f"attn_implementation: {attention} (sdpa or packed would do)": attention not in ("sdpa", "packed"),
+        f"attn_implementation: {attention} with rows side by side (packed would do)": rows_side_by_side
+        and attention == "sdpa",
+        f"checkpoint_layers: {layers} (auto or 0 would do)": layers not in ("auto", "0"),
+        "gradient_checkpointing_kwargs": training_args.gradient_checkpointing
+        and bool(training_args.gradient_checkpointing_kwargs),
+    }
+    found = [reason for reason, holds in cannot.items() if holds]
+    return [f"cuda_graphs cannot go with {'; '.join(found)}: set cuda_graphs: false, or change that"] if found else []
 
 
 def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
 from finetuning.checkpointing import LayerCheckpointing
+from finetuning.cuda_graphs import CudaGraphs
 from finetuning.divided import end_steps_in_few_launches, remember_parameters, trained_weights
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
@@ -50,6 +51,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         score_answers: `(questions, answers) -> (metrics, table)`: metrics by name without the `eval_` prefix, and the
             table as `{column: values}` for the trackers.
         checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
+        cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.cuda_graphs`).
 
     Logged beside TRL's metrics: `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
     the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
@@ -63,6 +65,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         score_answers: Callable[[list, list[str]], tuple[dict[str, float], dict[str, list]]] | None = None,
         eval_max_new_tokens: int = 32,
         checkpoint_layers: str = "all",
+        cuda_graphs: bool = False,
         **kwargs,
     ):
         model, training_args = kwargs["model"], kwargs["args"]
@@ -95,6 +98,8 @@ class FineTuningTrainer(InterruptibleTrainer):
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
         if chooses_layers:
             self.add_callback(self.layer_checkpointing)
+        if cuda_graphs:  # after the choice of the layers
+            self.add_callback(CudaGraphs(self))
         self.add_callback(SpareTheHost(self))
         self._num_weights: int | None = None
         switch_only_on_change(model)
