@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,21 @@ from speed_models import (
     tiny_llava,
     with_lora,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetuning.collator import LlavaDataCollator
 from finetuning.fused_lora import fuse_lora
 from finetuning.models import load_processing_class
-from finetuning.shared_prefix import PREFIX, SharedPrefixCollator, branch_mask, group_by_image, join, share_prefix
+from finetuning.shared_prefix import (
+    PREFIX,
+    SharedPrefixCollator,
+    branch_mask,
+    group_by_image,
+    join,
+    merges,
+    share_prefix,
+    shared_prefix_attention,
+)
 
 PREFIX_TOKENS = 20
 BRANCH_LENGTHS = [[7, 3, 5], [4, 9]]  # two images, with three and two dialogues
@@ -70,13 +81,12 @@ def loss_and_grads(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), lora_grads(model)
 
 
-@pytest.mark.parametrize("prefix_length", [None, PREFIX_TOKENS], ids=["masked", "split"])
+@pytest.mark.parametrize("way", ["eager", "masked", "split", "merged"])
 @pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_loss_and_gradients_equal_separate_rows(attention, checkpointing, fused, prefix_length):
+def test_loss_and_gradients_equal_separate_rows(checkpointing, fused, way):
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
-    model = with_lora(tiny_llava(attention), LANGUAGE_MODEL).train()
+    model = with_lora(tiny_llava("eager" if way == "eager" else "sdpa"), LANGUAGE_MODEL).train()
     loss, grads = loss_and_grads(model, separate_batch(pixel_values))
     share_prefix(model)
     if fused:
@@ -84,12 +94,40 @@ def test_loss_and_gradients_equal_separate_rows(attention, checkpointing, fused,
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = shared_batch(pixel_values)
-    if prefix_length and attention == "sdpa":
-        batch["prefix_length"] = prefix_length
-    shared_loss, shared_grads = loss_and_grads(model, batch)
+    if way in ("split", "merged"):
+        batch["prefix_length"] = PREFIX_TOKENS
+    with without_flash() if way == "split" else nullcontext():
+        shared_loss, shared_grads = loss_and_grads(model, batch)
     assert shared_loss == pytest.approx(loss, rel=1e-5)
     assert shared_grads.keys() == grads.keys()
     assert max(relative_error(shared_grads[name], grads[name]) for name in grads) < 1e-5
+
+
+def without_flash():
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_merged_attention_is_masked_attention(key_heads):
+    branch_ids = right_pad([join(dialogues_of(image), PREFIX_TOKENS, image)["branch_ids"] for image in range(2)], 0)
+    mask = branch_mask(branch_ids, "sdpa", torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    # (batch, heads, tokens, width), as views of (batch, tokens, heads, width)
+    shapes = [(2, 35, heads, 8) for heads in (4, key_heads, key_heads, 4)]
+    query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    states = [state.transpose(1, 2).requires_grad_() for state in (query * 3, key, value)]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads
+    assert merges(*states)
+    assert not merges(*states, dropout=0.1)
+    with without_flash():
+        assert not merges(*states)
+    results = []
+    for length in (None, PREFIX_TOKENS):
+        out, _ = shared_prefix_attention(module, *states, mask, prefix_length=length, scaling=0.3)
+        results.append((out, *torch.autograd.grad(out, states, grad)))
+    for expected, given in zip(*results, strict=True):
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-13)
 
 
 def test_flex_attention_and_eager_get_the_same_mask():
