@@ -40,17 +40,21 @@ def model_for(attention: str, device: str = "cpu", dtype: torch.dtype = torch.fl
 
 def pass_through(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states of a forward pass, whose gradients are added to the parameters'."""
-    rows = {}
-    if "cu_seq_lens_q" in batch:
-        longest = int(batch["cu_seq_lens_q"].diff().max())
-        rows = {"cu_seq_lens_k": batch["cu_seq_lens_q"], "max_length_q": longest, "max_length_k": longest}
     base_model = model.get_base_model()
     hooks = base_model._forward_pre_hooks.values()
     for hook in hooks:  # the adapters' 16-bit copies
         hook(base_model, (), {})
-    hidden = base_model.model(**batch, **rows, use_cache=False).last_hidden_state
+    hidden = hidden_states(model, batch)
     hidden.float().square().mean().backward()
     return hidden.detach().clone()
+
+
+def hidden_states(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    rows = {}
+    if "cu_seq_lens_q" in batch:
+        longest = int(batch["cu_seq_lens_q"].diff().max())
+        rows = {"cu_seq_lens_k": batch["cu_seq_lens_q"], "max_length_q": longest, "max_length_k": longest}
+    return model.get_base_model().model(**batch, **rows, use_cache=False).last_hidden_state
 
 
 def graph(model) -> GraphedModel:
@@ -102,9 +106,7 @@ def test_recorded_passes_equal_the_models_own(attention, make, dtype, tolerance)
     assert len(graphed.passes) == 2
     batch = {name: tensor.cuda() for name, tensor in make([5, 9, 3]).items()}
     with torch.no_grad():
-        given, expected = (
-            model.eval().get_base_model().model(**batch).last_hidden_state for model in (graphed_model, plain)
-        )
+        given, expected = (hidden_states(model.eval(), batch) for model in (graphed_model, plain))
     assert given.shape == expected.shape and relative_error(given, expected) < tolerance
 
 

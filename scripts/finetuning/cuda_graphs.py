@@ -62,7 +62,8 @@ class GraphedModel:
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
         self.model, self.parameters = model, parameters
         self.as_is = model.forward
-        self.stacks = [stack for layer in decoder_layers(model) for stack in projections(layer)]
+        self.layers = decoder_layers(model)
+        self.stacks = [stack for layer in self.layers for stack in projections(layer)]
         self.passes: dict[tuple, GraphedPasses] = {}
         self.copies: list[int] = []
         self.memory = torch.cuda.graph_pool_handle()
@@ -73,6 +74,10 @@ class GraphedModel:
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs) -> Any:
         if not (self.model.training and torch.is_grad_enabled()) or kwargs.get("past_key_values") is not None:
+            return self.as_is(input_ids=input_ids, **kwargs)
+        if self.layers[0].gradient_checkpointing:
+            # A step did not fit, and layers are checkpointed from here on, which cannot be recorded.
+            self.passes.clear()
             return self.as_is(input_ids=input_ids, **kwargs)
         batch = {"input_ids": input_ids, "position_ids": kwargs.pop("position_ids", None)}
         batch["cu_seq_lens_q"] = kwargs.pop("cu_seq_lens_q", None)
