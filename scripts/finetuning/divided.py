@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from finetuning.checkpointing import decoder_layers
 from finetuning.gathered import can_be_gathered, gather_layers
 from finetuning.hardware import strategy
+from finetuning.models import vision_tower_of
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
@@ -57,9 +58,9 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    layers = decoder_layers(model)
-    towers = [module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"]
-    for module in [*layers, *(tower for tower in towers if not any(p.requires_grad for p in tower.parameters()))]:
+    layers, tower = decoder_layers(model), vision_tower_of(model)
+    tower_is_frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
+    for module in [*layers, tower] if tower_is_frozen else layers:
         set_z3_leaf_module(module, True)
         remember_parameters(module)
     layers[0].register_forward_pre_hook(ask_for_gradient)

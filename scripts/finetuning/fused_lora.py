@@ -35,6 +35,7 @@ from finetuning.layer_kernels import (
     split_and_rotate,
     split_and_rotate_backward,
 )
+from finetuning.models import base_model_of
 
 try:
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
@@ -457,8 +458,7 @@ def fuse_lora(model: nn.Module) -> int:
             fused += 1
     if fused and not divided:
         stacks = [value for module in model.modules() for value in vars(module).values() if type(value) is Projections]
-        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base_model.register_forward_pre_hook(partial(refresh, stacks), with_kwargs=True)
+        base_model_of(model).register_forward_pre_hook(partial(refresh, stacks), with_kwargs=True)
     return fused
 
 

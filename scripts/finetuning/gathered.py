@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetuning.fused_lora import FusedDecoderLayer, Projections, refresh
+from finetuning.models import base_model_of
 
 
 def can_be_gathered(layers: list[nn.Module]) -> bool:
@@ -42,9 +43,8 @@ def gather_layers(model: nn.Module, layers: list[FusedDecoderLayer]) -> None:
                         weight = parameter.detach().clone()
                     whole[parameter] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
                 module._parameters[name] = whole[parameter]
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     stacks = [stack for layer in layers for stack in projections(layer)]
-    base_model.register_forward_pre_hook(partial(refresh, stacks), with_kwargs=True)
+    base_model_of(model).register_forward_pre_hook(partial(refresh, stacks), with_kwargs=True)
     gc.collect()  # DeepSpeed's parameters hold functions that hold them
 
 
