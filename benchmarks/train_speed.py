@@ -34,6 +34,7 @@ from fp8_base import hold_base_in_fp8
 
 from finetuning.checkpointing import decoder_layers
 from finetuning.collator import LlavaDataCollator
+from finetuning.fp8_base import pass_gradients_in_fp8
 from finetuning.fused_lora import fuse_lora
 from finetuning.models import is_vision, load_config, load_processing_class
 from finetuning.packed_attention import register_packed_attention
@@ -53,7 +54,7 @@ class Variant:
     dropout: float = 0.0
     checkpoint_layers: str = "0"
     nf4: bool = False
-    fp8: bool = False
+    fp8: str = ""  # backward: as base_precision has it; both: forward too
     questions: int = 1  # dialogues about each image
     shared: bool = False
     packed: int = 0  # rows of a text are packed into sequences of so many tokens
@@ -69,7 +70,8 @@ LLAVA = {
     "TRL by hand": Variant(),
     "this project": Variant(ours=True),
     "this project, dropout 0.05": Variant(ours=True, dropout=0.05),
-    "this project, FP8 base": Variant(ours=True, fp8=True),
+    "this project, FP8 backward": Variant(ours=True, fp8="backward"),
+    "this project, FP8 base": Variant(ours=True, fp8="both"),
     "TRL, NF4": Variant(nf4=True, dropout=0.05, checkpoint_layers="all"),
     "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="17"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),
@@ -234,7 +236,7 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
         if variant.shared:
             share_prefix(model)
         if variant.fp8:
-            hold_base_in_fp8(model)
+            (hold_base_in_fp8 if variant.fp8 == "both" else pass_gradients_in_fp8)(model)
         if vision:
             common["data_collator"] = (SharedPrefixCollator if variant.shared else LlavaDataCollator)(processing_class)
         trainer = FineTuningTrainer(

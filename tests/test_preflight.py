@@ -13,12 +13,20 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, run_command
 from datasets import Dataset, Image, List
 from PIL import Image as Picture
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from finetuning import preflight
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.collator import LlavaDataCollator
 from finetuning.hardware import choose_precision, divide_batch, launched_precision, refuse_more_processes_than_gpus
+from finetuning.models import load_config
 from finetuning.placement import place, without_gradient
 from finetuning.runs import resolved_arguments
 
@@ -355,6 +363,54 @@ def published_llava(tmp_path) -> Path:
         vision_feature_layer=-2,
     ).save_pretrained(tmp_path / "llava-1.5-7b")
     return tmp_path / "llava-1.5-7b"
+
+
+@pytest.mark.parametrize(
+    ("script", "model", "how", "capability", "messages"),
+    [
+        ({}, {}, "one process", H200, []),
+        ({}, {"lora_target_modules": ["all-linear"]}, "DDP", (8, 9), []),
+        ({}, {}, "ZeRO-2", H200, []),
+        ({}, {}, "one process", A100, ["compute capability 8.0 (8.9 or newer would do)"]),
+        ({}, {}, "ZeRO-3", H200, ["a launch by ZeRO-3, where weights come and go (accelerate_configs/ddp.yaml or"]),
+        ({}, {}, "FSDP2", H200, ["a launch by FSDP2"]),
+        ({"fused_lora": False}, {}, "one process", H200, ["fused_lora: false (true would do)"]),
+        ({"language_model": "full"}, {}, "one process", H200, ["language_model: full (lora would do)"]),
+        ({}, QLORA, "one process", None, ["a CPU (compute", "quantised weights (load_in_4bit: false would do)"]),
+        ({}, {"use_dora": True}, "one process", H200, ["use_dora: true"]),
+        (
+            {},
+            {"lora_target_modules": ["q_proj", "v_proj"]},
+            "one process",
+            H200,
+            ["without down_proj, gate_proj, k_proj"],
+        ),
+    ],
+)
+def test_fp8_against_all_that_it_cannot_do(
+    monkeypatch, tmp_path, script, model, how, capability, messages, published_llava
+):
+    arguments = training_arguments(tmp_path)
+    launch_by(monkeypatch, how)
+    given = arguments, ModelArguments(**model), capability, load_config(str(published_llava))
+    found = preflight.fp8_problems(script_arguments(base_precision="fp8_backward", **script), *given)
+    assert len(found) == bool(messages)
+    assert all(message in found[0] for message in messages)
+    assert preflight.fp8_problems(script_arguments(**script), *given) == []
+
+
+def test_fp8_against_models_that_it_does_not_fit(tmp_path):
+    given = script_arguments(base_precision="fp8_backward"), training_arguments(tmp_path), ModelArguments(), H200
+    assert preflight.fp8_problems(*given, LlamaConfig(num_key_value_heads=4)) == []
+    (problem,) = preflight.fp8_problems(
+        *given, LlamaConfig(hidden_size=72, intermediate_size=100, num_attention_heads=9)
+    )
+    assert problem == (
+        "base_precision: fp8_backward cannot go with layers of width 72, 100 (multiples of 16 would do): leave "
+        "base_precision out, or change that"
+    )
+    (problem,) = preflight.fp8_problems(*given, Gemma2Config())
+    assert "a model of type gemma2 (llama or gemma would do)" in problem
 
 
 def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):

@@ -11,10 +11,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.fused_lora import FUSED_LAYERS, PROJECTIONS
 from finetuning.hardware import compute_capability, strategy, weight_dtype, weights_are_divided
 from finetuning.models import is_vision, load_config
 from finetuning.placement import count_parameters, place
@@ -38,9 +39,11 @@ def refuse_what_cannot_work(
     ]
     try:
         counts = count_what_is_trained(script_args, training_args, model_args)
+        config = load_config(model_args.model_name_or_path, model_args.model_revision)
     except ValueError as error:
         problems.append(str(error))
-        counts = {}
+        counts, config = {}, None
+    problems += fp8_problems(script_args, training_args, model_args, capability, config)
     problems += disk_problems(training_args, counts, len(train_rows))
     if problems:
         raise ValueError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
@@ -207,6 +210,46 @@ def graph_problems(
     }
     found = [reason for reason, holds in cannot.items() if holds]
     return [f"cuda_graphs cannot go with {'; '.join(found)}: set cuda_graphs: false, or change that"] if found else []
+
+
+def fp8_problems(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    capability: tuple[int, int] | None,
+    config: PreTrainedConfig | None,
+) -> list[str]:
+    """`base_precision: fp8_backward` against GPU, launch, recipe and the shape of the model (`config`, None: unknown)."""
+    if script_args.base_precision is None:
+        return []
+    targets = model_args.lora_target_modules
+    missing = set() if targets in (None, "all-linear", ["all-linear"]) else {*PROJECTIONS} - {*targets}
+    cannot = {
+        "a CPU (compute capability 8.9 or newer would do)": capability is None,
+        f"compute capability {'.'.join(map(str, capability or ()))} (8.9 or newer would do)": capability is not None
+        and capability < (8, 9),
+        "fp16: true (bf16 would do)": training_args.fp16,
+        "quantised weights (load_in_4bit: false would do)": model_args.load_in_4bit or model_args.load_in_8bit,
+        f"language_model: {script_args.language_model} (lora would do)": script_args.language_model != "lora",
+        "fused_lora: false (true would do)": not script_args.fused_lora,
+        "use_dora: true (false would do)": model_args.use_dora,
+        f"lora_target_modules without {', '.join(sorted(missing))} (all-linear would do)": bool(missing),
+        f"a launch by {strategy()}, where weights come and go ({CONFIGS}/ddp.yaml or deepspeed_zero2.yaml would do)": (
+            weights_are_divided()
+        ),
+    }
+    if config is not None:
+        text = config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        widths = [text.hidden_size, text.intermediate_size]
+        widths += [heads * head_dim for heads in (text.num_attention_heads, text.num_key_value_heads)]
+        kinds = [layer.__name__.removesuffix("DecoderLayer").lower() for layer in FUSED_LAYERS]
+        cannot[f"a model of type {text.model_type} ({' or '.join(kinds)} would do)"] = text.model_type not in kinds
+        uneven = sorted({width for width in widths if width % 16})
+        cannot[f"layers of width {', '.join(map(str, uneven))} (multiples of 16 would do)"] = bool(uneven)
+    found = [reason for reason, holds in cannot.items() if holds]
+    how = f"base_precision: {script_args.base_precision}"
+    return [f"{how} cannot go with {'; '.join(found)}: leave base_precision out, or change that"] if found else []
 
 
 def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from finetuning import packed_attention
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.divided import set_up_deepspeed
+from finetuning.fp8_base import pass_gradients_in_fp8
 from finetuning.fused_lora import fuse_lora, without_autocast
 from finetuning.hardware import strategy
+from finetuning.models import base_model_of, vision_tower_of
 from finetuning.shared_prefix import share_prefix
 
 
@@ -22,11 +24,12 @@ def shares_image_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
 def speed_up(
     model: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, *, shares_prefix: bool = False
 ) -> str:
-    """Fused LoRA and the shared prefix, as the recipe says. One line for people.
+    """Fused LoRA, FP8 and the shared prefix, as the recipe says. One line for people.
 
     Under FSDP2 LoRA stays PEFT's, whose own calls gather the weights.
     """
     fused = fuse_lora(model) if script_args.fused_lora and strategy() != "FSDP2" else 0
+    in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision == "fp8_backward" else 0
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
     ignore_right_padding(model)
@@ -35,7 +38,8 @@ def speed_up(
     if shares_prefix:
         share_prefix(model)
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
-    return f"  {fused} LoRA layers computed in one piece{shared}"
+    passed = f"; gradients pass through the weights of {in_fp8} layers in FP8" if in_fp8 else ""
+    return f"  {fused} LoRA layers computed in one piece{passed}{shared}"
 
 
 # transformers hands a mask of four dimensions on as it is: this one stands for none until a layer is reached. To be asked
@@ -49,7 +53,7 @@ def ignore_right_padding(model: nn.Module) -> None:
     Training batches are padded on the right, where no real token looks: what padding computes reaches neither the loss
     nor a gradient.
     """
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_model = base_model_of(model)
     language_model = getattr(base_model.model, "language_model", base_model.model)
 
     def drop_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -77,8 +81,7 @@ def count_image_tokens_once(model: nn.Module) -> None:
     A processor makes as many for each picture, and `LlavaDataCollator` refuses what is not one mark for each. To compare
     them the host waits for the GPU to have finished the step before.
     """
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    llava = base_model.model
+    llava = base_model_of(model).model
     if not hasattr(llava, "get_placeholder_mask"):
         return
     with_check, checked = llava.get_placeholder_mask, False
@@ -98,7 +101,7 @@ def see_as_in_inference(model: nn.Module) -> None:
 
     Mixed precision would widen its activations to fp32 between the products, which is for what is trained.
     """
-    tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
+    tower = vision_tower_of(model)
     if tower is None or tower.dtype == torch.float32 or any(p.requires_grad for p in tower.parameters()):
         return
     forward = tower.forward
