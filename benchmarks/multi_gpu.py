@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -53,16 +53,18 @@ VARIANTS = {
     "QLoRA, DDP": Variant("ddp", QLORA),
     "LoRA, ZeRO-3": Variant("deepspeed_zero3"),
     "QLoRA, FSDP2": Variant("fsdp2", DIVIDED_QLORA),
-    # A checkpoint of 7 billion trained numbers takes 100 GB: only the result is saved.
+    # A checkpoint of 7 billion trained numbers takes 100 GB: only the result is saved, unless --layers makes it small.
     "full, ZeRO-3": Variant("deepspeed_zero3", FULL, resumes=False),
-    "LoRA, ZeRO-3, offload": Variant("deepspeed_zero3_offload", resumes=False),
+    "LoRA, ZeRO-3, offload": Variant("deepspeed_zero3_offload"),
     "LoRA, ZeRO-2": Variant("deepspeed_zero2"),
     "LoRA, FSDP2": Variant("fsdp2"),
 }
 
 
-def make_model(name: str, folder: Path) -> None:
+def make_model(name: str, folder: Path, layers: int | None = None) -> None:
     config = AutoConfig.from_pretrained(name)
+    if layers:
+        config.text_config.num_hidden_layers = layers
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_seed(0)
     # The GPU's memory is given back when this function returns: the runs need all of it.
@@ -201,17 +203,21 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="rows of each process")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument(
+        "--layers", type=int, help="decoder layers, fewer than published: full runs are then continued too"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=3600, help=f"nothing is begun after so long, or goes on {GRACE} s later"
     )
     args = parser.parse_args()
     started = time.perf_counter()
     args.work = args.work.resolve()
     args.work.mkdir(parents=True)
-    make_model(args.model, args.work / "model")
+    make_model(args.model, args.work / "model", args.layers)
     make_dataset(args.work / "data", args.batch_size * args.processes * STEPS)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     print(f"model and rows made in {time.perf_counter() - started:.0f} s", flush=True)
+    variants = VARIANTS | ({"full, ZeRO-3": replace(VARIANTS["full, ZeRO-3"], resumes=True)} if args.layers else {})
     results: dict[str, dict[str, object]] = {}
     runs = {name: args.work / name.replace(", ", "_").replace(" ", "_") for name in args.only}
 
@@ -225,14 +231,14 @@ def main() -> None:
         print(f"{time.perf_counter() - started:.0f} s: {name}: {shown}", flush=True)
 
     for name, run in runs.items():
-        variant = VARIANTS[name]
+        variant = variants[name]
         keep(name, train(variant, run, args, left() + GRACE) if left() > 0 else {"failed": "not begun: out of time"})
         if not variant.resumes:
             shutil.rmtree(run, ignore_errors=True)
     # What was trained on several GPUs in few bytes can wait: the figures of all come first.
     for name, run in runs.items():
-        if VARIANTS[name].resumes and "failed" not in results[name] and left() > 0:
-            keep(name, results[name] | {"continued": proceed(VARIANTS[name], run, args, left() + GRACE)})
+        if variants[name].resumes and "failed" not in results[name] and left() > 0:
+            keep(name, results[name] | {"continued": proceed(variants[name], run, args, left() + GRACE)})
     print(table(results))
 
 
