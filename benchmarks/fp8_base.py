@@ -11,28 +11,25 @@ from torch import Tensor, nn
 from finetuning.fp8_base import pass_gradients_in_fp8, scaled_product
 from finetuning.fused_lora import FusedDecoderLayer, Projections
 from finetuning.gathered import projections
-from finetuning.layer_kernels import quantize_rows
+from finetuning.layer_kernels import drop, quantize_rows
 
 
 def hold_base_in_fp8(model: nn.Module) -> int:
-    """Give every fused decoder layer two FP8 copies of its frozen weights; adapters without dropout. How many layers."""
+    """Give every fused decoder layer two FP8 copies of its frozen weights. Returns how many layers have them."""
     for layer in (module for module in model.modules() if isinstance(module, FusedDecoderLayer)):
         for stack in projections(layer):
             stack.refresh(None)
-            stack.new_input = partial(new_input, stack)
             stack.forward = partial(forward, stack, *quantize_rows(stack.weight().contiguous()))
     return pass_gradients_in_fp8(model)
 
 
-def new_input(stack: Projections, tokens: int) -> tuple[Tensor, None]:
-    return stack.a.new_empty(tokens, stack.in_features), None
-
-
-def forward(stack: Projections, values: Tensor, scale: Tensor, x: Tensor, *_: None) -> tuple[Tensor, Tensor]:
-    """`Projections.forward`; the sum is rounded once, because two roundings lose small updates, and learning lags.
+def forward(
+    stack: Projections, values: Tensor, scale: Tensor, x: Tensor, seeds: Tensor | None, wide: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`Projections.forward`, the sum rounded once: two roundings lose small updates, and learning lags.
 
     In fp32 the product with scales for rows is cuBLAS's alone, on capability 9.0 (CUDA 12.9 and newer).
     """
-    x_a = torch.mm(x, stack.a.T)
+    x_a = torch.mm(x if seeds is None else drop(x, seeds, stack.dropout), stack.a.T)
     y = torch.mm(x_a, stack.b.T)
     return torch.add(y, scaled_product(x, values, scale, out_dtype=torch.float32), out=y), x_a

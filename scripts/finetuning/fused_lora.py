@@ -5,10 +5,9 @@ keeps every one of them. Here a decoder layer is four products of stacked weight
 
     norm -> [q; k; v]    rotate, attend    o + residual    norm -> [gate; up]    activation -> down + residual
 
-Products run in the 16-bit type of the base, adapters stay fp32 and are cast once per step; the low-rank part is added
-inside the matrix product (as more columns of it, or by `addmm`); frozen weights get no gradient; norms, activations and
-dropout masks are computed again in the backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's
-fast_lora inspired the plan.
+Products run in the 16-bit type of the base, adapters stay fp32 and are cast once per step; the low-rank part is more
+columns of the same product; frozen weights get no gradient; norms, activations and dropout masks are computed again in the
+backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora inspired the plan.
 """
 
 import operator
@@ -34,6 +33,7 @@ from finetuning.layer_kernels import (
     rms_norm_backward,
     split_and_rotate,
     split_and_rotate_backward,
+    unpack_4bit,
 )
 from finetuning.models import base_model_of
 
@@ -47,25 +47,24 @@ except ImportError:
 
 
 class Projections:
-    """LoRA layers of PEFT that read the same activation, as one product: y = [W_1; W_2; ...] x + s_i B_i A_i x.
+    """LoRA layers of PEFT that read the same activation, as one product: y = [x, s A x] [W, B]^T, W = [W_1; W_2; ...].
 
-    Base weights are stacked in memory once, and the layers' own weights become views of the stack: 16-bit ones to be
-    multiplied as they are, 4-bit ones to be dequantised in one call at each use. Weights that ZeRO-3 divides come and go,
-    and are multiplied one by one. The adapters are stacked as s A and as B, block-diagonal.
+    Base weights are stacked in memory once, with columns for B behind them, and the layers' own weights become views of
+    the stack; 4-bit ones are stacked as they are and unpacked in one call at each use, in front of B. Weights that ZeRO-3
+    divides come and go, and are copied in front of B. The adapters are stacked as s A and as B, block-diagonal. What
+    writes x leaves room for s A x behind each row (`new_input`).
 
-    Where `leaves_room`, what writes x leaves room for s A x behind each row (`new_input`), and the stack has columns for
-    B behind W: y = [x, s A x] [W, B]^T is one product. Elsewhere the low-rank part comes first and the product of the base
-    is added to it by `addmm`, which reads and writes y once more; so it is where the base is in another type than the
-    products. Either way the sum is rounded to 16 bits once. PEFT adds the low-rank part to a product that is rounded
+    One product, because then the sum is rounded to 16 bits once. PEFT adds the low-rank part to a product that is rounded
     already, where most of what is less than half a unit in its last place is lost: at a learning rate of 1.4e-5 and a
-    rank of 64, 99 % of what the first step taught, 86 % after ten, 59 % after thirty.
+    rank of 64, 99 % of what the first step taught, 86 % after ten, 59 % after thirty. `addmm` is no way out: cuBLAS (13, on
+    an H200) rounds the product before it adds (the CPU does not).
 
     The adapters' dropout is drawn once for all layers of the stack, because they read the same activation: elements are
     dropped as often as PEFT drops them. `refresh` must run before each forward pass of the model, under ZeRO-3 of each
     decoder layer.
     """
 
-    def __init__(self, layers: list[nn.Module], *, leaves_room: bool = False):
+    def __init__(self, layers: list[nn.Module]):
         self.layers = layers
         self.bases = [layer.get_base_layer() for layer in layers]
         self.adapter = layers[0].active_adapters[0]
@@ -79,7 +78,6 @@ class Projections:
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
         self.is_divided = hasattr(self.bases[0].weight, "ds_id")
-        self.leaves_room = leaves_room and not (self.is_quantized or self.is_divided)
         self.in_use = True
         self.types: tuple | None = None
 
@@ -111,7 +109,7 @@ class Projections:
         if self.is_quantized:
             self.stack_quantized(weights)
         elif not self.is_divided:
-            self.stack_weights(weights, joins=self.leaves_room and self.dtype == own_dtype)
+            self.stack_weights(weights, joins=self.dtype == own_dtype)
 
     def hold_b(self, b: Tensor) -> None:
         self.b = b
@@ -122,7 +120,7 @@ class Projections:
             return
         # First use, or somebody moved or replaced the weights.
         if joins:
-            self.joined = empty_rows(sum(self.sizes), self.in_features + sum(self.ranks), weights[0])
+            self.joined = self.new_rows(sum(self.sizes))
             self.stack, b = self.joined.split([self.in_features, sum(self.ranks)], 1)
             torch.cat([weight.data for weight in weights], out=self.stack)
             self.hold_b(b.zero_())
@@ -162,31 +160,49 @@ class Projections:
             dtype=first.dtype,
         )
 
-    def dequantized(self) -> Tensor:
+    def scales_of_blocks(self) -> "QuantState":
+        """What unpacks the stack; scales that are quantised too are unpacked here."""
         if self.stacked[0].nested:
             absmax = dequantize_blockwise(self.absmax, self.state_of_scales)
             torch._foreach_add_(list(absmax.split(self.lengths)), [state.offset for state in self.stacked])
             self.quant_state.absmax = absmax
-        return dequantize_4bit(self.stack, self.quant_state)
+        return self.quant_state
 
-    def new_input(self, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks), or None."""
-        if self.joined is None:
-            return self.a.new_empty(tokens, self.in_features), None
-        wide = empty_rows(tokens, self.joined.shape[1], self.joined)
+    def row_length(self) -> int:
+        """Numbers from one row of [W, B] to the next: matrix products are fast where rows begin at multiples of 64."""
+        return -(-(self.in_features + sum(self.ranks)) // 64) * 64
+
+    def new_rows(self, rows: int) -> Tensor:
+        """Memory for (rows, in + sum of ranks)."""
+        return self.a.new_empty(rows, self.row_length())[:, : self.in_features + sum(self.ranks)]
+
+    def new_input(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks)."""
+        wide = self.new_rows(tokens)
         return wide[:, : self.in_features], wide
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
-        return (self.dequantized() if self.is_quantized else self.stack).to(self.dtype)
+        if self.is_quantized:
+            return dequantize_4bit(self.stack, self.scales_of_blocks()).to(self.dtype)
+        return self.stack.to(self.dtype)
 
-    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + W x, in place."""
-        if not self.is_divided:
-            return y.addmm_(x, self.weight().T)
-        for columns, base in zip(y.split(self.sizes, 1), self.bases, strict=True):
-            columns.addmm_(x, base.weight.detach().to(self.dtype).T)
-        return y
+    def weight_and_b(self) -> Tensor:
+        """[W, B], (sum of out, in + sum of ranks): kept where the weights are in the products' type, else made anew."""
+        if self.joined is not None:
+            return self.joined
+        joined = self.new_rows(sum(self.sizes))
+        weight, b = joined.split([self.in_features, sum(self.ranks)], 1)
+        b.copy_(self.b)
+        if self.is_quantized:
+            state = self.scales_of_blocks()
+            unpack_4bit(self.stack, state.absmax, state.code, state.blocksize, weight)
+        elif self.is_divided:
+            for rows, base in zip(weight.split(self.sizes), self.bases, strict=True):
+                rows.copy_(base.weight.detach())
+        else:
+            weight.copy_(self.stack)
+        return joined
 
     def add_transposed_product(self, grad_x: Tensor, grad: Tensor) -> Tensor:
         """grad_x + W^T grad, in place."""
@@ -201,12 +217,16 @@ class Projections:
         return torch.randint(2**31, (2,), device=self.a.device) if self.drops else None
 
     def forward(self, x: Tensor, seeds: Tensor | None, wide: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (tokens, in) -> y (tokens, sum of out), and x_a = s A x (tokens, sum of ranks); `wide` from `new_input`."""
+        """x (tokens, in) -> y (tokens, sum of out), and x_a = s A x (tokens, sum of ranks).
+
+        `wide` is what `new_input` gave with x; without it x is copied.
+        """
         x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.a.T)
         if wide is None:
-            return self.add_product(torch.mm(x_a, self.b.T), x), x_a
+            room, wide = self.new_input(len(x))
+            room.copy_(x)
         wide[:, self.in_features :] = x_a
-        return torch.mm(wide, self.joined.T), x_a
+        return torch.mm(wide, self.weight_and_b().T), x_a
 
     def backward(
         self, grad: Tensor, x_a: Tensor, seeds: Tensor | None, needs_grad: bool
@@ -313,11 +333,6 @@ def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
     for owner, part in zip(owners, whole.split([len(part) for part in parts]), strict=True):
         setattr(owner, name, part)
     return whole
-
-
-def empty_rows(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows, columns), each row at a multiple of 64 elements: matrix products are fast on aligned rows only."""
-    return like.new_empty(rows, -(-columns // 64) * 64)[:, :columns]
 
 
 def add_residual(y: Tensor, residual: Tensor) -> Tensor:
@@ -439,10 +454,10 @@ def fuse_lora(model: nn.Module) -> int:
         if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
             continue
         query, key, value, output, gate, up, down = projections
-        layer.fused_qkv = Projections([query, key, value], leaves_room=True)
-        layer.fused_o = Projections([output])  # attention writes what it reads, and a copy costs what `addmm` does
-        layer.fused_gate_up = Projections([gate, up], leaves_room=True)
-        layer.fused_down = Projections([down], leaves_room=True)
+        layer.fused_qkv = Projections([query, key, value])
+        layer.fused_o = Projections([output])
+        layer.fused_gate_up = Projections([gate, up])
+        layer.fused_down = Projections([down])
         layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1

@@ -68,9 +68,12 @@ class GatheredLayers:
             layer.register_forward_hook(partial(self.after_forward, index))
 
     def own_share(self, layer: FusedDecoderLayer) -> Tensor:
-        weights = frozen_weights(layer)
-        with together(weights):
-            flat = torch.cat([weight.detach().flatten() for weight in weights])
+        with together(frozen_weights(layer)):
+            parts = []
+            for stack in projections(layer):
+                rows = torch.cat([base.weight.detach() for base in stack.bases])
+                parts.append(F.pad(rows, (0, stack.row_length() - stack.in_features)).flatten())
+            flat = torch.cat([*parts, *(weight.detach().flatten() for weight in other_frozen_weights(layer))])
         share = -(-len(flat) // self.processes)
         start = dist.get_rank() * share
         return F.pad(flat, (0, share * self.processes - len(flat)))[start : start + share].clone()
@@ -104,37 +107,58 @@ class GatheredLayers:
             self.arriving[slot] = None
 
 
+class GatheredProjections(Projections):
+    """A stack that lies in a buffer while its layer is there, with columns for B behind it."""
+
+    def lie_in(self, rows: Tensor) -> None:
+        """`rows` (sum of out, row length) of the buffer are the stack's from now on."""
+        self.rows = rows[:, : self.in_features + sum(self.ranks)]
+        self.stack = rows[:, : self.in_features]
+        self.is_divided = False
+
+    def stack_weights(self, weights: list[nn.Parameter], *, joins: bool) -> None:
+        """Nothing: they are a stack already."""
+
+    def weight_and_b(self) -> Tensor:
+        if self.rows.dtype != self.dtype:
+            return super().weight_and_b()
+        self.rows[:, self.in_features :] = self.b
+        return self.rows
+
+
 def projections(layer: FusedDecoderLayer) -> list[Projections]:
     return [layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down]
 
 
 def frozen_weights(layer: nn.Module) -> list[nn.Parameter]:
-    """All that is not trained; first, in the order of the products, what is multiplied as one stack."""
-    stacked = []
-    if isinstance(layer, FusedDecoderLayer):
-        stacked = [base.weight for stack in projections(layer) for base in stack.bases]
-    seen = set(map(id, stacked))
-    return stacked + [weight for weight in layer.parameters() if not weight.requires_grad and id(weight) not in seen]
+    """All that is not trained."""
+    return [weight for weight in layer.parameters() if not weight.requires_grad]
+
+
+def other_frozen_weights(layer: FusedDecoderLayer) -> list[nn.Parameter]:
+    """Those that are part of no stack."""
+    stacked = {id(base.weight) for stack in projections(layer) for base in stack.bases}
+    return [weight for weight in frozen_weights(layer) if id(weight) not in stacked]
 
 
 def show_in(buffer: Tensor, layer: FusedDecoderLayer) -> None:
-    """Replace the layer's frozen parameters by views of `buffer`."""
+    """Replace the layer's frozen parameters by views of `buffer`: the stacks' rows, then the others."""
     views, start = {}, 0
-    for weight in frozen_weights(layer):
+    for stack in projections(layer):
+        size = sum(stack.sizes) * stack.row_length()
+        stack.__class__ = GatheredProjections
+        stack.lie_in(buffer[start : start + size].view(-1, stack.row_length()))
+        start += size
+        views |= zip((base.weight for base in stack.bases), stack.stack.split(stack.sizes), strict=True)
+    for weight in other_frozen_weights(layer):
         shape = getattr(weight, "ds_shape", weight.shape)
-        views[weight] = nn.Parameter(buffer[start : start + shape.numel()].view(shape), requires_grad=False)
+        views[weight] = buffer[start : start + shape.numel()].view(shape)
         start += shape.numel()
+    parameters = {weight: nn.Parameter(view, requires_grad=False) for weight, view in views.items()}
     for module in layer.modules():
         for name, parameter in module._parameters.items():
-            if parameter in views:
-                module._parameters[name] = views[parameter]
-    start = 0
-    for stack in projections(layer):
-        size = sum(stack.sizes) * stack.in_features
-        stack.stack = buffer[start : start + size].view(-1, stack.in_features)
-        stack.stack_weights = lambda weights, *, joins: None  # they are a stack already
-        stack.is_divided = False
-        start += size
+            if parameter in parameters:
+                module._parameters[name] = parameters[parameter]
 
 
 def together(weights: list[nn.Parameter]):
