@@ -62,7 +62,7 @@ class Variant:
     batch_size: int | None = None
     accumulate: int = 1
     graphs: bool = False  # passes as CUDA graphs
-    optim: str = "adamw_torch_fused"
+    optim: str = "adamw_torch_fused"  # the known recipe: paged_adamw_8bit
 
 
 LLAVA = {
@@ -83,13 +83,13 @@ GEMMA = {
     "TRL, packed, by hand": Variant(packed=1024),
     "this project, packed": Variant(ours=True, packed=1024),
     "TRL, NF4, 4 rows a step, one by one": Variant(
-        nf4=True, checkpoint_layers="all", dropout=0.05, batch_size=1, accumulate=4
+        nf4=True, checkpoint_layers="all", dropout=0.05, batch_size=1, accumulate=4, optim="paged_adamw_8bit"
     ),
     "this project, NF4, 4 rows a step, at once": Variant(
-        ours=True, nf4=True, dropout=0.05, padding_free=True, batch_size=4
+        ours=True, nf4=True, dropout=0.05, padding_free=True, batch_size=4, optim="paged_adamw_8bit"
     ),
     "this project, NF4, 4 rows a step, CUDA graphs": Variant(
-        ours=True, nf4=True, dropout=0.05, padding_free=True, batch_size=4, graphs=True
+        ours=True, nf4=True, dropout=0.05, padding_free=True, batch_size=4, graphs=True, optim="paged_adamw_8bit"
     ),
     "this project, NF4, packed": Variant(ours=True, nf4=True, packed=1024),
 }
