@@ -22,6 +22,7 @@ from transformers.utils import is_torch_flex_attn_available
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.collator import LlavaDataCollator
+from finetuning.models import base_model_of
 
 if is_torch_flex_attn_available():
     from torch.nn.attention.flex_attention import create_block_mask
@@ -154,8 +155,7 @@ def share_prefix(model: nn.Module) -> None:
 
     Works with eager, sdpa and flex_attention. Raises ValueError for another attention, which takes no mask.
     """
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    language_model = base_model.model.language_model
+    language_model = base_model_of(model).model.language_model
     attention = language_model.config._attn_implementation
     if attention not in ("eager", "sdpa", "flex_attention"):
         raise ValueError(

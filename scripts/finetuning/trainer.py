@@ -21,6 +21,7 @@ from finetuning.divided import end_steps_in_few_launches, remember_parameters, t
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
 from finetuning.lm_head import CollateSupervisedRows, score_supervised_rows
+from finetuning.models import base_model_of
 from finetuning.preemption import InterruptibleTrainer
 from finetuning.waiting import no_time_out
 
@@ -89,7 +90,7 @@ class FineTuningTrainer(InterruptibleTrainer):
                 parameter.data = masters[name].to(parameter.device)
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
-        score_supervised_rows(model.get_base_model() if isinstance(model, PeftModel) else model)
+        score_supervised_rows(base_model_of(model))
         self._on_its_way: deque[Watched] = deque()
         self._arrived: list[list[float]] = []
         self.questions = questions
