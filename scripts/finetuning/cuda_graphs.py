@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from finetuning.checkpointing import decoder_layers
 from finetuning.fused_lora import FusedDecoderLayer
 from finetuning.gathered import projections
+from finetuning.models import base_model_of
 from finetuning.speed import NO_MASK
 
 MULTIPLE = 64  # tokens
@@ -46,9 +47,9 @@ class CudaGraphs(TrainerCallback):
         if trainer.layer_checkpointing is not None and trainer.layer_checkpointing.count:
             trainer.accelerator.print("  cuda_graphs: not used, because layers are checkpointed")
             return
-        base_model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+        language_model = base_model_of(trainer.accelerator.unwrap_model(trainer.model)).model
         parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        base_model.model.forward = GraphedModel(base_model.model, parameters)
+        language_model.forward = GraphedModel(language_model, parameters)
 
 
 class GraphedModel:
