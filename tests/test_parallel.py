@@ -176,14 +176,15 @@ def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_
     assert_same_weights(run, one, "adapter_model.safetensors", tolerance=2e-5)
 
 
-def test_full_fine_tune_under_zero3_is_saved_as_one_model_and_continues(train, train_alone, tmp_path):
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_full_fine_tune_is_saved_as_one_model_and_continues(train, train_alone, tmp_path, strategy):
     # Plain descent: Adam's first steps would make sign flips of numbers near zero as large as any step.
     flags = FULL | {"max_steps": 2, "save_steps": 1, "eval_strategy": "no", "optim": "sgd", "learning_rate": 0.1}
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     train_alone(one, **flags)
-    train("deepspeed_zero3", two, **flags)
+    train(strategy, two, **flags)
     assert_same_weights(two, one, "model.safetensors", tolerance=2e-5)
     assert LlavaForConditionalGeneration.from_pretrained(two).num_parameters() == 678_240
     interrupt(two, again, "checkpoint-2")
-    assert "checkpoint-1" in train("deepspeed_zero3", again, **flags)
+    assert "checkpoint-1" in train(strategy, again, **flags)
     assert_same_weights(again, two, "model.safetensors", tolerance=1e-6)

@@ -167,7 +167,6 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
         ("ZeRO-3", {"load_in_8bit": True}, {}, {}, "ZeRO-3 cannot divide quantised weights"),
         ("FSDP2", QLORA, {}, {}, "set bnb_4bit_quant_storage: float32, which is uint8"),
         ("FSDP2", {"load_in_8bit": True}, {}, {}, "FSDP2 cannot divide 8-bit weights: set load_in_4bit: true"),
-        ("FSDP2", {}, {}, {"language_model": "full"}, "full under FSDP2 trains lm_head wrongly.*deepspeed_zero3"),
         ("FSDP2", {}, {}, {}, "FSDP without GPUs: accelerate would train plain DDP without a word"),
         ("FSDP1", {}, {}, {}, r"fsdp_version 1 is not supported here: launch with accelerate_configs/fsdp2\.yaml"),
         ("DDP", QLORA, {"gradient_checkpointing_kwargs": REENTRANT}, {}, r"'marked ready twice' \(trl#921"),

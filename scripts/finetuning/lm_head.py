@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import DataCollator
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
-
-from finetuning.hardware import strategy
 
 VOCABULARY_CHUNK = 32768  # logits of so many words at a time, as TRL has it
 # Settings of models whose logits or loss are more than a product: TRL's code knows them.
@@ -48,7 +47,7 @@ def score_supervised_rows(model: nn.Module) -> None:
     code runs. The output's `log_probs`, `entropy`, `is_top1` and `label_mask` are 1-D, of the supervised positions.
     """
     config = model.config.get_text_config()
-    if strategy() == "FSDP2" or any(getattr(config, name, None) for name in MORE_THAN_A_PRODUCT):
+    if any(getattr(config, name, None) for name in MORE_THAN_A_PRODUCT):
         return
     as_trl = model.forward
 
@@ -61,11 +60,12 @@ def score_supervised_rows(model: nn.Module) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, supervised_rows=supervised_rows, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
+        weight, bias = whole(head.weight), whole(head.bias)
+        with maybe_gather_lm_head_ctx(weight, bias):
             log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden.flatten(0, 1).index_select(0, supervised_rows),
-                head.weight,
-                head.bias,
+                weight,
+                bias,
                 next_labels(labels).index_select(0, supervised_rows),
                 1.0,
                 VOCABULARY_CHUNK,
@@ -83,3 +83,17 @@ def score_supervised_rows(model: nn.Module) -> None:
         )
 
     model.forward = MethodType(forward, model)
+
+
+def whole(parameter: nn.Parameter | None) -> Tensor | None:
+    """What FSDP2 divides in one piece; its gradient is the mean over all processes, as FSDP2 itself averages.
+
+    TRL's `full_tensor()` alone would leave each process with its own gradient of its part.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    together = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if together.requires_grad:
+        together.register_hook(lambda grad: grad / mesh.size())
+    return together

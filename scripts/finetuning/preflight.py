@@ -78,12 +78,6 @@ def strategy_problems(
             f"transformers#24395): launch with {CONFIGS}/ddp.yaml, since a 4-bit 7B model takes 5 GB on each GPU, with "
             f"{CONFIGS}/fsdp2.yaml to divide it, or set load_in_4bit: false"
         )
-    if how == "FSDP2" and script_args.language_model == "full":
-        problems.append(
-            "language_model: full under FSDP2 trains lm_head wrongly: TRL's fused loss (1.16) gathers it by full_tensor(), "
-            "whose backward keeps each process's own gradient instead of the mean over all: launch with "
-            f"{CONFIGS}/deepspeed_zero3.yaml, or set language_model: lora"
-        )
     if model_args.load_in_8bit and how == "FSDP2":
         problems.append(
             f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
