@@ -308,7 +308,11 @@ class FineTuningTrainer(InterruptibleTrainer):
             self._save(output_dir, state_dict=trained_weights(self.model))
         elif self.accelerator.is_fsdp2 and not _internal_call:
             # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            # Gathered, a head that is tied to the embeddings is a copy of them: it is left out as everywhere else.
+            names = {name for name, _ in self.model.named_parameters()}
+            tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - names
+            weights = self.accelerator.get_state_dict(self.model)
+            self._save(output_dir, state_dict={name: weights[name] for name in weights if name not in tied})
         else:
             super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
