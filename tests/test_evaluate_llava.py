@@ -1,6 +1,7 @@
 """Evaluating real runs of a tiny LLaVA: one that learned nothing, and one that learned to say the one right count."""
 
 import json
+from functools import partial
 
 import evaluate_llava
 import pytest
@@ -125,7 +126,7 @@ def sevens(tmp_path_factory):
     return folder
 
 
-def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys):
+def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys, request):
     """Every weight is trained, so the base is another model than the run's: it is loaded for its own answers."""
     flags = [
         *(
@@ -139,6 +140,7 @@ def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys):
         *("--language_model", "full", "--projector", "full", "--vision_tower", "frozen", "--max_steps", "25"),
         *("--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", "8"),
     ]
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(1)
     train_llava.main(*parse_arguments(ROOT / "scripts" / "configs" / "llava_sample.yaml", flags))
     evaluate(tmp_path / "run", "--max_new_tokens", "8")
