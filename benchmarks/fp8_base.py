@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.fp8_base import pass_gradients_in_fp8, scaled_product
-from finetuning.fused_lora import FusedDecoderLayer, Projections
-from finetuning.gathered import projections
+from finetuning.fused_lora import FusedDecoderLayer, Projections, projections
 from finetuning.layer_kernels import drop, quantize_rows
 
 

@@ -7,7 +7,7 @@ from speed_models import (
     DECODER,
     LANGUAGE_MODEL,
     llava_batch,
-    lora_grads,
+    loss_and_grads,
     relative_error,
     tiny_gemma,
     tiny_llava,
@@ -32,13 +32,6 @@ def fused(make, targets: str) -> nn.Module:
     model = with_lora(make().bfloat16(), targets).train()
     assert fuse_lora(model) == 21
     return model
-
-
-def loss_and_grads(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**batch, use_cache=False).loss
-    loss.backward()
-    return loss.item(), lora_grads(model)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from speed_models import (
     LANGUAGE_MODEL,
     VOCABULARY,
     llava_batch,
-    lora_grads,
+    loss_and_grads,
     relative_error,
     tiny_gemma,
     tiny_llava,
@@ -39,13 +39,6 @@ def text_batch() -> dict[str, torch.Tensor]:
     attention_mask[1, 13:] = 0
     labels = torch.where(attention_mask == 1, input_ids, -100)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def loss_and_grads(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**batch, use_cache=False).loss
-    loss.backward()
-    return loss.item(), lora_grads(model)
 
 
 def assert_same(given, expected, tolerance=1e-5):

@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finetuning.checkpointing import decoder_layers
-from finetuning.fused_lora import FusedDecoderLayer
-from finetuning.gathered import projections
+from finetuning.fused_lora import FusedDecoderLayer, projections
 from finetuning.models import base_model_of
 from finetuning.speed import NO_MASK
 

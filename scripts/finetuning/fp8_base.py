@@ -10,8 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetuning.fused_lora import FusedDecoderLayer, Projections
-from finetuning.gathered import projections
+from finetuning.fused_lora import FusedDecoderLayer, Projections, projections
 from finetuning.layer_kernels import quantize_rows
 from finetuning.models import base_model_of
 

@@ -359,7 +359,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         if self.fused_qkv.is_divided and past_key_values is None:
             # Here and not before the whole model: this layer's weights have just been gathered.
-            follow_adapters([self.fused_qkv, self.fused_o, self.fused_gate_up, self.fused_down])
+            follow_adapters(projections(self))
         if past_key_values is not None or not self.fused_qkv.in_use:
             return super().forward(
                 hidden_states,
@@ -422,6 +422,10 @@ class FusedLoraLinear(LoraLinear):
         return y.view(*x.shape[:-1], -1)
 
 
+def projections(layer: FusedDecoderLayer) -> list[Projections]:
+    return [layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down]
+
+
 def without_autocast(tensor: Tensor):
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
@@ -445,15 +449,13 @@ def fuse_lora(model: nn.Module) -> int:
     decoders = [module for module in model.modules() if type(module) in FUSED_LAYERS]
     for index, layer in enumerate(decoders):
         by_name = {name.split(".")[-1]: child for name, child in layer.named_modules() if name.endswith("_proj")}
-        projections = [by_name[name] for name in PROJECTIONS]
+        linear_layers = [by_name[name] for name in PROJECTIONS]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        if not all(
-            is_plain_lora(projection) and projection.get_base_layer().bias is None for projection in projections
-        ):
+        if not all(is_plain_lora(linear) and linear.get_base_layer().bias is None for linear in linear_layers):
             continue
         if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
             continue
-        query, key, value, output, gate, up, down = projections
+        query, key, value, output, gate, up, down = linear_layers
         layer.fused_qkv = Projections([query, key, value])
         layer.fused_o = Projections([output])
         layer.fused_gate_up = Projections([gate, up])
@@ -462,7 +464,7 @@ def fuse_lora(model: nn.Module) -> int:
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1
         layer.__class__ = FUSED_LAYERS[type(layer)]
-        fused += len(projections)
+        fused += len(linear_layers)
     in_decoders = {
         id(module) for layer in decoders if isinstance(layer, FusedDecoderLayer) for module in layer.modules()
     }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetuning.fused_lora import FusedDecoderLayer, Projections, refresh
+from finetuning.fused_lora import FusedDecoderLayer, Projections, projections, refresh
 from finetuning.models import base_model_of
 
 
@@ -124,10 +124,6 @@ class GatheredProjections(Projections):
             return super().weight_and_b()
         self.rows[:, self.in_features :] = self.b
         return self.rows
-
-
-def projections(layer: FusedDecoderLayer) -> list[Projections]:
-    return [layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down]
 
 
 def frozen_weights(layer: nn.Module) -> list[nn.Parameter]:
