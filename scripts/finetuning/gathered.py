@@ -151,6 +151,10 @@ def show_in(buffer: Tensor, layer: FusedDecoderLayer) -> None:
         views[weight] = buffer[start : start + shape.numel()].view(shape)
         start += shape.numel()
     parameters = {weight: nn.Parameter(view, requires_grad=False) for weight, view in views.items()}
+    for parameter in parameters.values():
+        # DeepSpeed's mark of weights that it neither divides nor sends to the others when training begins: the buffer
+        # holds nothing then, and NCCL sends no tensors with room between their rows.
+        parameter.ds_optim_param = True
     for module in layer.modules():
         for name, parameter in module._parameters.items():
             if parameter in parameters:

@@ -2,8 +2,8 @@
 
 PyTorch's FSDP2 runs over gloo; accelerate 1.15 turns FSDP on for the GPU kinds of `distributed_type` only, so that a CPU
 launch is given the name of one. DeepSpeed 0.19 compiles a helper for CPUs, minutes of work for something that inference
-alone uses: it is told that nothing can be compiled. Everything else is the real thing: dividing, gathering, saving,
-continuing.
+alone uses: it is told that nothing can be compiled. gloo sends tensors that do not lie in one piece, NCCL refuses them:
+so does a CPU here. Everything else is the real thing: dividing, gathering, saving, continuing.
 """
 
 import os
@@ -23,5 +23,17 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.ops
+    import torch
 
     deepspeed.ops.__compatible_ops__ = {}
+
+    def as_nccl(send):
+        def send_in_one_piece(*args, **kwargs):
+            if not all(value.is_contiguous() for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)):
+                raise ValueError("Tensors must be contiguous")
+            return send(*args, **kwargs)
+
+        return send_in_one_piece
+
+    for name in ("broadcast", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, as_nccl(getattr(torch.distributed, name)))
