@@ -107,7 +107,7 @@ def test_small_updates_are_not_lost_to_16_bits(kept, device):
     base = x.float() @ weight.float().T
     assert 5e-4 < taught.std() / base.std() < 2e-3
 
-    def share_that_shows(y: torch.Tensor) -> float:
+    def share_that_shows(y: torch.Tensor, base=base, taught=taught) -> float:
         return ((y.float() - base) * taught).sum().item() / taught.square().sum().item()
 
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -116,6 +116,17 @@ def test_small_updates_are_not_lost_to_16_bits(kept, device):
     assert share_that_shows(projections.forward(x, None)[0]) == pytest.approx(1, abs=0.05)
     assert share_that_shows(projections.forward(room.copy_(x), None, wide)[0]) == pytest.approx(1, abs=0.05)
     assert share_that_shows(as_peft) < 0.7
+    if kept == "divided":
+        return
+    grad = x[:, :256]
+    of_gradient = grad.float() @ weight.float(), 0.5 * grad.float() @ b @ a
+    room, wide = projections.new_grad(len(x), None)
+    for given in (
+        projections.backward(room.copy_(grad), x[:, :64], None, True, wide),
+        projections.backward(grad, x[:, :64], None, True),
+    ):
+        assert share_that_shows(given[0], *of_gradient) == pytest.approx(1, abs=0.05)
+        torch.testing.assert_close(given[1].float(), grad.float() @ b, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*erge lora module to 4-bit")
@@ -382,7 +393,7 @@ def test_ranks_and_scales_of_a_stack_may_differ():
     assert_same(loss_and_grads(model, llava_batch()), expected)
     qkv = model.base_model.model.model.language_model.layers[0].fused_qkv
     assert (qkv.ranks, qkv.scales) == ([4, 2, 4], [1.5, 3.0, 2.75])
-    assert qkv.joined.shape == (32 + 16 + 16, 32 + 4 + 2 + 4)
+    assert qkv.joined.shape == (32 + 16 + 16 + 10, 32 + 4 + 2 + 4)
     assert qkv.joined[32:48, 32:36].eq(0).all()
     assert qkv.joined[32:48, 36:38].ne(0).all()
 
@@ -418,22 +429,23 @@ def kernel_cases(layer_kernels):
     packed = torch.randint(256, (120, 1), dtype=torch.uint8)  # blocks of 8 numbers in rows of 40
     scales, code = torch.rand(30), torch.randn(16)
     rotated = layer_kernels.split_and_rotate(qkv, cos, sin, (3, 2))
+    rows_apart = torch.zeros(6, 90)
+    layer_kernels.split_and_rotate_backward(*rotated, cos, sin, rows_apart[:, :84])
     cases = {
         "rms_norm": (layer_kernels.rms_norm(hidden, weight, 1.0, 1e-5, wide[:, :40]), wide[:, 40:]),
         "rms_norm_backward": layer_kernels.rms_norm_backward(hidden, weight, 0.0, 1e-5, grad, residual),
         "rotate": rotated,
-        "rotate_backward": (layer_kernels.split_and_rotate_backward(*rotated, cos, sin),),
+        "rotate_backward": (rows_apart,),
         "drop": (layer_kernels.drop(hidden, torch.tensor([2**31 - 3, 12345]), 0.4),),
         "drop of rows that lie apart": (layer_kernels.drop(wide[:, :40], torch.tensor([2**31 - 3, 12345]), 0.4),),
         "unpack_4bit": (layer_kernels.unpack_4bit(packed, scales, code, 8, wide[:, :40]), wide[:, 40:]),
         "quantize_rows": (layer_kernels.quantize_rows(hidden)[1],),
     }
     for is_gelu in (False, True):
-        room = torch.zeros(6, 30)
+        room, grads = torch.zeros(6, 30), torch.zeros(6, 50)
         cases[f"activation {is_gelu}"] = (layer_kernels.gated_activation(gate_up, is_gelu, room[:, :24]), room)
-        cases[f"activation_backward {is_gelu}"] = layer_kernels.gated_activation_backward(
-            gate_up, grad_activated, is_gelu
-        )
+        activated = layer_kernels.gated_activation_backward(gate_up, grad_activated, is_gelu, grads[:, :48])
+        cases[f"activation_backward {is_gelu}"] = (activated, grads)
     return cases
 
 

@@ -54,6 +54,7 @@ def pass_gradients_in_fp8(model: nn.Module) -> int:
     held = [Fp8Weight(stack) for layer in layers for stack in projections(layer)]
     for weight in held:
         weight.stack.add_transposed_product = weight.add_transposed_product
+        weight.stack.gradient_in_one = False
     base_model_of(model).register_forward_pre_hook(partial(follow, held))
     return len(layers)
 

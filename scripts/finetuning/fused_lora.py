@@ -3,10 +3,10 @@
 PEFT computes y = W x + s B A x by casting x to the adapter's fp32, two products, a scale and an addition, and autograd
 keeps every one of them. Here a decoder layer is four products of stacked weights with hand-written gradients:
 
-    norm -> [q; k; v]    rotate, attend    o + residual    norm -> [gate; up]    activation -> down + residual
+    norm -> [q; k; v] -> rotate    attend    o + residual    norm -> [gate; up] -> activation -> down + residual
 
 Products run in the 16-bit type of the base, adapters stay fp32 and are cast once per step; the low-rank part is more
-columns of the same product; frozen weights get no gradient; norms, activations and dropout masks are computed again in the
+columns of the same product, forwards and backwards; frozen weights get no gradient; norms, activations and dropout masks are computed again in the
 backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora inspired the plan.
 """
 
@@ -38,7 +38,7 @@ from finetuning.layer_kernels import (
 from finetuning.models import base_model_of
 
 try:
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
     from peft.tuners.lora import Linear4bit as LoraLinear4bit
 
     LORA_CLASSES = (LoraLinear, LoraLinear4bit)
@@ -49,10 +49,12 @@ except ImportError:
 class Projections:
     """LoRA layers of PEFT that read the same activation, as one product: y = [x, s A x] [W, B]^T, W = [W_1; W_2; ...].
 
-    Base weights are stacked in memory once, with columns for B behind them, and the layers' own weights become views of
-    the stack; 4-bit ones are stacked as they are and unpacked in one call at each use, in front of B. Weights that ZeRO-3
-    divides come and go, and are copied in front of B. The adapters are stacked as s A and as B, block-diagonal. What
-    writes x leaves room for s A x behind each row (`new_input`).
+    The gradient of x is one product too: [g, g B] [W; s A], where nothing is dropped.
+
+    Base weights are stacked in memory once, with columns for B behind them and rows for s A below, and the layers' own
+    weights become views of the stack; 4-bit ones are stacked as they are and unpacked in one call at each use, in front of
+    B or above s A. Weights that ZeRO-3 divides come and go, and are copied in front of B. The adapters are stacked as s A
+    and as B, block-diagonal. What writes x leaves room for s A x behind each row (`new_input`), what writes g for g B.
 
     One product, because then the sum is rounded to 16 bits once. PEFT adds the low-rank part to a product that is rounded
     already, where most of what is less than half a unit in its last place is lost: at a learning rate of 1.4e-5 and a
@@ -78,6 +80,8 @@ class Projections:
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
         self.is_divided = hasattr(self.bases[0].weight, "ds_id")
+        # Not of weights that come and go: they would have to be copied.
+        self.gradient_in_one = not self.is_divided
         self.in_use = True
         self.types: tuple | None = None
 
@@ -120,8 +124,9 @@ class Projections:
             return
         # First use, or somebody moved or replaced the weights.
         if joins:
-            self.joined = self.new_rows(sum(self.sizes))
-            self.stack, b = self.joined.split([self.in_features, sum(self.ranks)], 1)
+            rows = sum(self.sizes)
+            self.joined = self.new_rows(rows + sum(self.ranks), self.in_features)
+            self.stack, b = self.joined[:rows].split([self.in_features, sum(self.ranks)], 1)
             torch.cat([weight.data for weight in weights], out=self.stack)
             self.hold_b(b.zero_())
         else:
@@ -168,40 +173,63 @@ class Projections:
             self.quant_state.absmax = absmax
         return self.quant_state
 
-    def row_length(self) -> int:
-        """Numbers from one row of [W, B] to the next: matrix products are fast where rows begin at multiples of 64."""
-        return -(-(self.in_features + sum(self.ranks)) // 64) * 64
+    def row_length(self, width: int) -> int:
+        """Numbers from one row to the next, of `width` and the low-rank ones: products are fast at multiples of 64."""
+        return -(-(width + sum(self.ranks)) // 64) * 64
 
-    def new_rows(self, rows: int) -> Tensor:
-        """Memory for (rows, in + sum of ranks)."""
-        return self.a.new_empty(rows, self.row_length())[:, : self.in_features + sum(self.ranks)]
+    def new_rows(self, rows: int, width: int) -> Tensor:
+        """Memory for (rows, width + sum of ranks)."""
+        return self.a.new_empty(rows, self.row_length(width))[:, : width + sum(self.ranks)]
 
     def new_input(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks)."""
-        wide = self.new_rows(tokens)
+        wide = self.new_rows(tokens, self.in_features)
         return wide[:, : self.in_features], wide
+
+    def new_grad(self, tokens: int, seeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Memory for the gradient of y (tokens, sum of out), and the same with room, where x's will be one product."""
+        if seeds is not None or not self.gradient_in_one:
+            return self.a.new_empty(tokens, sum(self.sizes)), None
+        wide = self.new_rows(tokens, sum(self.sizes))
+        return wide[:, : sum(self.sizes)], wide
+
+    def write_weight(self, rows: Tensor) -> None:
+        """Stacked base weights into `rows` (sum of out, in), which may lie apart."""
+        if self.is_quantized:
+            state = self.scales_of_blocks()
+            unpack_4bit(self.stack, state.absmax, state.code, state.blocksize, rows)
+        elif self.is_divided:
+            for part, base in zip(rows.split(self.sizes), self.bases, strict=True):
+                part.copy_(base.weight.detach())
+        else:
+            rows.copy_(self.stack)
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
-        if self.is_quantized:
-            return dequantize_4bit(self.stack, self.scales_of_blocks()).to(self.dtype)
-        return self.stack.to(self.dtype)
+        if not self.is_quantized:
+            return self.stack.to(self.dtype)
+        weight = self.a.new_empty(sum(self.sizes), self.in_features)
+        self.write_weight(weight)
+        return weight
 
     def weight_and_b(self) -> Tensor:
         """[W, B], (sum of out, in + sum of ranks): kept where the weights are in the products' type, else made anew."""
         if self.joined is not None:
-            return self.joined
-        joined = self.new_rows(sum(self.sizes))
+            return self.joined[: sum(self.sizes)]
+        joined = self.new_rows(sum(self.sizes), self.in_features)
         weight, b = joined.split([self.in_features, sum(self.ranks)], 1)
+        self.write_weight(weight)
         b.copy_(self.b)
-        if self.is_quantized:
-            state = self.scales_of_blocks()
-            unpack_4bit(self.stack, state.absmax, state.code, state.blocksize, weight)
-        elif self.is_divided:
-            for rows, base in zip(weight.split(self.sizes), self.bases, strict=True):
-                rows.copy_(base.weight.detach())
-        else:
-            weight.copy_(self.stack)
+        return joined
+
+    def weight_and_a(self) -> Tensor:
+        """[W; s A], (sum of out + sum of ranks, in), likewise."""
+        if self.joined is not None:
+            return self.joined[:, : self.in_features]
+        joined = self.a.new_empty(sum(self.sizes) + sum(self.ranks), self.in_features)
+        weight, a = joined.split([sum(self.sizes), sum(self.ranks)])
+        self.write_weight(weight)
+        a.copy_(self.a)
         return joined
 
     def add_transposed_product(self, grad_x: Tensor, grad: Tensor) -> Tensor:
@@ -229,12 +257,22 @@ class Projections:
         return torch.mm(wide, self.weight_and_b().T), x_a
 
     def backward(
-        self, grad: Tensor, x_a: Tensor, seeds: Tensor | None, needs_grad: bool
+        self, grad: Tensor, x_a: Tensor, seeds: Tensor | None, needs_grad: bool, wide: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-        """Gradient of x (None when nothing below is trained), of x_a, and of every B."""
-        grad_a = torch.mm(grad, self.b)
+        """Gradient of x (None when nothing below is trained), of x_a, and of every B.
+
+        `wide` is what `new_grad` gave with grad; without it grad is copied, where that is less than x to write twice.
+        """
         grad_b = torch.mm(grad.T, x_a)
         grads_b = [grad_b[place].to(self.parameters[-1].dtype) for place in self.diagonal]
+        if needs_grad and wide is None and grad.shape[1] < self.in_features:
+            room, wide = self.new_grad(len(grad), seeds)
+            if wide is not None:
+                room.copy_(grad)
+        if needs_grad and wide is not None:
+            grad_a = torch.mm(grad, self.b, out=wide[:, grad.shape[1] :])
+            return torch.mm(wide, self.weight_and_a()), grad_a, grads_b
+        grad_a = torch.mm(grad, self.b)
         if not needs_grad:
             return None, grad_a, grads_b
         grad_x = torch.mm(grad_a, self.a)
@@ -247,34 +285,30 @@ class Projections:
         return (torch.mm(grad_a.T, dropped) * self.scale).to(self.parameters[0].dtype).split(self.ranks)
 
 
-class NormProject(torch.autograd.Function):
-    """(hidden, adapters) -> hidden, projections of rms_norm(hidden).
+class NormQkvRotate(torch.autograd.Function):
+    """(hidden, adapters) -> hidden, and queries, keys, values of rms_norm(hidden), turned to their positions.
 
     `hidden` is handed through, so that the gradient of the residual stream is added inside the norm's kernel.
     """
 
     @staticmethod
-    def forward(ctx, hidden, projections, norm, *adapters):
-        ctx.projections, ctx.seeds = projections, projections.draw_seeds()
-        # (weight, offset, epsilon); Gemma's norm multiplies by 1 + weight.
-        is_gemma = isinstance(norm, GemmaRMSNorm)
-        ctx.norm = (norm.weight, 1.0, norm.eps) if is_gemma else (norm.weight, 0.0, norm.variance_epsilon)
+    def forward(ctx, hidden, cos, sin, projections, norm, heads, *adapters):
+        ctx.projections, ctx.seeds, ctx.norm = projections, projections.draw_seeds(), norm_arguments(norm)
         x, wide = projections.new_input(len(hidden))
-        y, x_a = projections.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, wide)
-        ctx.save_for_backward(hidden, x_a)
-        return hidden, y
+        qkv, x_a = projections.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, wide)
+        ctx.save_for_backward(hidden, x_a, cos, sin)
+        tokens = cos.shape[1]
+        return hidden, *split_and_rotate(qkv.view(-1, tokens, qkv.shape[1]), cos, sin, heads)
 
     @staticmethod
-    def backward(ctx, grad_residual, grad):
-        hidden, x_a = ctx.saved_tensors
-        projections = ctx.projections
-        grad_x, grad_a, grads_b = projections.backward(grad, x_a, ctx.seeds, ctx.needs_input_grad[0])
-        grad_hidden = None
-        if grad_x is None:
-            x = rms_norm(hidden, *ctx.norm, torch.empty_like(hidden, dtype=projections.dtype))
-        else:
-            grad_hidden, x = rms_norm_backward(hidden, *ctx.norm, grad_x, grad_residual)
-        return grad_hidden, None, None, *projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
+    def backward(ctx, grad_residual, *grad_states):
+        hidden, x_a, cos, sin = ctx.saved_tensors
+        grad, wide = ctx.projections.new_grad(len(hidden), ctx.seeds)
+        split_and_rotate_backward(*grad_states, cos, sin, grad)
+        needs_grad = ctx.needs_input_grad[0]
+        grad_x, grad_a, grads_b = ctx.projections.backward(grad, x_a, ctx.seeds, needs_grad, wide)
+        grad_hidden, x = through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
+        return grad_hidden, None, None, None, None, None, *ctx.projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
 
 
 class Project(torch.autograd.Function):
@@ -296,35 +330,47 @@ class Project(torch.autograd.Function):
         return grad_x, grad_residual, None, *projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
 
 
-class ActivateProject(torch.autograd.Function):
-    """(stacked [gate, up], residual, adapters) -> residual + projection of activation(gate) * up."""
+class NormMlp(torch.autograd.Function):
+    """(hidden, adapters) -> hidden + down(activation(gate) * up), gate and up of rms_norm(hidden)."""
 
     @staticmethod
-    def forward(ctx, gate_up, residual, projections, is_gelu, *adapters):
-        ctx.projections, ctx.seeds, ctx.is_gelu = projections, projections.draw_seeds(), is_gelu
-        x, wide = projections.new_input(len(gate_up))
-        y, x_a = projections.forward(gated_activation(gate_up, is_gelu, x), ctx.seeds, wide)
-        ctx.save_for_backward(gate_up, x_a)
-        return add_residual(y, residual)
+    def forward(ctx, hidden, gate_up, down, norm, is_gelu, *adapters):
+        ctx.gate_up, ctx.down, ctx.norm, ctx.is_gelu = gate_up, down, norm_arguments(norm), is_gelu
+        ctx.seeds = gate_up.draw_seeds(), down.draw_seeds()
+        x, wide = gate_up.new_input(len(hidden))
+        stacked, x_a = gate_up.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds[0], wide)
+        x, wide = down.new_input(len(hidden))
+        y, activated_a = down.forward(gated_activation(stacked, is_gelu, x), ctx.seeds[1], wide)
+        ctx.save_for_backward(hidden, x_a, stacked, activated_a)
+        return add_residual(y, hidden)
 
     @staticmethod
-    def backward(ctx, grad):
-        gate_up, x_a = ctx.saved_tensors
-        projections = ctx.projections
-        grad_x, grad_a, grads_b = projections.backward(grad.to(gate_up.dtype), x_a, ctx.seeds, True)
-        grad_gate_up, x = gated_activation_backward(gate_up, grad_x, ctx.is_gelu)
-        return grad_gate_up, grad, None, None, *projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
+    def backward(ctx, grad_residual):
+        hidden, x_a, stacked, activated_a = ctx.saved_tensors
+        gate_up, down, seeds = ctx.gate_up, ctx.down, ctx.seeds
+        grad_y = grad_residual.to(stacked.dtype)
+        grad_x, grad_a, down_grads_b = down.backward(grad_y, activated_a, seeds[1], True)
+        grad, wide = gate_up.new_grad(len(hidden), seeds[0])
+        activated = gated_activation_backward(stacked, grad_x, ctx.is_gelu, grad)
+        down_grads = *down.grads_of_a(activated, grad_a, seeds[1]), *down_grads_b
+        del grad_x, activated
+        grad_x, grad_a, grads_b = gate_up.backward(grad, x_a, seeds[0], ctx.needs_input_grad[0], wide)
+        grad_hidden, x = through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
+        return grad_hidden, None, None, None, None, *gate_up.grads_of_a(x, grad_a, seeds[0]), *grads_b, *down_grads
 
 
-class SplitAndRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, cos, sin, heads):
-        ctx.save_for_backward(cos, sin)
-        return split_and_rotate(qkv, cos, sin, heads)
+def norm_arguments(norm: nn.Module) -> tuple[Tensor, float, float]:
+    """Weight, offset, epsilon; Gemma's norm multiplies by 1 + weight."""
+    return (norm.weight, 1.0, norm.eps) if isinstance(norm, GemmaRMSNorm) else (norm.weight, 0.0, norm.variance_epsilon)
 
-    @staticmethod
-    def backward(ctx, query, key, value):
-        return split_and_rotate_backward(query, key, value, *ctx.saved_tensors), None, None, None
+
+def through_norm(
+    hidden: Tensor, norm: tuple, grad_x: Tensor | None, grad_residual: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Gradient of `hidden` through the norm and past it (None without `grad_x`), and the norm's output once more."""
+    if grad_x is None:
+        return None, rms_norm(hidden, *norm, torch.empty_like(hidden, dtype=dtype))
+    return rms_norm_backward(hidden, *norm, grad_x, grad_residual)
 
 
 def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
@@ -374,10 +420,14 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         batch, tokens, width = hidden_states.shape
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         with without_autocast(hidden_states):
-            hidden, qkv = NormProject.apply(
-                hidden_states.reshape(-1, width), self.fused_qkv, self.input_layernorm, *self.fused_qkv.parameters
+            hidden, *states = NormQkvRotate.apply(
+                hidden_states.reshape(-1, width),
+                *position_embeddings,
+                self.fused_qkv,
+                self.input_layernorm,
+                self.fused_heads,
+                *self.fused_qkv.parameters,
             )
-            states = SplitAndRotate.apply(qkv.view(batch, tokens, -1), *position_embeddings, self.fused_heads)
             attended, _ = attend(
                 attention,
                 *(state.transpose(1, 2) for state in states),
@@ -391,10 +441,15 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
             if only_supervised:
                 attended, hidden = attended[supervised_rows], hidden[supervised_rows]
             hidden = Project.apply(attended, hidden, self.fused_o, *self.fused_o.parameters)
-            hidden, gate_up = NormProject.apply(
-                hidden, self.fused_gate_up, self.post_attention_layernorm, *self.fused_gate_up.parameters
+            hidden = NormMlp.apply(
+                hidden,
+                self.fused_gate_up,
+                self.fused_down,
+                self.post_attention_layernorm,
+                self.is_gelu,
+                *self.fused_gate_up.parameters,
+                *self.fused_down.parameters,
             )
-            hidden = ActivateProject.apply(gate_up, hidden, self.fused_down, self.is_gelu, *self.fused_down.parameters)
             if only_supervised:
                 hidden = hidden.new_zeros(batch * tokens, width).index_copy(0, supervised_rows, hidden)
         return hidden.view(batch, tokens, width)
@@ -503,6 +558,9 @@ def follow_adapters(stacks: list[Projections]) -> None:
         [a for stack in stacks for a in stack.copies[: len(stack.layers)]],
         [scale for stack in stacks for scale in stack.scales],
     )
+    for stack in stacks:
+        if stack.joined is not None:
+            stack.joined[sum(stack.sizes) :, : stack.in_features] = stack.a
 
 
 def is_plain_lora(module: nn.Module) -> bool:

@@ -72,7 +72,7 @@ class GatheredLayers:
             parts = []
             for stack in projections(layer):
                 rows = torch.cat([base.weight.detach() for base in stack.bases])
-                parts.append(F.pad(rows, (0, stack.row_length() - stack.in_features)).flatten())
+                parts.append(F.pad(rows, (0, stack.row_length(stack.in_features) - stack.in_features)).flatten())
             flat = torch.cat([*parts, *(weight.detach().flatten() for weight in other_frozen_weights(layer))])
         share = -(-len(flat) // self.processes)
         start = dist.get_rank() * share
@@ -114,7 +114,7 @@ class GatheredProjections(Projections):
         """`rows` (sum of out, row length) of the buffer are the stack's from now on."""
         self.rows = rows[:, : self.in_features + sum(self.ranks)]
         self.stack = rows[:, : self.in_features]
-        self.is_divided = False
+        self.is_divided = self.gradient_in_one = False
 
     def stack_weights(self, weights: list[nn.Parameter], *, joins: bool) -> None:
         """Nothing: they are a stack already."""
@@ -141,9 +141,9 @@ def show_in(buffer: Tensor, layer: FusedDecoderLayer) -> None:
     """Replace the layer's frozen parameters by views of `buffer`: the stacks' rows, then the others."""
     views, start = {}, 0
     for stack in projections(layer):
-        size = sum(stack.sizes) * stack.row_length()
+        size = sum(stack.sizes) * stack.row_length(stack.in_features)
         stack.__class__ = GatheredProjections
-        stack.lie_in(buffer[start : start + size].view(-1, stack.row_length()))
+        stack.lie_in(buffer[start : start + size].view(-1, stack.row_length(stack.in_features)))
         start += size
         views |= zip((base.weight for base in stack.bases), stack.stack.split(stack.sizes), strict=True)
     for weight in other_frozen_weights(layer):

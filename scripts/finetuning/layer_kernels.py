@@ -81,15 +81,18 @@ def gated_activation(gate_up: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
     return out.copy_(activated * up)
 
 
-def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> tuple[Tensor, Tensor]:
-    """Gradient of the stacked [gate, up], and the activation's output once more."""
+def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
+    """The activation's output once more; the gradient of the stacked [gate, up] is written into `out`.
+
+    The rows of `out` may lie apart (stride (any, 1)).
+    """
     if has_kernel(gate_up):
         rows, width = grad.shape
-        grad_gate_up, activated = torch.empty_like(gate_up), torch.empty_like(grad)
+        activated = torch.empty_like(grad)
         gated_activation_backward_kernel[(rows, triton.cdiv(width, 1024))](
-            gate_up, grad, grad_gate_up, activated, width, IS_GELU=is_gelu, BLOCK=1024
+            gate_up, grad, out, activated, width, out.stride(0), IS_GELU=is_gelu, BLOCK=1024
         )
-        return grad_gate_up, activated
+        return activated
     gate, up = widen(gate_up).chunk(2, dim=-1)
     if is_gelu:
         tanh = torch.tanh(GELU_TANH * (gate + 0.044715 * gate * gate * gate))
@@ -100,8 +103,8 @@ def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> t
         activated = gate * sigmoid
         slope = sigmoid * (1 + gate * (1 - sigmoid))
     wide = widen(grad)
-    grad_gate_up = torch.cat([wide * up * slope, wide * activated], dim=-1)
-    return grad_gate_up.to(gate_up.dtype), (activated * up).to(gate_up.dtype)
+    out.copy_(torch.cat([wide * up * slope, wide * activated], dim=-1))
+    return (activated * up).to(gate_up.dtype)
 
 
 def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +118,7 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, in
     if has_kernel(qkv):
         query = qkv.new_empty(batch, tokens, num_heads, width)
         key, value = (qkv.new_empty(batch, tokens, num_kv_heads, width) for _ in range(2))
-        launch_rotate(qkv, query, key, value, cos, sin, backward=False)
+        launch_rotate(qkv.view(batch * tokens, -1), query, key, value, cos, sin, backward=False)
         return query, key, value
     stacked = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, width))
     first, second = widen(stacked[:, :, : num_heads + num_kv_heads]).chunk(2, dim=-1)
@@ -126,18 +129,19 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, in
     return query, key, stacked[:, :, num_heads + num_kv_heads :].contiguous()
 
 
-def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradients of queries, keys and values -> gradient of the stacked (batch, tokens, q + k + v)."""
+def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Gradients of queries, keys and values -> gradient of the stacked ones, written into `out`.
+
+    `out` is (batch * tokens, q + k + v); its rows may lie apart (stride (any, 1)).
+    """
     if has_kernel(query):
-        batch, tokens, num_heads, width = query.shape
-        qkv = query.new_empty(batch, tokens, (num_heads + 2 * key.shape[2]) * width)
-        launch_rotate(qkv, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, backward=True)
-        return qkv
+        launch_rotate(out, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, backward=True)
+        return
     first, second = widen(torch.cat([query, key], dim=2)).chunk(2, dim=-1)
     cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
     sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
     turned = [first * cos_first + second * sin_second, second * cos_second - first * sin_first]
-    return torch.cat([torch.cat(turned, dim=-1).to(query.dtype), value], dim=2).flatten(2)
+    out.copy_(torch.cat([torch.cat(turned, dim=-1).to(query.dtype), value], dim=2).flatten(0, 1).flatten(1))
 
 
 def launch_rotate(
@@ -146,7 +150,7 @@ def launch_rotate(
     batch, tokens, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
     rotate_kernel[(batch * tokens, 3)](
-        qkv, query, key, value, cos, sin, cos.shape[0] * tokens, num_heads, num_kv_heads,
+        qkv, query, key, value, cos, sin, qkv.stride(0), cos.shape[0] * tokens, num_heads, num_kv_heads,
         HALF=width // 2, BLOCK_HALF=triton.next_power_of_2(width // 2), BACKWARD=backward,
         BLOCK_HEADS=triton.next_power_of_2(num_heads), num_warps=8 if num_heads * width > 2048 else 4,
     )  # fmt: skip
@@ -272,7 +276,7 @@ if triton is not None:
 
     @triton.jit
     def gated_activation_backward_kernel(
-        gate_up_ptr, grad_ptr, grad_gate_up_ptr, activated_ptr, width, IS_GELU: tl.constexpr, BLOCK: tl.constexpr
+        gate_up_ptr, grad_ptr, out_ptr, activated_ptr, width, out_stride, IS_GELU: tl.constexpr, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -282,13 +286,13 @@ if triton is not None:
         up = tl.load(gate_up_ptr + gate_place + width, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         activated, slope = activation(gate, IS_GELU)
-        tl.store(grad_gate_up_ptr + gate_place, grad * up * slope, mask=inside)
-        tl.store(grad_gate_up_ptr + gate_place + width, grad * activated, mask=inside)
+        tl.store(out_ptr + row * out_stride + columns, grad * up * slope, mask=inside)
+        tl.store(out_ptr + row * out_stride + width + columns, grad * activated, mask=inside)
         tl.store(activated_ptr + row * width + columns, activated * up, mask=inside)
 
     @triton.jit
     def rotate_kernel(
-        qkv_ptr, query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, positions, num_heads, num_kv_heads,
+        qkv_ptr, query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, qkv_stride, positions, num_heads, num_kv_heads,
         HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BACKWARD: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -307,7 +311,7 @@ if triton is not None:
         head = tl.arange(0, BLOCK_HEADS)[:, None]
         column = tl.arange(0, BLOCK_HALF)[None, :]
         inside = (head < heads) & (column < HALF)
-        stacked = qkv_ptr + (row * (num_heads + 2 * num_kv_heads) + before + head) * 2 * HALF + column
+        stacked = qkv_ptr + row * qkv_stride + (before + head) * 2 * HALF + column
         alone = part_ptr + (row * heads + head) * 2 * HALF + column
         if BACKWARD:
             first = tl.load(alone, mask=inside, other=0.0).to(tl.float32)
