@@ -58,8 +58,9 @@ outputs/gemma-sample/metrics.json: data/sample-anime/manifest.json models/tiny-g
 sample-anime: outputs/gemma-sample/metrics.json
 	$(BIN)/python scripts/evaluate_gemma.py --run outputs/gemma-sample
 
+# Two processes, to each of which whole files are dealt out in the order of tests/conftest.py.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest tests --ignore tests/cluster
+	$(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: .venv/installed-dev
 	tests/cluster/cluster.sh install

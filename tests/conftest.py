@@ -1,5 +1,8 @@
 """What the tests share: a tiny model of each architecture and a small dataset, made once by the project's own commands."""
 
+import contextlib
+import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
+# Files of tests that take minutes, the longest first.
+LONG = ["test_parallel.py", "test_tracking.py", "test_benchmark.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` deals the files out to two processes: neither should get a long one last."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 def run_command(*words: str | Path, **kwargs) -> subprocess.CompletedProcess:
     """A command of the project in a process of its own, from the root of the repository."""
@@ -17,8 +28,31 @@ def run_command(*words: str | Path, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def must_run(*words: str | Path) -> str:
-    result = run_command(*words)
+def run_here(command: str, *words: str | Path) -> subprocess.CompletedProcess:
+    """`run_command` without the ten seconds in which a new process imports PyTorch and its libraries.
+
+    The file runs as `__main__`, in this process. What would be a stack trace there is an error of the test here.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", [command, *map(str, words)])
+        try:
+            runpy.run_path(command, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    if isinstance(code, str):  # as Python does at its end
+        print(code, file=err)
+        code = 1
+    return subprocess.CompletedProcess(sys.argv, code or 0, out.getvalue(), err.getvalue())
+
+
+def must_run(*words: str | Path, by=run_here) -> str:
+    result = by(*words)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -31,10 +65,17 @@ def tiny_llava(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
+    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def raw_cctv(tmp_path_factory) -> Path:
     """frames/, labels.csv and messages.txt of 60 drawn frames."""
     folder = tmp_path_factory.mktemp("raw") / "cctv"
-    must_run("data_prep/make_sample_cctv.py", "--output", folder, "--frames", "60")
+    must_run("data_prep/make_sample_cctv.py", "--output", folder, "--frames", "60", by=run_command)
     return folder
 
 
@@ -45,6 +86,7 @@ def cctv_dataset(tmp_path_factory, raw_cctv) -> Path:
     must_run(
         *("data_prep/prepare_cctv.py", "--frames", raw_cctv / "frames", "--labels", raw_cctv / "labels.csv"),
         *("--messages", raw_cctv / "messages.txt", "--output", folder, "--gap", "3"),
+        by=run_command,
     )
     return folder
 

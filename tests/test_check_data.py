@@ -6,7 +6,7 @@ import json
 import pytest
 from check_data import RECIPE, parse_options
 from check_data import main as check_data
-from conftest import SHARED, must_run, run_command
+from conftest import SHARED, run_command
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
 
@@ -72,13 +72,6 @@ CLEAN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
-    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", folder)
-    return folder
-
-
 def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
     assert list(FAULTS) == list(REASONS)
     rows = [{"messages": messages, "images": images} for messages, images in [*FAULTS.values(), *CLEAN]]
@@ -118,10 +111,13 @@ def test_clean_data_passes(tiny_llava, cctv_dataset, tmp_path):
     assert found["rows"] == len(audits) and found["faults"] == []
 
 
-def test_faults_of_gemma_rows(gemma, tmp_path):
+def test_faults_of_gemma_rows(tiny_gemma, tmp_path):
     template = tmp_path / "faulty.jinja"
     template.write_text(FAULTY_TEMPLATE.replace("END", "'<end_of_turn>'"), encoding="utf-8")
-    tokenizer, config = load_processing_class(str(gemma), chat_template_path=str(template)), load_config(str(gemma))
+    tokenizer, config = (
+        load_processing_class(str(tiny_gemma), chat_template_path=str(template)),
+        load_config(str(tiny_gemma)),
+    )
     for_gemma = {"<s>": "<bos>", "</s>": "<end_of_turn>"}
     rows, expected = [], []
     for code, (messages, _) in FAULTS.items():
@@ -137,7 +133,7 @@ def test_faults_of_gemma_rows(gemma, tmp_path):
     assert [[code for code, _ in audit.faults] for audit in audits] == [*expected, []]
 
     # The project's own template: clean, and a system turn is refused with the template's words.
-    tokenizer = load_processing_class(str(gemma))
+    tokenizer = load_processing_class(str(tiny_gemma))
     good, system = Auditor(tokenizer, config)(
         [{"messages": [*GOOD, *GOOD]}, {"messages": [{"role": "system", "content": "Be brief."}, *GOOD]}]
     )

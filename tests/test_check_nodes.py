@@ -6,34 +6,43 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, run_here
 
 
-def start(node: int, nodes: int, port: int, model: Path, dataset: Path, output: Path) -> subprocess.Popen:
-    """check_nodes.py as srun starts it on one of `nodes` nodes, all of which are this machine."""
-    environment = os.environ | {
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch):
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+
+
+def job(node: int, nodes: int, port: int) -> dict[str, str]:
+    """What srun tells one of `nodes` nodes of a job, all of which are this machine."""
+    return {
         "SLURM_NODEID": str(node), "SLURM_JOB_NUM_NODES": str(nodes), "PROCESSES_PER_NODE": "1",
         "NODE_NAMES": "\n".join(f"node{number}" for number in range(nodes)),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    environment.pop("SLURM_GPUS_ON_NODE", None)
+
+
+def command(model: Path, dataset: Path, output: Path) -> list[str]:
     flags = ("--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", output)
-    command = [sys.executable, "scripts/check_nodes.py", "scripts/train_llava.py", "ddp"]
-    command += ["--config", "scripts/configs/llava_sample.yaml", *map(str, flags)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    words = ["scripts/check_nodes.py", "scripts/train_llava.py", "ddp", "--config", "scripts/configs/llava_sample.yaml"]
+    return [*words, *map(str, flags)]
 
 
-def test_a_port_that_is_taken_is_told_with_everything_else(tiny_llava, tmp_path):
+def test_a_port_that_is_taken_is_told_with_everything_else(monkeypatch, tiny_llava, tmp_path):
     with socket.create_server(("", 0)) as other_program:
         port = other_program.getsockname()[1]
-        process = start(0, 1, port, tiny_llava, tmp_path / "no-data-here", tmp_path / "run")
-        _, errors = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in errors
+        for name, value in job(0, 1, port).items():
+            monkeypatch.setenv(name, value)
+        result = run_here(*command(tiny_llava, tmp_path / "no-data-here", tmp_path / "run"))
+    assert result.returncode == 1
     host = socket.gethostname()
-    assert f"check_nodes.py: {host}: port {port}, where the nodes are to meet, is taken by another program" in errors
-    assert f"check_nodes.py: {host}: {tmp_path / 'no-data-here'}: no dataset here" in errors
+    assert (
+        f"check_nodes.py: {host}: port {port}, where the nodes are to meet, is taken by another program"
+        in result.stderr
+    )
+    assert f"check_nodes.py: {host}: {tmp_path / 'no-data-here'}: no dataset here" in result.stderr
 
 
 def test_what_is_wrong_on_one_node_ends_the_check_on_all(tiny_llava, cctv_dataset, tmp_path):
@@ -41,7 +50,14 @@ def test_what_is_wrong_on_one_node_ends_the_check_on_all(tiny_llava, cctv_datase
         port = free.getsockname()[1]
     missing = tmp_path / "not-mounted"
     first, second = (
-        start(node, 2, port, tiny_llava, dataset, tmp_path / "run")
+        subprocess.Popen(
+            [sys.executable, *command(tiny_llava, dataset, tmp_path / "run")],
+            cwd=ROOT,
+            env=os.environ | job(node, 2, port),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for node, dataset in enumerate((cctv_dataset, missing))
     )
     _, errors = first.communicate()

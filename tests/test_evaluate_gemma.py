@@ -147,13 +147,6 @@ def test_the_guess_is_the_commonest_value_of_each_field_counted_once_per_title()
     assert guess_most_common(datasets.Dataset.from_list(rows)) == {"episodes": 1, "score": 7.0}
 
 
-@pytest.fixture(scope="module")
-def tiny_gemma(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
-    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", folder)
-    return folder
-
-
 def test_the_loss_of_answers_does_not_depend_on_the_batch(tiny_gemma):
     model = load_base_model(str(tiny_gemma), dtype=torch.float32).eval()
     tokenizer = load_processing_class(str(tiny_gemma))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import train_llava
 import yaml
-from conftest import ROOT, must_run, run_command
+from conftest import ROOT, must_run, run_command, run_here
 from datasets import Dataset, DatasetDict, Image, List
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PilImage
@@ -18,8 +18,6 @@ from finetuning.arguments import parse_arguments
 from finetuning.dataset import open_dataset, open_split
 from finetuning.evaluation import UNFINISHED
 from finetuning.models import load_processing_class
-
-COMMAND = "scripts/evaluate_llava.py"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def test_a_zero_adapter_is_no_measurable_change_and_a_second_call_only_shows_it(
     assert "finished already" in again and "No measurable change: mean absolute error" in again
     assert (zero_run / "evaluation" / "test" / "metrics.json").stat().st_mtime_ns == before
 
-    refused = run_command(COMMAND, "--run", zero_run, "--max_new_tokens", "5")
+    refused = run_here("scripts/evaluate_llava.py", "--run", zero_run, "--max_new_tokens", "5")
     assert refused.returncode == 1
     assert "max_new_tokens: 4 -> 5" in refused.stderr and "--overwrite" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -78,7 +76,8 @@ def test_two_processes_answer_as_one(zero_run):
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     precision = ("--mixed_precision", "no", "--dynamo_backend", "no")
     flags = ("--split", "train", "--batch_size", "2")
-    must_run(*launch, *precision, COMMAND, "--run", zero_run, "--max_new_tokens", "4", *flags)
+    command = (*launch, *precision, "scripts/evaluate_llava.py")
+    must_run(*command, "--run", zero_run, "--max_new_tokens", "4", *flags, by=run_command)
     two, two_answers = evaluation(zero_run, "train"), answer_lines(zero_run, "train")
     assert len(two_answers) > 20
     evaluate(zero_run, *flags, "--overwrite")

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import must_run
 from generate import find_images, main, parse_options, read_questions
 from PIL import Image
 
@@ -90,14 +89,12 @@ def test_one_answer_streams_and_a_conversation_remembers(tiny_llava, pictures, c
     assert " ".join(first.split()) in said and " ".join(second.split()) in said
 
 
-def test_a_text_model_answers_and_refuses_pictures(tmp_path, pictures):
-    base = tmp_path / "tiny-gemma"
-    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", base)
+def test_a_text_model_answers_and_refuses_pictures(tiny_gemma, tmp_path, pictures):
     output = tmp_path / "answers.jsonl"
-    ask("--model", base, "--max_new_tokens", "4", "--question", *QUESTIONS, "--output", output)
+    ask("--model", tiny_gemma, "--max_new_tokens", "4", "--question", *QUESTIONS, "--output", output)
     assert [(line["image"], line["question"]) for line in read_lines(output)] == [(None, each) for each in QUESTIONS]
     with pytest.raises(ValueError, match=r"reads text only; 3 answers need a file"):
-        ask("--model", base, "--question", QUESTIONS[0], "--image", pictures)
+        ask("--model", tiny_gemma, "--question", QUESTIONS[0], "--image", pictures)
 
 
 def test_all_mistakes_in_pictures_and_questions_are_named_together(tmp_path, pictures):

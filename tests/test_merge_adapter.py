@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import must_run
 from merge_adapter import main as merge
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -152,10 +151,8 @@ def test_a_qlora_run_is_merged_into_16_bits_and_its_distance_is_reported(llava_r
     assert not (tmp_path / "merged.unfinished").exists()
 
 
-def test_a_gemma_run_is_merged(tmp_path):
-    base = tmp_path / "tiny-gemma"
-    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", base)
-    run = make_run(tmp_path / "run", base, scale=0.3)
+def test_a_gemma_run_is_merged(tiny_gemma, tmp_path):
+    run = make_run(tmp_path / "run", tiny_gemma, scale=0.3)
     report = merge(run, tmp_path / "merged", None, 0, "5GB")
     assert report["adapted_layers"] == 14 and report["merged_against_tuned"]["mean_kl"] < 1e-9
     assert report["merged_against_tuned"]["equal_answers"] == 2

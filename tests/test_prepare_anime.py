@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -11,13 +10,13 @@ import make_sample_anime
 import prepare_anime
 import pytest
 import yaml
+from conftest import SHARED, run_command, run_here
 
 from preparing.ledger import Ledger
 from preparing.particles import attach_particle
 from preparing.wording import Value, find_wording_problems, join_names, load_wording
 
-ROOT = Path(__file__).parent.parent
-REAL_TABLE = ROOT.parent / "shared" / "data" / "anime" / "anime-dataset-2023.csv"
+REAL_TABLE = SHARED / "anime" / "anime-dataset-2023.csv"
 COWBOY_BEBOP = {
     "anime_id": "1",
     "Name": "Cowboy Bebop",
@@ -43,9 +42,8 @@ def write_table(path: Path, *rows: dict[str, str], encoding: str = "utf-8") -> P
     return path
 
 
-def prepare(table: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "data_prep" / "prepare_anime.py", "--csv", table, "--output", output, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def prepare(table: Path, output: Path, *arguments: str, by=run_here) -> subprocess.CompletedProcess[str]:
+    return by("data_prep/prepare_anime.py", "--csv", table, "--output", output, *arguments)
 
 
 def answers(row: dict[str, str], language: str, tmp_path: Path) -> dict[str, str]:
@@ -277,7 +275,7 @@ def test_encodings(tmp_path, encoding):
 def test_user_mistakes_are_told_in_words(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("anime_id,Name,Nme\n1,a,b\n")
-    missing = prepare(table, tmp_path / "data")
+    missing = prepare(table, tmp_path / "data", by=run_command)
     assert missing.returncode == 1
     assert "missing columns: English name, Other name, Score" in missing.stderr
     assert "found: anime_id, Name, Nme" in missing.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, run_here
 
 from finetuning.arguments import parse_arguments
 
@@ -49,7 +49,7 @@ def test_the_node_rank_is_expanded_on_the_node_and_nowhere_else():
 
 
 def test_a_sweep_has_every_combination_in_a_folder_of_its_own():
-    lines = run_command("scripts/sweep.py", *SWEEP, "--num_train_epochs", "2").stdout.splitlines()
+    lines = run_here("scripts/sweep.py", *SWEEP, "--num_train_epochs", "2").stdout.splitlines()
     assert len(lines) == 9
     assert lines[1] == (
         "1: scripts/configs/llava_lora.yaml --num_train_epochs 2 --learning_rate 1e-05 --lora_r 64 "
@@ -65,14 +65,14 @@ def test_a_sweep_has_every_combination_in_a_folder_of_its_own():
 def test_a_grid_with_a_key_that_no_recipe_has_is_refused_with_every_point(tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text("lora_rank: [3, 4]\n")
-    result = run_command("scripts/sweep.py", *SWEEP[:3], grid, "--count")
+    result = run_here("scripts/sweep.py", *SWEEP[:3], grid, "--count")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "point 0: " in result.stderr and "point 1: " in result.stderr and "lora_rank" in result.stderr
 
 
 def test_all_mistakes_of_a_submission_are_told_at_once():
     words = ("scripts/train_lava.py", "dpd", "--config", "scripts/configs/llava_lora.yaml", "--lora_rank", "16")
-    result = run_command("scripts/check_recipe.py", *words)
+    result = run_here("scripts/check_recipe.py", *words)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for part in ("scripts/train_lava.py: no training command", "dpd: no strategy", "--lora_rank"):
         assert part in result.stderr

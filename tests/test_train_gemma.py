@@ -36,13 +36,6 @@ GEMMA_2B = {
 
 
 @pytest.fixture(scope="module")
-def tiny_gemma(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
-    must_run("scripts/make_tiny_model.py", "--architecture", "gemma", "--output", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("anime")
     must_run("data_prep/make_sample_anime.py", "--output", folder / "anime.csv", "--titles", "20")
