@@ -5,18 +5,23 @@
 
 Only the config and the processor of the model are read: its weights are drawn at random in the published shape, since
 speed does not depend on their values. Measured on one NVIDIA H200; the second line runs anywhere, on a CPU in a minute.
-Writes results.json, report.md and losses.png.
+With `--unsloth PYTHON` Unsloth can run beside them, in its own environment. Writes results.json, report.md and losses.png.
 """
 
 import argparse
 import gc
 import json
+import os
 import platform
 import random
+import shutil
+import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset, Features, Image, List, Value
@@ -25,11 +30,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image as Picture
 from PIL import ImageDraw
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, set_seed
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+from clock import Clock
 from fp8_base import hold_base_in_fp8
 
 from finetuning.checkpointing import decoder_layers
@@ -41,8 +47,6 @@ from finetuning.packed_attention import register_packed_attention
 from finetuning.shared_prefix import SharedPrefixCollator, group_by_image, share_prefix
 from finetuning.speed import count_image_tokens_once, ignore_right_padding, see_as_in_inference
 from finetuning.trainer import FineTuningTrainer
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Variant:
     accumulate: int = 1
     graphs: bool = False  # passes as CUDA graphs
     optim: str = "adamw_torch_fused"  # the known recipe: paged_adamw_8bit
+    unsloth: bool = False  # by Unsloth, in its own environment
 
 
 LLAVA = {
@@ -74,6 +79,8 @@ LLAVA = {
     "this project, FP8 base": Variant(ours=True, fp8="both"),
     "TRL, NF4": Variant(nf4=True, dropout=0.05, checkpoint_layers="all"),
     "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="17"),
+    "Unsloth": Variant(unsloth=True),
+    "Unsloth, NF4": Variant(unsloth=True, nf4=True, checkpoint_layers="all"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),
     "this project, 3 questions, shared": Variant(ours=True, questions=3, shared=True),
 }
@@ -156,74 +163,85 @@ def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
 
 
-class Clock(TrainerCallback):
-    """Time and memory of the steps after the warm-up."""
+def arguments_of(variant: Variant, options: argparse.Namespace, folder: Path, *, vision: bool, cuda: bool) -> dict:
+    """What `SFTConfig` gets."""
+    batch_size = variant.batch_size or options.batch_size
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch_size * (1 if variant.shared else variant.questions),
+        "gradient_accumulation_steps": variant.accumulate,
+        "max_steps": options.warmup + options.steps,
+        "learning_rate": options.learning_rate,
+        "optim": variant.optim,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": variant.checkpoint_layers != "0",
+        "assistant_only_loss": not variant.unsloth,
+        "packing": bool(variant.packed),
+        "padding_free": variant.padding_free,
+        "max_length": variant.packed or None,
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "logging_steps": options.logging_steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": options.workers,
+        "remove_unused_columns": not vision,
+        "seed": options.seed,
+        "train_sampling_strategy": "sequential",
+        # As the recipes have it: nothing waits for the GPU where the loss is not looked at.
+        "logging_nan_inf_filter": not variant.ours,
+        "accelerator_config": {"non_blocking": variant.ours},
+    }
 
-    def __init__(self, warmup: int, bar: tqdm):
-        self.warmup, self.bar = warmup, bar
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.bar.update()
-        if state.global_step == self.warmup:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            self.started = time.perf_counter()
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.started
+def lora_of(variant: Variant, *, vision: bool) -> dict:
+    """What `LoraConfig` gets."""
+    language_model = r".*language_model\.layers\..*(?:q|k|v|o|gate|up|down)_proj"
+    targets = "all-linear" if variant.whole_model or not vision else language_model
+    return {"r": 64, "lora_alpha": 32, "lora_dropout": variant.dropout, "target_modules": targets}
 
 
-def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path, bar: tqdm) -> dict:
+def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_folder: Path, bar: tqdm) -> dict:
     """Train for `options.warmup + options.steps` steps; what was measured."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    vision = is_vision(load_config(options.model))
+    config = load_config(options.model)
+    vision = is_vision(config)
     batch_size = variant.batch_size or options.batch_size
     steps = options.warmup + options.steps
     rows_needed = steps * batch_size * variant.accumulate * (options.rows_a_sequence if variant.packed else 1)
     rows = draw_rows(rows_needed, variant.questions, vision=vision)
-    args = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size * (1 if variant.shared else variant.questions),
-        gradient_accumulation_steps=variant.accumulate,
-        max_steps=steps,
-        learning_rate=options.learning_rate,
-        optim=variant.optim,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=variant.checkpoint_layers != "0",
-        assistant_only_loss=True,
-        packing=bool(variant.packed),
-        padding_free=variant.padding_free,
-        max_length=variant.packed or None,
-        bf16=device == "cuda",
-        use_cpu=device == "cpu",
-        logging_steps=options.logging_steps,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=options.workers,
-        remove_unused_columns=not vision,
-        seed=options.seed,
-        train_sampling_strategy="sequential",
-        # As the recipes have it: nothing waits for the GPU where the loss is not looked at.
-        logging_nan_inf_filter=not variant.ours,
-        accelerator_config={"non_blocking": variant.ours},
-    )
+    if variant.unsloth:
+        run = train_by_unsloth(variant, rows, options, unsloth_folder, bar)
+    else:
+        run = train_here(variant, rows, options, options.output / "run", bar)
+    seconds, tokens = run.pop("seconds"), run.pop("tokens") / steps
+    answers = batch_size * variant.accumulate * variant.questions
+    measured = {
+        "variant": name,
+        **asdict(variant),
+        "ms_a_step": 1000 * seconds / options.steps,
+        "samples_a_second": None if variant.packed else answers * options.steps / seconds,
+        "tokens_a_step": tokens,
+        "tokens_a_second": tokens * options.steps / seconds,
+        **run,
+    }
+    if vision and not variant.shared:
+        measured["share_of_peak"] = needed_flops(config, tokens, answers) * options.steps / seconds / options.peak
+    return measured
+
+
+def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, folder: Path, bar: tqdm) -> dict:
+    """By TRL or by this project, in this process."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    vision = is_vision(load_config(options.model))
+    args = SFTConfig(**arguments_of(variant, options, folder, vision=vision, cuda=device == "cuda"))
     processing_class = load_processing_class(options.model)
     set_seed(options.seed)
     model = random_model(options.model, variant, device, dtype)
-    part = r".*(?:language_model|model)\.layers\..*(?:q|k|v|o|gate|up|down)_proj"
-    targets = (
-        "all-linear"
-        if variant.whole_model or not vision
-        else part.replace("(?:language_model|model)", "language_model")
-    )
     set_seed(options.seed)
-    lora = LoraConfig(r=64, lora_alpha=32, lora_dropout=variant.dropout, target_modules=targets)
-    clock = Clock(options.warmup, bar)
+    lora = LoraConfig(**lora_of(variant, vision=vision))
+    clock = Clock(options.warmup, bar.update)
     common = {"args": args, "processing_class": processing_class, "callbacks": [clock]}
     if not variant.ours:
         trainer = SFTTrainer(model=model, train_dataset=rows, peft_config=lora, **common)
@@ -248,34 +266,76 @@ def train(name: str, variant: Variant, options: argparse.Namespace, folder: Path
         )
         assert fused > 0
     trainer.train()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    tokens = history[-1]["num_tokens"] / steps
-    answers = batch_size * variant.accumulate * variant.questions
-    measured = {
-        "variant": name,
-        **asdict(variant),
-        "ms_a_step": 1000 * clock.seconds / options.steps,
-        "samples_a_second": None if variant.packed else answers * options.steps / clock.seconds,
-        "tokens_a_step": tokens,
-        "tokens_a_second": tokens * options.steps / clock.seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
-        "data_wait": history[-1].get("data_wait"),
-        "loss_steps": [entry["step"] for entry in history],
-        "losses": [entry["loss"] for entry in history],
-    }
-    if vision and not variant.shared:
-        measured["share_of_peak"] = needed_flops(model, tokens, answers) * options.steps / clock.seconds / options.peak
+    measured = clock.measured(trainer)
     del trainer, model
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     return measured
 
 
-def needed_flops(model: torch.nn.Module, tokens: float, rows: int) -> float:
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespace, folder: Path, bar: tqdm) -> dict:
+    """By `unsloth_speed.py` in the Python `options.unsloth`, which gets the weights, the tokens and the labels in files.
+
+    The version of transformers that Unsloth takes cannot say which tokens of a row with a picture are the assistant's.
+    """
+    cuda = torch.cuda.is_available()
+    processor = load_processing_class(options.model)
+    if not (folder / "model").exists():
+        set_seed(options.seed)
+        model = random_model(
+            options.model, Variant(), "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32
+        )
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        del model
+        free_memory()
+    collator = LlavaDataCollator(processor)
+
+    def tokenise(row: dict) -> dict:
+        batch = collator([row])
+        return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0]}
+
+    rows = rows.map(tokenise)
+    rows.save_to_disk(folder / "rows")
+    tokens = sum(map(len, rows["input_ids"]))
+    order = {
+        "arguments": arguments_of(variant, options, folder / "run", vision=True, cuda=cuda),
+        "lora": lora_of(variant, vision=True),
+        "nf4": variant.nf4,
+        "warmup": options.warmup,
+    }
+    (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
+    last_lines = deque(maxlen=30)
+    with (
+        subprocess.Popen(
+            [options.unsloth, Path(__file__).with_name("unsloth_speed.py"), folder],
+            env=environment_of_unsloth(),
+            cwd=folder,  # what Unsloth compiles stays there
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+        open(options.output / "unsloth.log", "a", encoding="utf-8") as log,
+    ):
+        for line in process.stdout:
+            log.write(line)
+            if line == "step\n":
+                bar.update()
+            else:
+                last_lines.append(line)
+    if process.returncode != 0:
+        sys.exit(f"train_speed.py: {options.unsloth} ended with {process.returncode}:\n{''.join(last_lines)}")
+    return json.loads((folder / "measured.json").read_text(encoding="utf-8")) | {"tokens": tokens}
+
+
+def needed_flops(model_config: PreTrainedConfig, tokens: float, rows: int) -> float:
     """Operations of a step with frozen weights: 4 per weight and token, causal attention, the vision tower's forward."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, vision = base.config.text_config, base.config.vision_config
+    config, vision = model_config.text_config, model_config.vision_config
     width, layers = config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     attention_width = config.num_attention_heads * head_dim
@@ -351,6 +411,25 @@ def write_report(results: list[dict], options: argparse.Namespace, folder: Path)
     return text
 
 
+def python_with_unsloth(python: str | None) -> str:
+    """The absolute path of that program, or the end of this one."""
+    if python is None:
+        sys.exit("train_speed.py: Unsloth runs in an environment of its own: name its Python with --unsloth PYTHON")
+    found = shutil.which(python)
+    if found is None:
+        sys.exit(f"train_speed.py: --unsloth {python}: no such program; give the Python of Unsloth's environment")
+    finds = "import importlib.util, sys; sys.exit(importlib.util.find_spec('unsloth') is None)"
+    if subprocess.run([found, "-c", finds], env=environment_of_unsloth()).returncode != 0:
+        sys.exit(f"train_speed.py: --unsloth {python} has no Unsloth: {python} -m pip install unsloth")
+    return os.path.abspath(found)
+
+
+def environment_of_unsloth() -> dict[str, str]:
+    """This process's without its packages; nothing is fetched or sent."""
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return ours | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -358,6 +437,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="Hub name or folder; config and processor are read, no weights")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results; must not hold any yet")
     parser.add_argument("--variants", nargs="+", help=f"of LLaVA: {', '.join(LLAVA)}; of Gemma: {', '.join(GEMMA)}")
+    parser.add_argument("--unsloth", metavar="PYTHON", help="Python of an environment in which Unsloth is installed")
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs, in turns")
@@ -378,17 +458,22 @@ def main() -> None:
     names = options.variants or [name for name in DEFAULTS if name in known]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"train_speed.py: --variants {unknown} are unknown for this model; there are {list(known)}")
+    if any(known[name].unsloth for name in names):
+        options.unsloth = python_with_unsloth(options.unsloth)
     options.output.mkdir(parents=True, exist_ok=True)
     register_packed_attention()
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     options.peak = peak_rate()
     results = []
-    with tqdm(total=options.rounds * len(names) * (options.warmup + options.steps), unit="step") as bar:
+    with (
+        TemporaryDirectory(prefix="unsloth-") as unsloth_folder,
+        tqdm(total=options.rounds * len(names) * (options.warmup + options.steps), unit="step") as bar,
+    ):
         for _ in range(options.rounds):
             for name in names:
                 bar.set_description(name)
-                results.append(train(name, known[name], options, options.output / "run", bar))
+                results.append(train(name, known[name], options, Path(unsloth_folder), bar))
                 report = write_report(results, options, options.output)
     print(report)
 

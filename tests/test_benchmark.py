@@ -2,13 +2,19 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import must_run
+from datasets import load_from_disk
 from PIL import Image, ImageChops
+
+from finetuning.collator import LlavaDataCollator
+from finetuning.models import load_processing_class
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +48,72 @@ def test_a_wrong_variant_is_named(tiny_llava, tmp_path):
     assert done.returncode != 0
     assert "['fast'] are unknown" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def write_program(path: Path, lines: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def ends_with(tiny_llava, monkeypatch):
+    """What train_speed.py says when it ends without results."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import train_speed
+
+    def run(*words: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_speed.py", "--model", str(tiny_llava), *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            train_speed.main()
+        return ended.value.code
+
+    return run
+
+
+def test_unsloth_is_asked_for_with_its_python(ends_with, tmp_path):
+    words = ("--output", tmp_path / "x", "--variants", "TRL by hand", "Unsloth")
+    assert "name its Python with --unsloth PYTHON" in ends_with(*words)
+    assert "nowhere/python: no such program" in ends_with(*words, "--unsloth", tmp_path / "nowhere/python")
+    without = write_program(tmp_path / "without", "exit 1")
+    assert f"--unsloth {without} has no Unsloth: {without} -m pip install unsloth" in ends_with(
+        *words, "--unsloth", without
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_unsloth_gets_the_same_tokens_and_its_last_words_are_shown(ends_with, tiny_llava, tmp_path):
+    got = tmp_path / "got"
+    python = write_program(
+        tmp_path / "python", f'[ "$1" = -c ] && exit 0; cp -r "$2" {got}; echo step; echo "here it broke"; exit 3'
+    )
+    words = ["--steps", 1, "--warmup", 1, "--batch_size", 2, "--variants", "Unsloth, NF4", "--unsloth", python]
+    assert ends_with("--output", tmp_path / "output", *words).endswith(f"{python} ended with 3:\nhere it broke\n")
+    rows = load_from_disk(got / "rows")
+    order = json.loads((got / "order.json").read_text())
+    assert order["nf4"] and order["arguments"]["max_steps"] == 2 and len(rows) == 4
+    processor = load_processing_class(str(tiny_llava))
+    batch = LlavaDataCollator(processor)(list(rows))
+    for index, row in enumerate(rows):
+        supervised = [label for label in row["labels"] if label != -100]
+        assert processor.tokenizer.decode(supervised) == row["messages"][1]["content"] + "</s>"
+        assert batch["input_ids"][index, : len(row["input_ids"])].tolist() == row["input_ids"]
+        assert batch["labels"][index, : len(row["labels"])].tolist() == row["labels"]
+    assert (got / "model" / "model.safetensors").is_file() and (got / "model" / "processor_config.json").is_file()
+
+
+def test_unsloth_learns_the_same(tiny_llava, tmp_path):
+    python = os.environ.get("UNSLOTH_PYTHON")
+    if python is None or shutil.which(python) is None:
+        pytest.skip("needs a GPU, and UNSLOTH_PYTHON: the Python of an environment in which Unsloth is installed")
+    words = ["--steps", 3, "--warmup", 1, "--rounds", 1, "--batch_size", 2, "--workers", 0, "--logging_steps", 1]
+    words += ["--learning_rate", 1e-3, "--unsloth", python, "--variants", "TRL by hand", "Unsloth"]
+    done = benchmark("--model", tiny_llava, "--output", tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    by_hand, by_unsloth = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert by_unsloth["losses"] == pytest.approx(by_hand["losses"], rel=1e-2)
+    for name in ("tokens_a_step", "trained_parameters", "trained_types"):
+        assert by_unsloth[name] == by_hand[name]
 
 
 def test_crowds_are_drawn_over_the_empty_scene_and_every_part_is_counted(raw_cctv, tmp_path):

@@ -1,0 +1,44 @@
+"""What every way of training is measured by; Unsloth's environment, which has other versions, imports it too."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+GIB = 2**30
+
+
+class Clock(TrainerCallback):
+    """Time and memory of the steps after the warm-up; `step_done` is called after each step."""
+
+    def __init__(self, warmup: int, step_done: Callable[[], object]):
+        self.warmup, self.step_done = warmup, step_done
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.step_done()
+        if state.global_step == self.warmup:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            self.started = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.started
+
+    def measured(self, trainer: Trainer) -> dict:
+        """Seconds of the measured steps, the most GiB allocated in them, tokens of all steps, logged losses."""
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        return {
+            "trained_parameters": sum(weight.numel() for weight in trained),
+            "trained_types": sorted({str(weight.dtype) for weight in trained}),
+            "seconds": self.seconds,
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None,
+            "tokens": history[-1].get("num_tokens"),
+            "data_wait": history[-1].get("data_wait"),
+            "loss_steps": [entry["step"] for entry in history],
+            "losses": [entry["loss"] for entry in history],
+        }
