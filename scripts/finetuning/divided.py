@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from finetuning.checkpointing import decoder_layers
 from finetuning.gathered import can_be_gathered, gather_layers
 from finetuning.hardware import strategy
-from finetuning.models import vision_tower_of
+from finetuning.models import base_model_of, vision_tower_of
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
@@ -103,6 +103,18 @@ def norm_of_gradients(optimizer: Any) -> torch.Tensor:
     total = torch.stack(torch._foreach_norm(parts, 2, torch.float32)).square().sum()
     dist.all_reduce(total, group=optimizer.dp_process_group)
     return total.sqrt()
+
+
+def name_layers(model: nn.Module) -> None:
+    """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has."""
+    base = base_model_of(model)
+    base._no_split_modules = sorted(
+        {
+            type(module).__name__
+            for module in base.modules()
+            if any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
+        }
+    )
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

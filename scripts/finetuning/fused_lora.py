@@ -53,8 +53,9 @@ class Projections:
 
     Base weights are stacked in memory once, with columns for B behind them and rows for s A below, and the layers' own
     weights become views of the stack; 4-bit ones are stacked as they are and unpacked in one call at each use, in front of
-    B or above s A. Weights that ZeRO-3 divides come and go, and are copied in front of B. The adapters are stacked as s A
-    and as B, block-diagonal. What writes x leaves room for s A x behind each row (`new_input`), what writes g for g B.
+    B or above s A. Weights that ZeRO-3 or FSDP2 divides (`divided`) come and go, and are copied there. The adapters are
+    stacked as s A and as B, block-diagonal. What writes x leaves room for s A x behind each row (`new_input`), what writes
+    g for g B (`new_grad`).
 
     One product, because then the sum is rounded to 16 bits once. PEFT adds the low-rank part to a product that is rounded
     already, where most of what is less than half a unit in its last place is lost: at a learning rate of 1.4e-5 and a
@@ -62,11 +63,11 @@ class Projections:
     an H200) rounds the product before it adds (the CPU does not).
 
     The adapters' dropout is drawn once for all layers of the stack, because they read the same activation: elements are
-    dropped as often as PEFT drops them. `refresh` must run before each forward pass of the model, under ZeRO-3 of each
-    decoder layer.
+    dropped as often as PEFT drops them. `refresh` must run before each forward pass of the model; where weights are
+    divided, of each decoder layer.
     """
 
-    def __init__(self, layers: list[nn.Module]):
+    def __init__(self, layers: list[nn.Module], *, divided: bool = False):
         self.layers = layers
         self.bases = [layer.get_base_layer() for layer in layers]
         self.adapter = layers[0].active_adapters[0]
@@ -79,9 +80,10 @@ class Projections:
         self.diagonal = [(slice(row - size, row), slice(column - rank, column)) for row, size, column, rank in spans]
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
-        self.is_divided = hasattr(self.bases[0].weight, "ds_id")
-        # Not of weights that come and go: they would have to be copied.
-        self.gradient_in_one = not self.is_divided
+        # FSDP2 makes plain parameters of 4-bit ones, which do not say how they are to be unpacked.
+        self.states = [base.weight.quant_state for base in self.bases] if self.is_quantized else []
+        self.is_divided = divided
+        self.gradient_in_one = True
         self.in_use = True
         self.types: tuple | None = None
 
@@ -101,7 +103,7 @@ class Projections:
         self.parameters = self.adapters()
         self.drops = self.dropout > 0 and first.training
         weights = [base.weight for base in self.bases]
-        own_dtype = weights[0].quant_state.dtype if self.is_quantized else weights[0].dtype
+        own_dtype = self.states[0].dtype if self.is_quantized else weights[0].dtype
         types = (autocast_dtype or own_dtype, own_dtype, weights[0].device)
         if types != self.types:
             self.types, self.dtype = types, types[0]
@@ -110,9 +112,11 @@ class Projections:
             self.scale = self.scale.to(types[2])
             self.joined, self.stacked = None, []
             self.hold_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=types[2]))
+        if self.is_divided:
+            return
         if self.is_quantized:
             self.stack_quantized(weights)
-        elif not self.is_divided:
+        else:
             self.stack_weights(weights, joins=self.dtype == own_dtype)
 
     def hold_b(self, b: Tensor) -> None:
@@ -140,12 +144,12 @@ class Projections:
         states = [weight.quant_state for weight in weights]
         if self.stacked and all(map(operator.is_, states, self.stacked)):
             return
-        self.stacked = states
+        self.stacked = self.states = states
         first, self.lengths = states[0], [len(state.absmax) for state in states]
         # Scales that are quantised too stay so where blocks of them end with a weight, as they do at every real size.
         if first.nested and any(length % first.state2.blocksize for length in self.lengths[:-1]):
             for state in states:
-                state.absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+                state.absmax = scales_of(state)
                 state.nested, state.state2, state.offset = False, None, None
         of_scales = [state.state2 for state in states] if first.nested else []
         # One memory for the stack and for the weights, so that none is added.
@@ -156,22 +160,14 @@ class Projections:
             self.state_of_scales = QuantState(
                 in_one_of_scales, code=of_scales[0].code, blocksize=of_scales[0].blocksize, dtype=of_scales[0].dtype
             )
-        self.quant_state = QuantState(
-            self.absmax,
-            shape=torch.Size((sum(self.sizes), self.in_features)),
-            code=first.code,
-            blocksize=first.blocksize,
-            quant_type=first.quant_type,
-            dtype=first.dtype,
-        )
 
-    def scales_of_blocks(self) -> "QuantState":
-        """What unpacks the stack; scales that are quantised too are unpacked here."""
-        if self.stacked[0].nested:
-            absmax = dequantize_blockwise(self.absmax, self.state_of_scales)
-            torch._foreach_add_(list(absmax.split(self.lengths)), [state.offset for state in self.stacked])
-            self.quant_state.absmax = absmax
-        return self.quant_state
+    def scales_of_blocks(self) -> Tensor:
+        """Of the whole stack; those that are quantised too are unpacked here."""
+        if not self.stacked[0].nested:
+            return self.absmax
+        absmax = dequantize_blockwise(self.absmax, self.state_of_scales)
+        torch._foreach_add_(list(absmax.split(self.lengths)), [state.offset for state in self.stacked])
+        return absmax
 
     def row_length(self, width: int) -> int:
         """Numbers from one row to the next, of `width` and the low-rank ones: products are fast at multiples of 64."""
@@ -195,18 +191,21 @@ class Projections:
 
     def write_weight(self, rows: Tensor) -> None:
         """Stacked base weights into `rows` (sum of out, in), which may lie apart."""
-        if self.is_quantized:
-            state = self.scales_of_blocks()
-            unpack_4bit(self.stack, state.absmax, state.code, state.blocksize, rows)
+        if self.is_divided and self.is_quantized:
+            for part, base, state in zip(rows.split(self.sizes), self.bases, self.states, strict=True):
+                unpack_4bit(base.weight.detach(), scales_of(state), state.code, state.blocksize, part)
         elif self.is_divided:
             for part, base in zip(rows.split(self.sizes), self.bases, strict=True):
                 part.copy_(base.weight.detach())
+        elif self.is_quantized:
+            state = self.states[0]
+            unpack_4bit(self.stack, self.scales_of_blocks(), state.code, state.blocksize, rows)
         else:
             rows.copy_(self.stack)
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
-        if not self.is_quantized:
+        if not self.is_quantized and not self.is_divided:
             return self.stack.to(self.dtype)
         weight = self.a.new_empty(sum(self.sizes), self.in_features)
         self.write_weight(weight)
@@ -234,11 +233,7 @@ class Projections:
 
     def add_transposed_product(self, grad_x: Tensor, grad: Tensor) -> Tensor:
         """grad_x + W^T grad, in place."""
-        if not self.is_divided:
-            return grad_x.addmm_(grad, self.weight())
-        for columns, base in zip(grad.split(self.sizes, 1), self.bases, strict=True):
-            grad_x.addmm_(columns, base.weight.detach().to(self.dtype))
-        return grad_x
+        return grad_x.addmm_(grad, self.weight())
 
     def draw_seeds(self) -> Tensor | None:
         # Drawn from the device's generator, which checkpointing rewinds before it computes a layer again.
@@ -373,6 +368,11 @@ def through_norm(
     return rms_norm_backward(hidden, *norm, grad_x, grad_residual)
 
 
+def scales_of(state: "QuantState") -> Tensor:
+    """Of the blocks of one 4-bit weight."""
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
+
 def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
     """The parts one after the other in one tensor; `name` of each owner becomes its part of it."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -491,15 +491,14 @@ IS_GELU = {SiLUActivation: False, nn.SiLU: False, GELUTanh: True}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def fuse_lora(model: nn.Module) -> int:
+def fuse_lora(model: nn.Module, *, divided: bool = False) -> int:
     """Switch PEFT's LoRA layers of `model` to the fused computation, in place. Returns how many were switched.
 
     What is not plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps PEFT's
     own code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
-    code too. DeepSpeed ZeRO-3 must gather whole decoder layers (`divided.gather_whole_layers`); what is not in a decoder
-    keeps PEFT's code there.
+    code too. Where weights are `divided`, whole decoder layers must be gathered (ZeRO-3: `divided.gather_whole_layers`;
+    FSDP2: `divided.name_layers`); what is not in a decoder keeps PEFT's code there.
     """
-    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     fused = 0
     decoders = [module for module in model.modules() if type(module) in FUSED_LAYERS]
     for index, layer in enumerate(decoders):
@@ -511,10 +510,10 @@ def fuse_lora(model: nn.Module) -> int:
         if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
             continue
         query, key, value, output, gate, up, down = linear_layers
-        layer.fused_qkv = Projections([query, key, value])
-        layer.fused_o = Projections([output])
-        layer.fused_gate_up = Projections([gate, up])
-        layer.fused_down = Projections([down])
+        layer.fused_qkv = Projections([query, key, value], divided=divided)
+        layer.fused_o = Projections([output], divided=divided)
+        layer.fused_gate_up = Projections([gate, up], divided=divided)
+        layer.fused_down = Projections([down], divided=divided)
         layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1

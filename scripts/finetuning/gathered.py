@@ -111,7 +111,7 @@ class GatheredProjections(Projections):
     """A stack that lies in a buffer while its layer is there, with columns for B behind it."""
 
     def lie_in(self, rows: Tensor) -> None:
-        """`rows` (sum of out, row length) of the buffer are the stack's from now on."""
+        """`rows` (sum of out, row length) of the buffer are the stack's from now on; there is none for A below."""
         self.rows = rows[:, : self.in_features + sum(self.ranks)]
         self.stack = rows[:, : self.in_features]
         self.is_divided = self.gradient_in_one = False

@@ -180,7 +180,7 @@ def load_base_for_training(
     quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
     if quantization is not None and trains_base_weights:
         raise ValueError("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
-    model = load_base_model(
+    return load_base_model(
         model_args.model_name_or_path,
         dtype=dtype,
         quantization=quantization,
@@ -189,10 +189,6 @@ def load_base_for_training(
         device_map=this_device() if quantization is not None else None,
         revision=model_args.model_revision,
     )
-    # FSDP wraps each layer class named here, and fails on one that the model lacks (LLaVA's CLIP has no text half).
-    present = {type(module).__name__ for module in model.modules()}
-    model._no_split_modules = [name for name in model._no_split_modules if name in present]
-    return model
 
 
 def this_device() -> dict[str, int | str]:

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from finetuning import packed_attention
 from finetuning.arguments import ScriptArguments, TrainingArguments
-from finetuning.divided import set_up_deepspeed
+from finetuning.divided import name_layers, set_up_deepspeed
 from finetuning.fp8_base import pass_gradients_in_fp8
 from finetuning.fused_lora import fuse_lora, without_autocast
-from finetuning.hardware import strategy
+from finetuning.hardware import weights_are_divided
 from finetuning.models import base_model_of, vision_tower_of
 from finetuning.shared_prefix import share_prefix
 
@@ -24,11 +24,9 @@ def shares_image_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
 def speed_up(
     model: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, *, shares_prefix: bool = False
 ) -> str:
-    """Fused LoRA, FP8 and the shared prefix, as the recipe says. One line for people.
-
-    Under FSDP2 LoRA stays PEFT's, whose own calls gather the weights.
-    """
-    fused = fuse_lora(model) if script_args.fused_lora and strategy() != "FSDP2" else 0
+    """Fused LoRA, FP8 and the shared prefix, as the recipe says. One line for people."""
+    fused = fuse_lora(model, divided=weights_are_divided()) if script_args.fused_lora else 0
+    name_layers(model)
     in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision == "fp8_backward" else 0
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
