@@ -320,7 +320,7 @@ def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespac
             stderr=subprocess.STDOUT,
             text=True,
         ) as process,
-        open(options.output / "unsloth.log", "a", encoding="utf-8") as log,
+        open(options.output / "unsloth.log", "a", buffering=1, encoding="utf-8") as log,
     ):
         for line in process.stdout:
             log.write(line)
