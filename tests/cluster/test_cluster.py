@@ -35,6 +35,7 @@ def cluster():
     subprocess.run([CLUSTER, "start", folder], check=True)
     os.environ |= {
         "SLURM_CONF": str(folder / "slurm.conf"), "WANDB_MODE": "offline", "HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "tests" / "on_cpu"),
     }  # fmt: skip
     yield
     subprocess.run([CLUSTER, "stop", folder], check=True)
