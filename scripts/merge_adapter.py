@@ -25,7 +25,6 @@ from transformers.utils import cached_file
 from finetuning.merging import (
     LARGEST_SHARE,
     TOLERANCE,
-    check_adapter_is_whole,
     check_proof,
     compare,
     dtype_of_run,
@@ -38,6 +37,7 @@ from finetuning.merging import (
 )
 from finetuning.model_card import write_model_card
 from finetuning.models import (
+    check_adapter_is_whole,
     is_vision,
     load_base_model,
     load_config,

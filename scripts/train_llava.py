@@ -38,7 +38,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
-    refuse_what_cannot_work(script_args, training_args, model_args, train_rows)
+    refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows, validation_rows)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,

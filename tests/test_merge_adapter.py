@@ -10,8 +10,8 @@ from merge_adapter import main as merge
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from finetuning.merging import check_adapter_is_whole, check_proof, compare, make_probes, observe
-from finetuning.models import load_base_model, load_for_inference, load_processing_class
+from finetuning.merging import check_proof, compare, make_probes, observe
+from finetuning.models import check_adapter_is_whole, load_base_model, load_for_inference, load_processing_class
 
 DTYPE = torch.float32
 
@@ -114,6 +114,8 @@ def test_an_adapter_file_without_the_projector_is_refused(llava_run, tmp_path):
     check_adapter_is_whole(llava_run, ["multi_modal_projector"])
     with pytest.raises(ValueError, match="multi_modal_projector was trained in full"):
         merge(run, tmp_path / "merged", None, 0, "5GB")
+    with pytest.raises(ValueError, match="multi_modal_projector was trained in full"):
+        load_for_inference(str(run))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

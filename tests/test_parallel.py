@@ -1,7 +1,7 @@
 """The same recipe by one process and by two, under each strategy, through `accelerate launch` with the shipped files.
 
 A CPU trains in fp32, so that numbers can be compared to 1e-5. What a CPU cannot do is left to benchmarks/multi_gpu.py:
-16-bit types, NCCL, and models of a real size. Nine launches of two processes, most of their time imports.
+16-bit types, NCCL, and models of a real size. Twelve launches of two processes, most of their time imports.
 """
 
 import json
@@ -149,6 +149,18 @@ def test_two_processes_save_and_answer_as_one_does(one, trained, strategy):
     for key in ("eval_loss", "eval_count_n", "eval_count_penalised_mae", "eval_count_unparsable_rate"):
         assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-5), key
     assert logged(two, "eval_count_n") == [3]
+
+
+def test_lora_of_layers_that_deepspeed_divides_is_saved_whole(one, train, tmp_path):
+    """peft#2450, accelerate#3508: saved as `Size([0])`. Without fused LoRA no layer is gathered (`finetuning.gathered`)."""
+    flags = LORA | {
+        "fused_lora": "false",
+        "gradient_checkpointing": "true",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    train("deepspeed_zero3", tmp_path / "run", **flags, max_steps=2)
+    assert_same_weights(tmp_path / "run", one / "checkpoint-2", "adapter_model.safetensors", tolerance=2e-5)
 
 
 def interrupt(finished: Path, run: Path, last: str) -> None:

@@ -1,18 +1,22 @@
 """What cannot work is refused before a weight is loaded, and what can is let through. No launch needs more than a CPU."""
 
-import argparse
+import json
+import os
 import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, run_command
 from datasets import Dataset, Image, List
 from PIL import Image as Picture
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
@@ -22,11 +26,19 @@ from transformers import (
     LlavaProcessor,
 )
 
-from finetuning import preflight
+from finetuning import arguments, models, preflight
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.checkpointing import checkpoint_first
 from finetuning.collator import LlavaDataCollator
-from finetuning.hardware import choose_precision, divide_batch, launched_precision, refuse_more_processes_than_gpus
-from finetuning.models import load_config
+from finetuning.fused_lora import fuse_lora
+from finetuning.hardware import (
+    choose_precision,
+    divide_batch,
+    launched_precision,
+    refuse_more_processes_than_gpus,
+    weight_dtype,
+)
+from finetuning.models import load_base_model, load_config, quantization_config, this_device
 from finetuning.placement import place, without_gradient
 from finetuning.runs import resolved_arguments
 
@@ -109,9 +121,9 @@ def test_rows_that_cannot_be_shared_name_the_nearest_that_can(processes, nearest
 
 
 def test_global_batch_size_decides_accumulation(tmp_path):
-    arguments = training_arguments(tmp_path, global_batch_size=32, per_device_train_batch_size=8)
-    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (8, 4)
-    saved = resolved_arguments(arguments)
+    training_args = training_arguments(tmp_path, global_batch_size=32, per_device_train_batch_size=8)
+    assert (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps) == (8, 4)
+    saved = resolved_arguments(training_args)
     assert saved["global_batch_size"] == 32 and "gradient_accumulation_steps" not in saved
     with pytest.raises(ValueError, match="remove gradient_accumulation_steps: 2, or remove global_batch_size"):
         training_arguments(tmp_path, global_batch_size=32, gradient_accumulation_steps=2)
@@ -144,11 +156,12 @@ def test_precisions_that_disagree_are_refused(monkeypatch):
         choose_precision(*launched_precision(False, None), T4)
 
 
-def test_more_processes_than_gpus(monkeypatch):
+def test_more_processes_than_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(arguments, "compute_capability", lambda: T4)
     with pytest.raises(ValueError, match="8 processes on this machine, but it shows 2 GPUs"):
-        refuse_more_processes_than_gpus()
+        training_arguments(tmp_path)  # as a recipe is read, before any process takes a GPU
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     refuse_more_processes_than_gpus()
 
@@ -170,15 +183,16 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
         ("FSDP2", {}, {}, {}, "FSDP without GPUs: accelerate would train plain DDP without a word"),
         ("FSDP1", {}, {}, {}, r"fsdp_version 1 is not supported here: launch with accelerate_configs/fsdp2\.yaml"),
         ("DDP", QLORA, {"gradient_checkpointing_kwargs": REENTRANT}, {}, r"'marked ready twice' \(trl#921"),
-        ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": NOT_REENTRANT}, {}, "needs reentrant checkpointing"),
-        ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": {"selective": True}}, {}, "remove selective"),
+        ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": NOT_REENTRANT}, {}, r"turned into true by TRL \(trl#2514\)"),
+        ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": {"selective": True}}, {}, "Remove selective"),
+        ("one process", {}, {"gradient_checkpointing_kwargs": {"selective": True}}, {}, "Remove selective"),
         ("one process", QLORA, {}, ALL_FULL, "quantised weights cannot be trained in full"),
     ],
 )
 def test_combination_is_refused(monkeypatch, tmp_path, how, model, training, script, message):
-    arguments = training_arguments(tmp_path, **training)
+    training_args = training_arguments(tmp_path, **training)
     launch_by(monkeypatch, how)
-    found = preflight.strategy_problems(script_arguments(**script), arguments, ModelArguments(**model))
+    found = preflight.strategy_problems(script_arguments(**script), training_args, ModelArguments(**model))
     assert any(re.search(message, problem) for problem in found), found
 
 
@@ -195,41 +209,103 @@ def test_combination_is_refused(monkeypatch, tmp_path, how, model, training, scr
     ],
 )
 def test_combination_is_let_through(monkeypatch, tmp_path, how, model, training, script):
-    arguments = training_arguments(tmp_path, **training)
+    training_args = training_arguments(tmp_path, **training)
     launch_by(monkeypatch, how)
-    assert preflight.strategy_problems(script_arguments(**script), arguments, ModelArguments(**model)) == []
+    assert preflight.strategy_problems(script_arguments(**script), training_args, ModelArguments(**model)) == []
 
 
 def test_offloaded_optimizer_must_be_one_that_can_be(monkeypatch, tmp_path):
-    arguments = training_arguments(tmp_path, optim="paged_adamw_8bit")
+    training_args = training_arguments(tmp_path, optim="paged_adamw_8bit")
     launch_by(monkeypatch, "ZeRO-3", ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
-    (problem,) = preflight.strategy_problems(script_arguments(), arguments, ModelArguments())
+    (problem,) = preflight.strategy_problems(script_arguments(), training_args, ModelArguments())
     assert "set optim: adamw_torch" in problem
 
 
 def test_one_process_that_sees_two_gpus(tmp_path):
-    arguments = training_arguments(tmp_path)
-    arguments._n_gpu = 2
-    (problem,) = preflight.strategy_problems(script_arguments(), arguments, ModelArguments())
+    training_args = training_arguments(tmp_path)
+    training_args._n_gpu = 2
+    (problem,) = preflight.strategy_problems(script_arguments(), training_args, ModelArguments())
     assert "ddp.yaml --num_processes 2" in problem and "CUDA_VISIBLE_DEVICES=0" in problem
 
 
 @pytest.mark.parametrize(
-    ("model", "capability", "message"),
+    ("attention", "capability", "message"),
     [
-        ({"attn_implementation": "flash_attention_2"}, T4, "needs compute capability 8.0, this GPU has 7.5"),
-        ({"attn_implementation": "flash_attention_3"}, A100, "needs compute capability 9.0, this GPU has 8.0"),
-        ({"attn_implementation": "flash_attention_2"}, None, "needs a GPU"),
-        ({"attn_implementation": "flash_attention"}, A100, "is unknown; there are sdpa, packed, eager"),
-        ({"dtype": "bfloat16"}, T4, "BFloat16 != Half"),
-        ({"attn_implementation": "sdpa"}, T4, None),
-        ({"dtype": "float16"}, T4, None),
-        ({}, None, None),
+        ("flash_attention_2", T4, "needs compute capability 8.0, this GPU has 7.5"),
+        ("flash_attention_3", A100, "needs compute capability 9.0, this GPU has 8.0"),
+        ("flash_attention_2", None, "needs a GPU"),
+        ("flash_attention_2", A100, "flash_attn is not installed: set attn_implementation: sdpa"),
+        ("flash_attention", A100, "is unknown; there are sdpa, packed, eager"),
+        ("kernels-community/flash-attn2", H200, "comes from the Hub by the package kernels, which is not installed"),
+        ("flex_attention", None, "flex_attention has no backward pass on a CPU: set attn_implementation: sdpa"),
+        ("flex_attention", A100, None),
+        ("packed", T4, None),
+        ("sdpa", T4, None),
+        ("eager", None, None),
+        (None, None, None),
     ],
 )
-def test_types_and_attention_against_the_gpu(tmp_path, model, capability, message):
-    found = preflight.precision_problems(training_arguments(tmp_path), ModelArguments(**model), capability)
-    assert (message in found[0]) if message else found == []
+def test_attention_against_the_gpu(tmp_path, attention, capability, message):
+    text = Dataset.from_dict({"messages": ["a"]})
+    given = script_arguments(), training_arguments(tmp_path), ModelArguments(attn_implementation=attention)
+    found = preflight.precision_problems(*given, text, capability)
+    assert ([message in problem for problem in found] == [True]) if message else found == []
+
+
+def test_attention_against_rows_with_images(monkeypatch, tmp_path):
+    given = script_arguments(), training_arguments(tmp_path, bf16=False)
+    (problem,) = preflight.precision_problems(*given, ModelArguments(attn_implementation="packed"), rows(1), A100)
+    assert "packed is for text" in problem and problem.endswith("set sdpa")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda package: package)
+    given[1].bf16 = True
+    flash = ModelArguments(attn_implementation="flash_attention_2")
+    alone, together = (rows(1, 1).add_column("image_id", ids) for ids in (["a", "b"], ["a", "a"]))
+    assert preflight.precision_problems(*given, flash, alone, A100) == []
+    (problem,) = preflight.precision_problems(*given, flash, together, A100)
+    assert "takes no mask, which dialogues that share their image need" in problem
+    given[0].share_image_prefix = False
+    assert preflight.precision_problems(*given, flash, together, A100) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computes", "script", "refused"),
+    [
+        ("bfloat16", "fp16", {}, True),
+        ("float16", "bf16", {}, True),
+        ("float16", "fp16", {}, False),
+        ("float32", "bf16", {"projector": "full"}, False),
+        ("auto", "fp16", {}, False),
+        ("bfloat16", None, {}, False),
+        ("bfloat16", None, {"projector": "full"}, True),
+    ],
+)
+def test_type_of_the_weights_against_that_of_the_run(tmp_path, dtype, computes, script, refused):
+    training_args = training_arguments(tmp_path)
+    training_args.fp16, training_args.bf16 = computes == "fp16", computes == "bf16"
+    given = script_arguments(**script), training_args, ModelArguments(dtype=dtype)
+    found = preflight.precision_problems(*given, rows(1), T4 if computes == "fp16" else A100)
+    assert ["BFloat16 != Half): remove dtype" in problem for problem in found] == [True] * refused
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [({"fp16": True}, torch.float16), ({"bf16": True}, torch.bfloat16)])
+def test_quantised_weights_compute_in_the_type_of_the_run(precision, dtype):
+    """4 bits on a V100 or a T4 must not compute in bf16 (qlora#71, unsloth#7506)."""
+    config = quantization_config(
+        ModelArguments(load_in_4bit=True), weight_dtype(**{"fp16": False, "bf16": False} | precision)
+    )
+    assert config.bnb_4bit_compute_dtype == dtype
+
+
+def test_attention_that_a_config_names_is_not_asked_for(tiny_llava, tmp_path):
+    """FlashAttention 'only supports Ampere', even after it was switched off (LLaVA-NeXT#224, ms-swift#1603)."""
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["_attn_implementation"] = "flash_attention_2"
+    (folder / "config.json").write_text(json.dumps(config))
+    for given, expected in [(None, "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")]:
+        model = load_base_model(str(folder), dtype=torch.float32, attn_implementation=given)
+        assert model.config._attn_implementation == model.config.text_config._attn_implementation == expected
 
 
 @pytest.mark.parametrize(
@@ -260,9 +336,9 @@ def test_cuda_graphs_against_all_that_they_cannot_do(
     monkeypatch, tmp_path, script, training, model, how, capability, message
 ):
     text = Dataset.from_dict({"messages": ["a"]})
-    arguments = training_arguments(tmp_path, **{"gradient_checkpointing": True} | training)
+    training_args = training_arguments(tmp_path, **{"gradient_checkpointing": True} | training)
     launch_by(monkeypatch, how)
-    given = script_arguments(cuda_graphs=True, **script), arguments, ModelArguments(**model)
+    given = script_arguments(cuda_graphs=True, **script), training_args, ModelArguments(**model)
     found = preflight.graph_problems(*given, text, capability)
     assert ([message in problem for problem in found] == [True]) if message else found == []
     (with_images,) = preflight.graph_problems(*given, rows(1), capability)
@@ -280,22 +356,58 @@ def rows(*images_per_row: int) -> Dataset:
 
 
 def test_rows_without_image_hang_divided_weights(monkeypatch, tmp_path):
-    arguments = training_arguments(tmp_path)
+    training_args = training_arguments(tmp_path, eval_strategy="epoch")
     assert preflight.rows_without_image(rows(1, 0, 2, 0)) == 2
     assert preflight.rows_without_image(Dataset.from_dict({"messages": ["a"]})) == 0
     for how, refused in [("DDP", False), ("ZeRO-2", False), ("ZeRO-3", True), ("FSDP2", True)]:
         monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
         launch_by(monkeypatch, how)
-        assert bool(preflight.row_problems(arguments, rows(1, 0))) is refused
-        assert preflight.row_problems(arguments, rows(1, 1)) == []
+        given = script_arguments(), training_args
+        assert len(preflight.row_problems(*given, rows(1, 0), None)) == refused
+        assert len(preflight.row_problems(*given, rows(1, 0), rows(0))) == 2 * refused
+        assert len(preflight.row_problems(*given, rows(1, 1), rows(0))) == refused  # an evaluation hangs as well
+        assert preflight.row_problems(*given, rows(1, 1), rows(1)) == []
+    training_args.eval_strategy = "no"
+    assert preflight.row_problems(*given, rows(1, 1), rows(0)) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "script", "searches", "message"),
+    [
+        ("ZeRO-1", {"projector": "full"}, None, "the processes send different things, and wait for ever"),
+        ("ZeRO-2", {"vision_tower": "lora"}, None, "Launch with accelerate_configs/ddp.yaml, leave these rows out"),
+        ("ZeRO-2", {}, None, None),
+        ("DDP", {"projector": "full"}, False, "remove ddp_find_unused_parameters: false"),
+        ("DDP", {"projector": "full"}, None, None),
+        ("DDP", {}, False, None),
+        ("one process", {"projector": "full"}, None, None),
+    ],
+)
+def test_rows_without_image_leave_what_sees_without_gradient(monkeypatch, tmp_path, how, script, searches, message):
+    """Expected to have finished reduction in the prior iteration (LlamaFactory#6376, ms-swift#587)."""
+    script_args, mixed = script_arguments(**script), rows(1, 0)
+    training_args = training_arguments(tmp_path, ddp_find_unused_parameters=searches)
+    launch_by(monkeypatch, how)
+    training_args.ddp_find_unused_parameters = preflight.searches_unused_parameters(script_args, training_args, mixed)
+    found = preflight.row_problems(script_args, training_args, mixed, mixed)
+    assert ([message in problem for problem in found] == [True]) if message else found == []
+    assert preflight.row_problems(script_args, training_args, rows(1, 1), mixed) == []
+
+
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_rows_with_images_are_not_packed(tmp_path, option):
+    training_args = training_arguments(tmp_path, **{option: True})
+    (problem,) = preflight.row_problems(script_arguments(), training_args, rows(1), None)
+    assert problem.startswith("packing and padding_free are for text")
+    assert preflight.row_problems(script_arguments(), training_args, Dataset.from_dict({"messages": ["a"]}), None) == []
 
 
 def test_max_length_where_nothing_is_cut(tmp_path):
-    arguments = training_arguments(tmp_path, max_length=700)
-    (problem,) = preflight.row_problems(arguments, rows(1, 1))
+    given = script_arguments(), training_arguments(tmp_path, max_length=700)
+    (problem,) = preflight.row_problems(*given, rows(1, 1), None)
     assert problem.startswith("max_length: 700 has no effect on rows with images")
     assert "Remove it from the recipe" in problem and "check_data.py --max_length 700" in problem
-    assert preflight.row_problems(arguments, Dataset.from_dict({"messages": ["a"]})) == []
+    assert preflight.row_problems(*given, Dataset.from_dict({"messages": ["a"]}), None) == []
 
 
 @pytest.mark.parametrize(
@@ -310,8 +422,8 @@ def test_max_length_where_nothing_is_cut(tmp_path):
     ],
 )
 def test_ddp_searches_unused_parameters_only_where_a_batch_can_leave_some(tmp_path, script, images, asked, expected):
-    arguments = training_arguments(tmp_path, ddp_find_unused_parameters=asked)
-    assert preflight.searches_unused_parameters(script_arguments(**script), arguments, rows(*images)) is expected
+    training_args = training_arguments(tmp_path, ddp_find_unused_parameters=asked)
+    assert preflight.searches_unused_parameters(script_arguments(**script), training_args, rows(*images)) is expected
 
 
 # Weights
@@ -331,6 +443,35 @@ def test_every_trained_parameter_gets_a_gradient(tiny_llava):
     assert any(f"layers.{last - 1}." in name for name in trained if "vision_tower" in name)
     behind = [name for name, _ in model.named_parameters() if without_gradient(name, model.config)]
     assert any(f"layers.{last}." in name for name in behind) and not trained & set(behind)
+
+
+@pytest.mark.parametrize("searches", [False, True])
+def test_checkpointed_qlora_trains_under_ddp(tiny_llava, searches):
+    """'Marked ready twice' (trl#921, peft#313, accelerate#3536): not so with the checkpointing that is applied here."""
+    quantization = quantization_config(ModelArguments(load_in_4bit=True), torch.float32)
+    model = load_base_model(str(tiny_llava), dtype=torch.float32, quantization=quantization)
+    model = place(model, script_arguments(projector="full"), ModelArguments(lora_r=4, lora_dropout=0.0)).train()
+    assert fuse_lora(model) == 14
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "7 people."}]
+    collate = LlavaDataCollator(LlavaProcessor.from_pretrained(tiny_llava))
+    batch = collate([{"messages": messages, "images": [Picture.new("RGB", (64, 64), "red")]}])
+
+    def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+        for _ in range(2):  # the second pass is the one that finds marks of the first
+            model.zero_grad()
+            module(**batch, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    expected = gradients(model)
+    checkpoint_first(model, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = gradients(DistributedDataParallel(model, find_unused_parameters=searches))
+    finally:
+        dist.destroy_process_group()
+    assert len(found) == 2 * 14 + 4
+    for given, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(given, wanted)
 
 
 @pytest.mark.parametrize(("how", "dtype"), [("DDP", torch.float32), ("ZeRO-3", torch.float16)])
@@ -389,9 +530,9 @@ def published_llava(tmp_path) -> Path:
 def test_fp8_against_all_that_it_cannot_do(
     monkeypatch, tmp_path, script, model, how, capability, messages, published_llava
 ):
-    arguments = training_arguments(tmp_path)
+    training_args = training_arguments(tmp_path)
     launch_by(monkeypatch, how)
-    given = arguments, ModelArguments(**model), capability, load_config(str(published_llava))
+    given = training_args, ModelArguments(**model), capability, load_config(str(published_llava))
     found = preflight.fp8_problems(script_arguments(base_precision="fp8_backward", **script), *given)
     assert len(found) == bool(messages)
     assert all(message in found[0] for message in messages)
@@ -413,15 +554,14 @@ def test_fp8_against_models_that_it_does_not_fit(tmp_path):
 
 
 def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):
-    model_args = ModelArguments(model_name_or_path=str(published_llava), lora_r=64)
-    counts = preflight.count_what_is_trained(script_arguments(), training_arguments(tmp_path), model_args)
+    given = training_arguments(tmp_path), ModelArguments(lora_r=64)
+    config = load_config(str(published_llava))
+    counts = preflight.count_what_is_trained(config, script_arguments(), *given)
     trained = sum(part["trainable"] for part in counts.values())
     assert trained == 159_907_840
     assert sum(part["total"] for part in counts.values()) - trained == 7_063_427_072
     with pytest.raises(ValueError, match="every part is frozen"):
-        preflight.count_what_is_trained(
-            script_arguments(language_model="frozen"), training_arguments(tmp_path), model_args
-        )
+        preflight.count_what_is_trained(config, script_arguments(language_model="frozen"), *given)
 
 
 # Disk
@@ -431,19 +571,19 @@ LORA_7B = {"language_model": {"trainable": 159_907_840, "lora": 159_907_840, "to
 
 
 def test_checkpoints_must_fit_on_the_disk(monkeypatch, tmp_path):
-    arguments = training_arguments(
+    training_args = training_arguments(
         tmp_path, per_device_train_batch_size=8, num_train_epochs=1, save_strategy="steps", save_steps=10
     )
-    assert preflight.num_checkpoints(arguments, 800) == 10
+    assert preflight.num_checkpoints(training_args, 800) == 10
     # 12 bytes a trained number in a checkpoint, 4 in the result: 10 * 1.919 + 0.640 GB.
     needed = 10 * 12 * 159_907_840 + 4 * 159_907_840
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed))
-    assert preflight.disk_problems(arguments, LORA_7B, 800) == []
+    assert preflight.disk_problems(training_args, LORA_7B, 800) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
-    (problem,) = preflight.disk_problems(arguments, LORA_7B, 800)
+    (problem,) = preflight.disk_problems(training_args, LORA_7B, 800)
     assert "the run needs 18.5 GiB (10 checkpoints of 1.8 GiB and the result)" in problem
-    arguments.save_total_limit = 1
-    assert preflight.disk_problems(arguments, LORA_7B, 800) == []
+    training_args.save_total_limit = 1
+    assert preflight.disk_problems(training_args, LORA_7B, 800) == []
 
 
 def test_output_folder_must_be_one(tmp_path):
@@ -452,7 +592,40 @@ def test_output_folder_must_be_one(tmp_path):
     assert problem.startswith("output_dir:") and "is a file" in problem
 
 
+def test_output_folder_must_be_writable(monkeypatch, tmp_path):
+    assert preflight.disk_problems(training_arguments(tmp_path), {}, 10) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # nothing is forbidden to root
+    (problem,) = preflight.disk_problems(training_arguments(tmp_path), {}, 10)
+    assert problem.startswith(f"output_dir: no permission to write in {tmp_path}: give another folder")
+
+
 # Continuing
+
+
+DIVIDED = ["latest", "rng_state.pth", "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt"]
+WHOLE = ["latest", "rng_state.pth", "global_step2/mp_rank_00_model_states.pt"]
+
+
+@pytest.mark.parametrize(
+    ("files", "how", "script", "environment", "message"),
+    [
+        (DIVIDED, "ZeRO-3", ALL_FULL, {}, None),
+        (DIVIDED, "ZeRO-2", ALL_FULL, {}, "its weights are divided, by ZeRO-3, and this launch is ZeRO-2: laid out"),
+        (WHOLE, "ZeRO-3", ALL_FULL, {}, "its weights are whole, and this launch is ZeRO-3: laid out otherwise"),
+        (WHOLE, "ZeRO-3", {"fused_lora": False}, {}, "its weights are whole, and this launch is ZeRO-3"),
+        (WHOLE, "ZeRO-3", {}, {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "is ZeRO-3 with offload"),
+        (WHOLE, "ZeRO-3", {}, {}, None),
+        (WHOLE, "ZeRO-1", ALL_FULL, {}, None),
+        (DIVIDED, "ZeRO-3", {}, {}, None),
+    ],
+)
+def test_continuing_under_another_stage_of_deepspeed(monkeypatch, tmp_path, files, how, script, environment, message):
+    launch_by(monkeypatch, how, **environment)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = preflight.continuation_problems(tmp_path, script)
+    assert ([message in problem for problem in found] == [True]) if message else found == []
 
 
 @pytest.mark.parametrize(
@@ -473,30 +646,35 @@ def test_continuing_with_another_strategy_or_number_of_processes(
     launch_by(monkeypatch, how)
     for name in files:
         (tmp_path / name).touch()
-    found = preflight.continuation_problems(tmp_path, global_batch_size=global_batch_size)
+    found = preflight.continuation_problems(tmp_path, {"global_batch_size": global_batch_size})
     assert (message in found[0]) if message else found == []
 
 
 # The command
 
 
-def test_the_command_reports_every_problem_at_once_and_touches_nothing(tmp_path, tiny_llava, cctv_dataset):
+def test_the_command_reports_every_problem_at_once_and_touches_nothing(tmp_path, published_llava, cctv_dataset):
+    """Of a 7B model, whose weights are not even there."""
     (tmp_path / "run").write_text("a file", encoding="utf-8")
     result = run_command(
-        *("scripts/train_llava.py", "--model_name_or_path", tiny_llava, "--dataset_name", cctv_dataset),
+        *("scripts/train_llava.py", "--model_name_or_path", published_llava, "--dataset_name", cctv_dataset),
         *("--output_dir", tmp_path / "run", "--attn_implementation", "flash_attention_2"),
-        *("--lora_target_modules", "q_proj,", "v_proj"),
+        *("--lora_target_modules", "q_proj,", "v_proj", "--max_length", "700"),
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     message = result.stderr[result.stderr.index("train_llava.py: this run cannot work:") :]
-    assert message.count("\n  - ") == 3
+    assert message.count("\n  - ") == 4
+    assert "max_length: 700 has no effect" in message
     assert "flash_attention_2 needs a GPU" in message
     assert "['q_proj,'] match no linear layer" in message
     assert f"{tmp_path / 'run'} is a file" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-1.5-7b", "run"]
 
 
-def test_device_map_is_no_flag(capsys):
-    """A quantised model is loaded onto its own process's GPU; device_map=auto under DDP never works (accelerate#1515)."""
-    with pytest.raises((SystemExit, ValueError, argparse.ArgumentError)):
+def test_device_map_is_no_flag_and_a_model_goes_to_its_own_process_s_gpu(monkeypatch):
+    """`device_map="auto"` under DDP: can't train a model on a different device (accelerate#1515, LlamaFactory#1707)."""
+    with pytest.raises(ValueError, match="device_map"):
         parse_arguments(ROOT / "scripts" / "configs" / "llava_qlora.yaml", ["--device_map", "auto"])
+    second = SimpleNamespace(local_process_index=1, device=torch.device("cuda", 1))
+    monkeypatch.setattr(models, "PartialState", lambda: second)
+    assert this_device() == {"": 1}

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import train_gemma
 import yaml
+from accelerate import PartialState
 from conftest import ROOT, SHARED, must_run
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from jinja2.exceptions import TemplateError
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -213,3 +215,26 @@ def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):
         expected, logits = (model(input_ids=ids).logits for model in models.values())
     assert logits.dtype == torch.float16
     assert torch.allclose(logits.float(), expected, atol=2e-3 * expected.abs().max().item())
+
+
+def test_the_first_process_tokenises_and_no_collective_waits_for_it(tiny_gemma, dataset, tmp_path, monkeypatch):
+    """A collective would time out, and end the run, while the first process is still at a large dataset."""
+    _, training_args, _ = arguments("gemma_lora.yaml", tiny_gemma, dataset, tmp_path)
+    rows = load_from_disk(str(dataset))["train"].select_columns(["messages"]).select(range(2))
+    by_collective, tokenise, waits = PartialState.wait_for_everyone, Dataset.map, []
+
+    def watched(self, *args, **kwargs):
+        waits.append(PartialState.wait_for_everyone is by_collective)
+        return tokenise(self, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", watched)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        FineTuningTrainer(
+            model=load_base_model(str(tiny_gemma), dtype=torch.float32), args=training_args, train_dataset=rows,
+            processing_class=load_processing_class(str(tiny_gemma)),
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+    assert waits and not any(waits)
+    assert PartialState.wait_for_everyone is by_collective

@@ -13,7 +13,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageDraw
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -63,21 +62,6 @@ def num_weights(config: PreTrainedConfig) -> int:
     with init_empty_weights():
         model_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
         return model_class.from_config(config).num_parameters()
-
-
-def check_adapter_is_whole(folder: Path, modules_to_save: Sequence[str]) -> None:
-    """Raise ValueError if a part that was trained in full is missing from the adapter's file (LLaVA#844).
-
-    PEFT would fall back to the base's own part with a warning.
-    """
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        names = [name.split(".") for name in file.keys()]  # noqa: SIM118 - not a dict
-    missing = [module for module in modules_to_save if not any(module in name for name in names)]
-    if missing:
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} was trained in full, but adapter_model.safetensors holds nothing of it: "
-            "this folder is incomplete; use the run's folder as training wrote it"
-        )
 
 
 def draw_picture() -> Image.Image:

@@ -1,5 +1,6 @@
 """Models and their processors: what is loaded, from where, in which type."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -52,13 +54,17 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
             f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
         )
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         raise ValueError(
             f"{name}: neither a folder nor a model that could be reached on the Hub ({str(error).splitlines()[0]}). "
             "Check the name and the network; for a gated model accept its licence on its page and set HF_TOKEN; "
             "on a machine without network download it before and set HF_HUB_OFFLINE=1"
         ) from error
+    # Which attention computes is the recipe's and the GPU's to say. Left in, FlashAttention that a config names is asked
+    # for even where another is given (LLaVA-NeXT#224).
+    config._attn_implementation = None
+    return config
 
 
 def is_vision(config: PreTrainedConfig) -> bool:
@@ -131,6 +137,7 @@ def load_base_model(
     model_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
     model = model_class.from_pretrained(
         name,
+        config=config,
         dtype=dtype,
         quantization_config=quantization,
         attn_implementation=attn_implementation,
@@ -211,6 +218,21 @@ def run_arguments(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def check_adapter_is_whole(folder: Path, modules_to_save: Sequence[str]) -> None:
+    """Raise ValueError if a part that was trained in full is missing from the adapter's file (LLaVA#844).
+
+    PEFT would fall back to the base's own part with a warning.
+    """
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = [name.split(".") for name in file.keys()]  # noqa: SIM118 - not a dict
+    missing = [module for module in modules_to_save if not any(module in name for name in names)]
+    if missing:
+        raise ValueError(
+            f"{folder}: {', '.join(missing)} was trained in full, but adapter_model.safetensors holds nothing of it: "
+            "this folder is incomplete; use the run's folder as training wrote it"
+        )
+
+
 def load_for_inference(
     name: str, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
@@ -225,6 +247,8 @@ def load_for_inference(
     is_adapter = base != name
     if is_adapter and arguments is None:
         raise ValueError(f"{name}: an adapter without the arguments.yaml that training writes beside it")
+    if is_adapter:
+        check_adapter_is_whole(folder, PeftConfig.from_pretrained(name).modules_to_save or [])
     model_args = ModelConfig(**{key: arguments[key] for key in QUANTISATION_KEYS if key in (arguments or {})})
     model_args.load_in_4bit |= load_in_4bit
     model = load_base_model(

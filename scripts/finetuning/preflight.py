@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -17,14 +18,20 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.fused_lora import FUSED_LAYERS, PROJECTIONS
 from finetuning.hardware import compute_capability, strategy, weight_dtype, weights_are_divided
-from finetuning.models import is_vision, load_config
+from finetuning.models import is_vision
 from finetuning.placement import count_parameters, place
+from finetuning.speed import shares_image_prefix
 
 CONFIGS = "accelerate_configs"
 
 
 def refuse_what_cannot_work(
-    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments, train_rows: Dataset
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    config: PreTrainedConfig,
+    train_rows: Dataset,
+    validation_rows: Dataset | None,
 ) -> None:
     """Raise ValueError that lists every reason for which this run would fail, hang, or train something else.
 
@@ -33,17 +40,16 @@ def refuse_what_cannot_work(
     capability = None if training_args.use_cpu else compute_capability()
     problems = [
         *strategy_problems(script_args, training_args, model_args),
-        *precision_problems(training_args, model_args, capability),
-        *row_problems(training_args, train_rows),
+        *precision_problems(script_args, training_args, model_args, train_rows, capability),
+        *row_problems(script_args, training_args, train_rows, validation_rows),
         *graph_problems(script_args, training_args, model_args, train_rows, capability),
+        *fp8_problems(script_args, training_args, model_args, capability, config),
     ]
     try:
-        counts = count_what_is_trained(script_args, training_args, model_args)
-        config = load_config(model_args.model_name_or_path, model_args.model_revision)
+        counts = count_what_is_trained(config, script_args, training_args, model_args)
     except ValueError as error:
         problems.append(str(error))
-        counts, config = {}, None
-    problems += fp8_problems(script_args, training_args, model_args, capability, config)
+        counts = {}
     problems += disk_problems(training_args, counts, len(train_rows))
     if problems:
         raise ValueError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
@@ -92,18 +98,20 @@ def strategy_problems(
         problems.append("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
     if "lora" in placements and checkpointing.get("use_reentrant") is False and how == "ZeRO-3":
         problems.append(
-            "LoRA under ZeRO-3 needs reentrant checkpointing (trl#2514): remove use_reentrant from "
-            "gradient_checkpointing_kwargs"
+            "use_reentrant: false of LoRA under ZeRO-3 would be turned into true by TRL (trl#2514): remove use_reentrant "
+            "from gradient_checkpointing_kwargs, and checkpointing is not reentrant; layers are gathered whole here, which "
+            "that needs"
         )
     if "lora" in placements and checkpointing.get("use_reentrant") and how == "DDP":
         problems.append(
             "reentrant checkpointing of LoRA under DDP fails with 'marked ready twice' (trl#921, peft#313): remove "
             "use_reentrant from gradient_checkpointing_kwargs"
         )
-    if checkpointing.get("selective") and "lora" in placements and how == "ZeRO-3":
+    if checkpointing.get("selective"):
         problems.append(
-            "LoRA under ZeRO-3 needs reentrant checkpointing, selective checkpointing the other kind: remove selective "
-            "from gradient_checkpointing_kwargs"
+            "selective checkpointing stops at the first step: TRL 1.16 looks for it where transformers 5.23 no longer does, "
+            "and PyTorch does not know it. Remove selective from gradient_checkpointing_kwargs; checkpoint_layers says how "
+            "much is computed again"
         )
     offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
     if how.startswith("ZeRO") and offloads and not training_args.optim.value.startswith("adamw_torch"):
@@ -115,14 +123,21 @@ def strategy_problems(
 
 
 def precision_problems(
-    training_args: TrainingArguments, model_args: ModelArguments, capability: tuple[int, int] | None
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    rows: Dataset,
+    capability: tuple[int, int] | None,
 ) -> list[str]:
-    """Types and attention against the GPU: `capability` as CUDA gives it, None without a GPU."""
+    """Types and attention against the GPU and the rows: `capability` as CUDA gives it, None without a GPU."""
     problems = []
-    if model_args.dtype == "bfloat16" and capability is not None and capability < (8, 0):
+    computes = str(weight_dtype(training_args.fp16, training_args.bf16)).removeprefix("torch.")
+    # Where nothing computes in 16 bits, adapters bring their input into their own type; parts trained in full do not.
+    any_goes = computes == "float32" and "full" not in script_args.placement.values()
+    if model_args.dtype not in ("auto", "float32", computes) and not any_goes:
         problems.append(
-            f"dtype: bfloat16, but this GPU has compute capability {capability[0]}.{capability[1]} and computes in fp16 "
-            "(unsloth#7506: BFloat16 != Half): remove dtype, the weights then follow the GPU"
+            f"dtype: {model_args.dtype}, but this run computes in {computes}, and the two do not mix (unsloth#7506: "
+            "BFloat16 != Half): remove dtype, the weights then follow the run"
         )
     attention = model_args.attn_implementation or "sdpa"
     if attention in ("flash_attention_2", "flash_attention_3"):
@@ -144,10 +159,31 @@ def precision_problems(
             )
         elif not (training_args.fp16 or training_args.bf16):
             problems.append(f"attn_implementation: {attention} computes in 16 bits only: set bf16: true or sdpa")
-    elif "/" not in attention and attention not in ("sdpa", "packed", "eager", "flex_attention"):
+    elif "/" in attention:
+        if importlib.util.find_spec("kernels") is None:
+            problems.append(
+                f"attn_implementation: {attention} comes from the Hub by the package kernels, which is not installed: set "
+                "attn_implementation: sdpa"
+            )
+    elif attention == "flex_attention" and capability is None:
+        problems.append(
+            "attn_implementation: flex_attention has no backward pass on a CPU: set attn_implementation: sdpa"
+        )
+    elif attention == "packed" and "images" in rows.column_names:
+        problems.append("attn_implementation: packed is for text, rows with images are not packed: set sdpa")
+    elif attention not in ("sdpa", "packed", "eager", "flex_attention"):
         problems.append(
             f"attn_implementation: {attention} is unknown; there are sdpa, packed, eager, flex_attention, flash_attention_2, "
             "flash_attention_3"
+        )
+    if (
+        attention.startswith("flash_attention")
+        and "images" in rows.column_names
+        and shares_image_prefix(script_args, rows)
+    ):
+        problems.append(
+            f"attn_implementation: {attention} takes no mask, which dialogues that share their image need: set "
+            "attn_implementation: sdpa, or share_image_prefix: false"
         )
     return problems
 
@@ -159,20 +195,46 @@ def rows_without_image(rows: Dataset) -> int:
     return pc.sum(pc.equal(pc.list_value_length(rows.data.column("images")), 0)).as_py() or 0
 
 
-def row_problems(training_args: TrainingArguments, rows: Dataset) -> list[str]:
+def row_problems(
+    script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset, validation_rows: Dataset | None
+) -> list[str]:
+    """What the rows carry against how they are batched and how the work is divided."""
     problems = []
+    if "images" in rows.column_names and (training_args.packing or training_args.padding_free):
+        problems.append(
+            "packing and padding_free are for text: rows with images are trained side by side. Remove them from the recipe"
+        )
     if "images" in rows.column_names and training_args.max_length is not None:
         problems.append(
             f"max_length: {training_args.max_length} has no effect on rows with images, which are never cut: a cut image "
             "cannot be used (LlamaFactory#6131). Remove it from the recipe, and rows that are too long from the data: "
             f"python scripts/check_data.py --max_length {training_args.max_length} names them"
         )
-    if weights_are_divided() and (without := rows_without_image(rows)):
+    how, sees = strategy(), {script_args.projector, script_args.vision_tower} != {"frozen"}
+    evaluated = None if training_args.eval_strategy == "no" else validation_rows
+    if weights_are_divided() and evaluated is not None and (without := rows_without_image(evaluated)):
         problems.append(
-            f"{without} of {len(rows)} training rows have no image. Where weights are divided, a process whose rows skip "
-            "the vision tower waits for ever for the others (DeepSpeed#7170): leave these rows out, or launch with "
-            f"{CONFIGS}/ddp.yaml or {CONFIGS}/deepspeed_zero2.yaml"
+            f"{without} of {len(evaluated)} validation rows have no image, and an evaluation of divided weights then waits "
+            f"for ever too: leave these rows out, set eval_strategy: no, or launch with {CONFIGS}/ddp.yaml"
         )
+    if without := rows_without_image(rows):
+        found = f"{without} of {len(rows)} training rows have no image. "
+        if weights_are_divided():
+            problems.append(
+                f"{found}Where weights are divided, a process whose rows skip the vision tower waits for ever for the others "
+                f"(DeepSpeed#7170): leave these rows out, or launch with {CONFIGS}/ddp.yaml"
+            )
+        elif sees and how.startswith("ZeRO"):
+            problems.append(
+                f"{found}DeepSpeed averages what has a gradient, and a process without a picture has none for the projector "
+                f"or the vision tower: the processes send different things, and wait for ever. Launch with {CONFIGS}/ddp.yaml, "
+                "leave these rows out, or set projector and vision_tower to frozen"
+            )
+        elif sees and how == "DDP" and not training_args.ddp_find_unused_parameters:
+            problems.append(
+                f"{found}A batch of them leaves the projector or the vision tower without gradient, and DDP then stops with "
+                "'Expected to have finished reduction' (LlamaFactory#6376): remove ddp_find_unused_parameters: false"
+            )
     return problems
 
 
@@ -211,13 +273,19 @@ def fp8_problems(
     training_args: TrainingArguments,
     model_args: ModelArguments,
     capability: tuple[int, int] | None,
-    config: PreTrainedConfig | None,
+    config: PreTrainedConfig,
 ) -> list[str]:
-    """`base_precision: fp8_backward` against GPU, launch, recipe and the shape of the model (`config`, None: unknown)."""
+    """`base_precision: fp8_backward` against GPU, launch, recipe and the shape of the model."""
     if script_args.base_precision is None:
         return []
     targets = model_args.lora_target_modules
     missing = set() if targets in (None, "all-linear", ["all-linear"]) else {*PROJECTIONS} - {*targets}
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    widths = [text.hidden_size, text.intermediate_size]
+    widths += [heads * head_dim for heads in (text.num_attention_heads, text.num_key_value_heads)]
+    uneven = sorted({width for width in widths if width % 16})
+    kinds = [layer.__name__.removesuffix("DecoderLayer").lower() for layer in FUSED_LAYERS]
     cannot = {
         "a CPU (compute capability 8.9 or newer would do)": capability is None,
         f"compute capability {'.'.join(map(str, capability or ()))} (8.9 or newer would do)": capability is not None
@@ -231,16 +299,9 @@ def fp8_problems(
         f"a launch by {strategy()}, where weights come and go ({CONFIGS}/ddp.yaml or deepspeed_zero2.yaml would do)": (
             weights_are_divided()
         ),
+        f"a model of type {text.model_type} ({' or '.join(kinds)} would do)": text.model_type not in kinds,
+        f"layers of width {', '.join(map(str, uneven))} (multiples of 16 would do)": bool(uneven),
     }
-    if config is not None:
-        text = config.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        widths = [text.hidden_size, text.intermediate_size]
-        widths += [heads * head_dim for heads in (text.num_attention_heads, text.num_key_value_heads)]
-        kinds = [layer.__name__.removesuffix("DecoderLayer").lower() for layer in FUSED_LAYERS]
-        cannot[f"a model of type {text.model_type} ({' or '.join(kinds)} would do)"] = text.model_type not in kinds
-        uneven = sorted({width for width in widths if width % 16})
-        cannot[f"layers of width {', '.join(map(str, uneven))} (multiples of 16 would do)"] = bool(uneven)
     found = [reason for reason, holds in cannot.items() if holds]
     how = f"base_precision: {script_args.base_precision}"
     return [f"{how} cannot go with {'; '.join(found)}: leave base_precision out, or change that"] if found else []
@@ -259,10 +320,9 @@ def searches_unused_parameters(script_args: ScriptArguments, training_args: Trai
 
 
 def count_what_is_trained(
-    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+    config: PreTrainedConfig, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
 ) -> dict[str, dict[str, int]]:
     """`count_parameters` of the model as it will be placed. Raises ValueError where the placement cannot be had."""
-    config = load_config(model_args.model_name_or_path, model_args.model_revision)
     auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would divide even these weights, which do not exist
     try:
@@ -313,14 +373,27 @@ def num_checkpoints(training_args: TrainingArguments, num_rows: int) -> int:
     return math.ceil(steps / every)
 
 
-def continuation_problems(checkpoint: Path, *, global_batch_size: int | None) -> list[str]:
-    """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes."""
+def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[str]:
+    """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes.
+
+    `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it gathers frozen layers only
+    (`finetuning.gathered`), which is divided like ZeRO-2.
+    """
     how, processes = strategy(), PartialState().num_processes
     names = {path.name for path in checkpoint.iterdir()}
     began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
     now = "DeepSpeed" if how.startswith("ZeRO") else "FSDP2" if how == "FSDP2" else "one process or DDP"
     if began != now:
         return [f"it was written under {began}, this launch is {now}: its optimizer state is laid out otherwise"]
+    was_divided = any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
+    may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
+    offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+    divides = how == "ZeRO-3" and (offloads or not may_gather)
+    if began == "DeepSpeed" and ((was_divided and how != "ZeRO-3") or (divides and not was_divided)):
+        was = "divided, by ZeRO-3" if was_divided else "whole"
+        return [
+            f"its weights are {was}, and this launch is {how}{' with offload' if offloads else ''}: laid out otherwise"
+        ]
     before = max(sum(name.startswith("rng_state_") for name in names), 1)
     if before == processes:
         return []
@@ -328,7 +401,7 @@ def continuation_problems(checkpoint: Path, *, global_batch_size: int | None) ->
         return [
             f"it was written by {before} processes, these are {processes}: DeepSpeed's state is divided by {before}"
         ]
-    if global_batch_size is None:
+    if arguments.get("global_batch_size") is None:
         return [
             f"it was written by {before} processes, these are {processes}, and without global_batch_size in the recipe "
             "each step would take other rows"

@@ -78,7 +78,7 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
             for key in sorted(before.keys() | arguments.keys())
             if key not in may_change and before.get(key) != arguments.get(key)
         ]
-        problems = continuation_problems(checkpoint, global_batch_size=arguments.get("global_batch_size"))
+        problems = continuation_problems(checkpoint, arguments)
         if changed:
             problems.append(f"this run was begun with other arguments ({'; '.join(changed)})")
         if problems:
