@@ -1,5 +1,6 @@
 """Weights that a strategy divides between the processes: gathered fast to compute with, and whole to be saved."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -115,6 +116,14 @@ def name_layers(model: nn.Module) -> None:
             if any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
         }
     )
+
+
+def average_in_fp32(plugin: Any) -> None:
+    """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; accelerate has both in the run's 16 bits."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

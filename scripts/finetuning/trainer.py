@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from finetuning import tracking
 from finetuning.checkpointing import LayerCheckpointing
 from finetuning.cuda_graphs import CudaGraphs
-from finetuning.divided import end_steps_in_few_launches, remember_parameters, trained_weights
+from finetuning.divided import average_in_fp32, end_steps_in_few_launches, remember_parameters, trained_weights
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
 from finetuning.lm_head import CollateSupervisedRows, score_supervised_rows
@@ -88,6 +88,8 @@ class FineTuningTrainer(InterruptibleTrainer):
         for name, parameter in model.named_parameters():
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
+        if self.accelerator.is_fsdp2:
+            average_in_fp32(self.accelerator.state.fsdp_plugin)
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
         score_supervised_rows(base_model_of(model))
