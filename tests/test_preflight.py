@@ -181,6 +181,13 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
         ("FSDP2", QLORA, {}, {}, "set bnb_4bit_quant_storage: float32, which is uint8"),
         ("FSDP2", {"load_in_8bit": True}, {}, {}, "FSDP2 cannot divide 8-bit weights: set load_in_4bit: true"),
         ("FSDP2", {}, {}, {}, "FSDP without GPUs: accelerate would train plain DDP without a word"),
+        (
+            "FSDP2",
+            {},
+            {"optim": "paged_adamw_8bit"},
+            {},
+            r"paged_adamw_8bit.*bitsandbytes#1633.*set optim: adamw_torch",
+        ),
         ("FSDP1", {}, {}, {}, r"fsdp_version 1 is not supported here: launch with accelerate_configs/fsdp2\.yaml"),
         ("DDP", QLORA, {"gradient_checkpointing_kwargs": REENTRANT}, {}, r"'marked ready twice' \(trl#921"),
         ("ZeRO-3", {}, {"gradient_checkpointing_kwargs": NOT_REENTRANT}, {}, r"turned into true by TRL \(trl#2514\)"),

@@ -25,7 +25,7 @@ from finetuning.arguments import ScriptArguments, parse_arguments
 from finetuning.checkpointing import decoder_layers
 from finetuning.collator import LlavaDataCollator
 from finetuning.hardware import choose_precision
-from finetuning.models import load_for_inference, load_processing_class
+from finetuning.models import base_model_of, load_for_inference, load_processing_class
 from finetuning.placement import place, without_gradient
 from finetuning.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -310,6 +310,11 @@ def test_a_killed_run_continues_to_the_same_weights(tiny_llava, cctv_dataset, tm
     assert json.loads((killed / "progress.json").read_text())["attempts"][-1]["from_step"] >= 10
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    # A checkpoint is a model too, with the projector that was trained beside the adapter (LLaVA#844, #729).
+    model, _ = load_for_inference(str(killed / "checkpoint-12"))
+    name = next(name for name in found if "multi_modal_projector.linear_1.weight" in name)
+    projector = base_model_of(model).model.multi_modal_projector.linear_1.weight
+    assert torch.equal(projector, load_file(killed / "checkpoint-12" / "adapter_model.safetensors")[name])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny_llava, cctv_dataset, tmp_path):
@@ -338,6 +343,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny_llava, 
         (["--model_name_or_path", "models/none"], "models/none: no model here"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file. Recipes that come with the project:"),
         (["--lora_rank", "3"], "lora_rank"),
+        (["--resume_from_checkpoint", "outputs/run/checkpoint-2"], "the same command continues a run"),
+        (["--fsdp", "full_shard"], "fsdp has no effect here: accelerate launch --config_file accelerate_configs"),
         (["--use_peft"], "use_peft has no effect here: language_model, projector and vision_tower say what is lora"),
     ],
 )

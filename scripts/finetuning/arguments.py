@@ -24,6 +24,9 @@ DECIDED_ELSEWHERE = {
     "lora_target_parameters": "lora_target_modules names the layers",
     "model_init_kwargs": "model_name_or_path, dtype and attn_implementation are flags of their own",
     "trust_remote_code": "only model classes that transformers ships are loaded",
+    "resume_from_checkpoint": "the same command continues a run from its newest whole checkpoint",
+    "deepspeed": "accelerate launch --config_file accelerate_configs/... says how the work is divided",
+    "fsdp": "accelerate launch --config_file accelerate_configs/... says how the work is divided",
     "eos_token": "the model's own is used",
     "pad_token": "the model's own is used",
 }

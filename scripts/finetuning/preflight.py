@@ -23,6 +23,8 @@ from finetuning.placement import count_parameters, place
 from finetuning.speed import shares_image_prefix
 
 CONFIGS = "accelerate_configs"
+# What the names of transformers' optimizers that come from bitsandbytes begin with.
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
 
 
 def refuse_what_cannot_work(
@@ -112,6 +114,11 @@ def strategy_problems(
             "selective checkpointing stops at the first step: TRL 1.16 looks for it where transformers 5.23 no longer does, "
             "and PyTorch does not know it. Remove selective from gradient_checkpointing_kwargs; checkpoint_layers says how "
             "much is computed again"
+        )
+    if how == "FSDP2" and training_args.optim.value.startswith(BITSANDBYTES_OPTIMIZERS):
+        problems.append(
+            f"optim: {training_args.optim.value} is one of bitsandbytes, which cannot step weights that FSDP2 divides "
+            "(bitsandbytes#1633: illegal memory access): set optim: adamw_torch"
         )
     offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
     if how.startswith("ZeRO") and offloads and not training_args.optim.value.startswith("adamw_torch"):
