@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 import train_llava
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
+from finetuning.divided import average_in_fp32
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -106,7 +109,7 @@ def trained(train, tmp_path_factory):
     @cache
     def run(strategy: str) -> Path:
         folder = tmp_path_factory.mktemp(strategy) / "run"
-        train(strategy, folder, **LORA)
+        assert "  14 LoRA layers computed in one piece" in train(strategy, folder, **LORA)
         return folder
 
     return run
@@ -178,6 +181,14 @@ def test_divided_run_continues_where_it_stopped(train, trained, tmp_path, strate
     assert "checkpoint-2" in train(strategy, run, **LORA)
     assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-6)
     assert_same_weights(run, trained(strategy), "adapter_model.safetensors", tolerance=1e-6)
+
+
+def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
+    # On a CPU the launches above train in fp32.
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.reduce_dtype == plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    average_in_fp32(plugin)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
 
 
 def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_path):
