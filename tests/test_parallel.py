@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
-from finetuning.divided import average_in_fp32
+from finetuning.divided import average_in_fp32, refuse_other_layout
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -181,6 +181,13 @@ def test_divided_run_continues_where_it_stopped(train, trained, tmp_path, strate
     assert "checkpoint-2" in train(strategy, run, **LORA)
     assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-6)
     assert_same_weights(run, trained(strategy), "adapter_model.safetensors", tolerance=1e-6)
+
+
+def test_checkpoint_whose_weights_are_whole_is_not_read_as_one_that_is_divided(trained):
+    checkpoint = trained("deepspeed_zero3") / "checkpoint-4"
+    refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 2}})
+    with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
+        refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 3}})
 
 
 def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
         # Averaged where they lie: DeepSpeed's way of scattering them sends as much, and copies them before and after.
         zero["reduce_scatter"] = False
     remember_parameters(model)
+
+
+def refuse_other_layout(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if DeepSpeed's `config`, as `set_up_deepspeed` left it, divides weights and `checkpoint` does not.
+
+    Or the other way round. Whether ZeRO-3 divides them or `gathered` does is known when the model is there.
+    """
+    was_divided = any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
+    is_divided = config["zero_optimization"]["stage"] == 3
+    if was_divided != is_divided:
+        words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
+        raise ValueError(
+            f"{checkpoint}: its trained weights are {words[was_divided]}, in this launch they are {words[is_divided]}: "
+            "continue it with the file of accelerate_configs/ that it was begun with"
+        )
 
 
 def spare_the_host(config: dict[str, Any]) -> None:

@@ -17,7 +17,13 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from finetuning import tracking
 from finetuning.checkpointing import LayerCheckpointing
 from finetuning.cuda_graphs import CudaGraphs
-from finetuning.divided import average_in_fp32, end_steps_in_few_launches, remember_parameters, trained_weights
+from finetuning.divided import (
+    average_in_fp32,
+    end_steps_in_few_launches,
+    refuse_other_layout,
+    remember_parameters,
+    trained_weights,
+)
 from finetuning.generation import generate_answers
 from finetuning.hardware import strategy, weights_are_divided
 from finetuning.lm_head import CollateSupervisedRows, score_supervised_rows
@@ -110,6 +116,8 @@ class FineTuningTrainer(InterruptibleTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
+            if self.args.deepspeed_plugin is not None:
+                refuse_other_layout(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
             # TRL would count tokens from zero again.
             history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
             self._total_train_tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
