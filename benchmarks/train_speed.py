@@ -234,7 +234,7 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
     """By TRL or by this project, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    vision = is_vision(load_config(options.model))
+    vision = "images" in rows.column_names
     args = SFTConfig(**arguments_of(variant, options, folder, vision=vision, cuda=device == "cuda"))
     processing_class = load_processing_class(options.model)
     set_seed(options.seed)

@@ -43,14 +43,18 @@ def refuse_other_layout(checkpoint: Path, config: dict[str, Any]) -> None:
 
     Or the other way round. Whether ZeRO-3 divides them or `gathered` does is known when the model is there.
     """
-    was_divided = any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
-    is_divided = config["zero_optimization"]["stage"] == 3
+    was_divided, is_divided = weights_were_divided(checkpoint), config["zero_optimization"]["stage"] == 3
     if was_divided != is_divided:
         words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
         raise ValueError(
             f"{checkpoint}: its trained weights are {words[was_divided]}, in this launch they are {words[is_divided]}: "
             "continue it with the file of accelerate_configs/ that it was begun with"
         )
+
+
+def weights_were_divided(checkpoint: Path) -> bool:
+    """Whether DeepSpeed itself divided the weights: it then writes a file of them for each process."""
+    return any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
 
 
 def spare_the_host(config: dict[str, Any]) -> None:

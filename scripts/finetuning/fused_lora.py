@@ -6,8 +6,9 @@ keeps every one of them. Here a decoder layer is four products of stacked weight
     norm -> [q; k; v] -> rotate    attend    o + residual    norm -> [gate; up] -> activation -> down + residual
 
 Products run in the 16-bit type of the base, adapters stay fp32 and are cast once per step; the low-rank part is more
-columns of the same product, forwards and backwards; frozen weights get no gradient; norms, activations and dropout masks are computed again in the
-backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora inspired the plan.
+columns of the same product, forwards and backwards; frozen weights get no gradient; norms, activations and dropout masks
+are computed again in the backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora inspired
+the plan.
 """
 
 import operator
@@ -182,9 +183,13 @@ class Projections:
         wide = self.new_rows(tokens, self.in_features)
         return wide[:, : self.in_features], wide
 
+    def has_one_product(self, seeds: Tensor | None) -> bool:
+        """Whether the gradient of x is one product."""
+        return self.gradient_in_one and seeds is None
+
     def new_grad(self, tokens: int, seeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Memory for the gradient of y (tokens, sum of out), and the same with room, where x's will be one product."""
-        if seeds is not None or not self.gradient_in_one:
+        if not self.has_one_product(seeds):
             return self.a.new_empty(tokens, sum(self.sizes)), None
         wide = self.new_rows(tokens, sum(self.sizes))
         return wide[:, : sum(self.sizes)], wide
@@ -260,10 +265,9 @@ class Projections:
         """
         grad_b = torch.mm(grad.T, x_a)
         grads_b = [grad_b[place].to(self.parameters[-1].dtype) for place in self.diagonal]
-        if needs_grad and wide is None and grad.shape[1] < self.in_features:
+        if needs_grad and wide is None and grad.shape[1] < self.in_features and self.has_one_product(seeds):
             room, wide = self.new_grad(len(grad), seeds)
-            if wide is not None:
-                room.copy_(grad)
+            room.copy_(grad)
         if needs_grad and wide is not None:
             grad_a = torch.mm(grad, self.b, out=wide[:, grad.shape[1] :])
             return torch.mm(wide, self.weight_and_a()), grad_a, grads_b

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.divided import weights_were_divided
 from finetuning.fused_lora import FUSED_LAYERS, PROJECTIONS
 from finetuning.hardware import compute_capability, strategy, weight_dtype, weights_are_divided
 from finetuning.models import is_vision
@@ -392,7 +393,7 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
     now = "DeepSpeed" if how.startswith("ZeRO") else "FSDP2" if how == "FSDP2" else "one process or DDP"
     if began != now:
         return [f"it was written under {began}, this launch is {now}: its optimizer state is laid out otherwise"]
-    was_divided = any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
+    was_divided = weights_were_divided(checkpoint)
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
     offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
     divides = how == "ZeRO-3" and (offloads or not may_gather)
