@@ -1,9 +1,6 @@
 """Dialogues about one image that train as one sequence give the loss and the gradients of separate rows."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -198,11 +195,8 @@ def test_rows_are_grouped_by_image():
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
-    script = Path(__file__).parents[1] / "scripts" / "make_tiny_model.py"
-    subprocess.run([sys.executable, script, "--architecture", "llava", "--output", folder], check=True)
-    return load_processing_class(str(folder))
+def processor(tiny_llava):
+    return load_processing_class(str(tiny_llava))
 
 
 def test_collator_reads_each_image_once_and_writes_what_separate_rows_are(processor):
