@@ -44,15 +44,13 @@ class Variant:
 
 
 QLORA = {"load_in_4bit": True}
-# FSDP2 divides 4-bit weights that are stored in the type of the run.
-DIVIDED_QLORA = QLORA | {"bnb_4bit_quant_storage": "bfloat16" if torch.cuda.is_available() else "float32"}
 FULL = {"language_model": "full", "projector": "full", "gradient_checkpointing": True}
 VARIANTS = {
     "LoRA, one GPU": Variant("single_gpu", processes=1, resumes=False),
     "LoRA, DDP": Variant("ddp"),
     "QLoRA, DDP": Variant("ddp", QLORA),
     "LoRA, ZeRO-3": Variant("deepspeed_zero3"),
-    "QLoRA, FSDP2": Variant("fsdp2", DIVIDED_QLORA),
+    "QLoRA, FSDP2": Variant("fsdp2", QLORA | {"bnb_4bit_quant_storage": "float32"}),
     # A checkpoint of 7 billion trained numbers takes 100 GB: only the result is saved, unless --layers makes it small.
     "full, ZeRO-3": Variant("deepspeed_zero3", FULL, resumes=False),
     "LoRA, ZeRO-3, offload": Variant("deepspeed_zero3_offload"),

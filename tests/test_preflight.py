@@ -179,6 +179,13 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
         ("ZeRO-3", QLORA, {}, {}, r"ZeRO-3 cannot divide quantised weights.*peft#2016.*ddp\.yaml"),
         ("ZeRO-3", {"load_in_8bit": True}, {}, {}, "ZeRO-3 cannot divide quantised weights"),
         ("FSDP2", QLORA, {}, {}, "set bnb_4bit_quant_storage: float32, which is uint8"),
+        (
+            "FSDP2",
+            QLORA | {"bnb_4bit_quant_storage": "bfloat16"},
+            {},
+            {},
+            r"\(bitsandbytes#1945\): set bnb_4bit_quant_storage: float32, which is bfloat16",
+        ),
         ("FSDP2", {"load_in_8bit": True}, {}, {}, "FSDP2 cannot divide 8-bit weights: set load_in_4bit: true"),
         ("FSDP2", {}, {}, {}, "FSDP without GPUs: accelerate would train plain DDP without a word"),
         (

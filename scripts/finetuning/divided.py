@@ -138,12 +138,17 @@ def name_layers(model: nn.Module) -> None:
     )
 
 
-def average_in_fp32(plugin: Any) -> None:
-    """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; accelerate has both in the run's 16 bits."""
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-        )
+def keep_exact(plugin: Any, *, quantised: bool) -> None:
+    """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; 4-bit weights arrive as they were sent.
+
+    accelerate has all of it in the run's 16 bits. Pairs of bytes of a 4-bit weight that say NaN in bf16, one in a
+    thousand, then arrive as 7FFF, which are other weights (bitsandbytes#1945, pytorch#159333). They arrive whole when they
+    are stored as fp32, as `preflight` demands, and nothing is cast before it is sent.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        sent = None if quantised else policy.param_dtype
+        plugin.mixed_precision_policy = replace(policy, param_dtype=sent, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

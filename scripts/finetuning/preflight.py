@@ -91,11 +91,11 @@ def strategy_problems(
         problems.append(
             f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
         )
-    stored = str(weight_dtype(training_args.fp16, training_args.bf16)).removeprefix("torch.")
-    if model_args.load_in_4bit and how == "FSDP2" and model_args.bnb_4bit_quant_storage != stored:
+    if model_args.load_in_4bit and how == "FSDP2" and model_args.bnb_4bit_quant_storage != "float32":
         problems.append(
-            f"FSDP2 divides 4-bit weights only when they are stored as the type of the run (accelerate leaves others "
-            f"whole on every GPU): set bnb_4bit_quant_storage: {stored}, which is {model_args.bnb_4bit_quant_storage or 'uint8'}"
+            "FSDP2 divides 4-bit weights only when they are stored as floating-point numbers, and changes one in a thousand "
+            "of those stored in 16 bits (bitsandbytes#1945): set bnb_4bit_quant_storage: float32, which is "
+            f"{model_args.bnb_4bit_quant_storage or 'uint8'}"
         )
     if quantised and "lora" not in placements:
         problems.append("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")

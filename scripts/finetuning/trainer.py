@@ -18,8 +18,8 @@ from finetuning import tracking
 from finetuning.checkpointing import LayerCheckpointing
 from finetuning.cuda_graphs import CudaGraphs
 from finetuning.divided import (
-    average_in_fp32,
     end_steps_in_few_launches,
+    keep_exact,
     refuse_other_layout,
     remember_parameters,
     trained_weights,
@@ -95,7 +95,8 @@ class FineTuningTrainer(InterruptibleTrainer):
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
         if self.accelerator.is_fsdp2:
-            average_in_fp32(self.accelerator.state.fsdp_plugin)
+            quantised = getattr(base_model_of(model), "is_loaded_in_4bit", False)
+            keep_exact(self.accelerator.state.fsdp_plugin, quantised=quantised)
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
         score_supervised_rows(base_model_of(model))
