@@ -29,16 +29,18 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.started
 
     def measured(self, trainer: Trainer) -> dict:
-        """Seconds of the measured steps, the most GiB allocated in them, tokens of all steps, logged losses."""
+        """Seconds of the measured steps, the most GiB allocated in them, mean tokens of a step, logged losses."""
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        last = history[-1]
         trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         return {
             "trained_parameters": sum(weight.numel() for weight in trained),
             "trained_types": sorted({str(weight.dtype) for weight in trained}),
             "seconds": self.seconds,
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None,
-            "tokens": history[-1].get("num_tokens"),
-            "data_wait": history[-1].get("data_wait"),
+            # Up to the last log, after which there may have been other steps.
+            "tokens_a_step": last["num_tokens"] / last["step"] if "num_tokens" in last else None,
+            "data_wait": last.get("data_wait"),
             "loss_steps": [entry["step"] for entry in history],
             "losses": [entry["loss"] for entry in history],
         }

@@ -214,7 +214,7 @@ def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_fold
         run = train_by_unsloth(variant, rows, options, unsloth_folder, bar)
     else:
         run = train_here(variant, rows, options, options.output / "run", bar)
-    seconds, tokens = run.pop("seconds"), run.pop("tokens") / steps
+    seconds, tokens = run.pop("seconds"), run.pop("tokens_a_step")
     answers = batch_size * variant.accumulate * variant.questions
     measured = {
         "variant": name,
@@ -302,7 +302,6 @@ def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespac
 
     rows = rows.map(tokenise)
     rows.save_to_disk(folder / "rows")
-    tokens = sum(map(len, rows["input_ids"]))
     order = {
         "arguments": arguments_of(variant, options, folder / "run", vision=True, cuda=cuda),
         "lora": lora_of(variant, vision=True),
@@ -330,7 +329,8 @@ def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespac
                 last_lines.append(line)
     if process.returncode != 0:
         sys.exit(f"train_speed.py: {options.unsloth} ended with {process.returncode}:\n{''.join(last_lines)}")
-    return json.loads((folder / "measured.json").read_text(encoding="utf-8")) | {"tokens": tokens}
+    tokens = sum(map(len, rows["input_ids"])) / (options.warmup + options.steps)
+    return json.loads((folder / "measured.json").read_text(encoding="utf-8")) | {"tokens_a_step": tokens}
 
 
 def needed_flops(model_config: PreTrainedConfig, tokens: float, rows: int) -> float:

@@ -1,7 +1,7 @@
 """The same recipe by one process and by two, under each strategy, through `accelerate launch` with the shipped files.
 
 A CPU trains in fp32, so that numbers can be compared to 1e-5. What a CPU cannot do is left to benchmarks/multi_gpu.py:
-16-bit types, NCCL, and models of a real size. Twelve launches of two processes, most of their time imports.
+16-bit types, NCCL, and models of a real size. Thirteen launches of two processes, most of their time imports.
 """
 
 import json
@@ -198,6 +198,14 @@ def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
     keep_exact(plugin, quantised=True)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
+
+
+def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):
+    flags = {"load_in_4bit": "true", "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    train_alone(tmp_path / "one", **LORA | {"vision_tower": "frozen"}, **flags)
+    train("fsdp2", tmp_path / "two", **LORA | {"vision_tower": "frozen"}, **flags, bnb_4bit_quant_storage="float32")
+    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-5)
+    assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
 
 
 def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_path):
