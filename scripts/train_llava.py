@@ -68,7 +68,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     trainer = FineTuningTrainer(
         model=model,
         args=training_args,
-        data_collator=(SharedPrefixCollator if shares_prefix else LlavaDataCollator)(processor),
+        data_collator=(SharedPrefixCollator if shares_prefix else LlavaDataCollator)(
+            processor, training_args.pad_to_multiple_of
+        ),
         train_dataset=group_by_image(train_rows) if shares_prefix else train_rows,
         eval_dataset=validation_rows,
         processing_class=processor,

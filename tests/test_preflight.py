@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -414,6 +415,21 @@ def test_rows_with_images_are_not_packed(tmp_path, option):
     (problem,) = preflight.row_problems(script_arguments(), training_args, rows(1), None)
     assert problem.startswith("packing and padding_free are for text")
     assert preflight.row_problems(script_arguments(), training_args, Dataset.from_dict({"messages": ["a"]}), None) == []
+
+
+def test_options_for_text_are_named_where_rows_have_images(tmp_path):
+    given = {"assistant_only_loss": False, "dataset_num_proc": 2}
+    found = preflight.row_problems(script_arguments(), training_arguments(tmp_path, **given), rows(1), None)
+    assert [problem.split(" has no effect on rows with images")[0] for problem in found] == [
+        "assistant_only_loss: False",
+        "dataset_num_proc: 2",
+    ]
+    text = Dataset.from_dict({"messages": ["a"]})
+    assert preflight.row_problems(script_arguments(), training_arguments(tmp_path, **given), text, None) == []
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    assert {key: default for key, (default, _) in preflight.FOR_TEXT.items()} == {
+        key: defaults[key] for key in preflight.FOR_TEXT
+    }
 
 
 def test_max_length_where_nothing_is_cut(tmp_path):

@@ -204,7 +204,8 @@ def test_collator_reads_each_image_once_and_writes_what_separate_rows_are(proces
     batch = SharedPrefixCollator(processor)(list(group_by_image(dataset)))
     separate = LlavaDataCollator(processor)([dataset[row] for row in (0, 2, 3, 1, 4)])
     assert batch["pixel_values"].shape[0] == 2
-    assert batch["input_ids"].shape[1] % 8 == 0
+    longest = int((batch["branch_ids"] > 0).sum(1).max())
+    assert batch["input_ids"].shape[1] == longest
     rebuilt = []
     for tokens, labels, branches in zip(batch["input_ids"], batch["labels"], batch["branch_ids"], strict=True):
         for branch in range(2, int(branches.max()) + 1):
@@ -217,6 +218,9 @@ def test_collator_reads_each_image_once_and_writes_what_separate_rows_are(proces
         )
     ]
     assert rebuilt == expected
+    padded = SharedPrefixCollator(processor, pad_to_multiple_of=longest + 1)(list(group_by_image(dataset)))
+    assert all(padded[name].shape == (3, longest + 1) for name in ("input_ids", "labels", "branch_ids"))
+    assert torch.equal(padded["input_ids"][:, :longest], batch["input_ids"])
     assert "prefix_length" not in batch  # the row without an image has none
     assert SharedPrefixCollator(processor)([group_by_image(dataset)[0]])["prefix_length"] == int(
         (batch["branch_ids"][0] == PREFIX).sum()

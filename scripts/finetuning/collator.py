@@ -14,11 +14,14 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     Called on a list of rows it returns TRL's batch: `input_ids`, `attention_mask`, `labels` of shape
     (rows, tokens) and `pixel_values` of shape (images, 3, height, width). `labels` are -100 everywhere but on the
     assistant's text and its end-of-sequence token. A row that carries its number in the dataset (`row`) keeps it
-    in `rows`, so that a bad batch can be named. Nothing is ever cut: a cut image token makes the row useless.
+    in `rows`, so that a bad batch can be named. Nothing is ever cut: a cut image token makes the row useless. Rows are
+    padded to the longest, or to a multiple of `pad_to_multiple_of`.
     """
 
-    def __init__(self, processor: ProcessorMixin):
-        super().__init__(processor=processor, max_length=None, assistant_only_loss=True)
+    def __init__(self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None):
+        super().__init__(
+            processor=processor, max_length=None, assistant_only_loss=True, pad_to_multiple_of=pad_to_multiple_of
+        )
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         for example in examples:

@@ -26,6 +26,16 @@ from finetuning.speed import shares_image_prefix
 CONFIGS = "accelerate_configs"
 # What the names of transformers' optimizers that come from bitsandbytes begin with.
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
+# What of TRL's options rows with images do not pass through: its default, and what is done instead.
+FOR_TEXT = {
+    "assistant_only_loss": (True, "the assistant's turns are supervised, nothing else"),
+    "completion_only_loss": (None, "the assistant's turns are supervised, nothing else"),
+    "dataset_kwargs": (None, "they are tokenised when a batch is made"),
+    "dataset_num_proc": (None, "they are tokenised when a batch is made, by dataloader_num_workers processes"),
+    "eval_packing": (None, "they stay side by side"),
+    "shuffle_dataset": (False, "each epoch draws them in a new order, as train_sampling_strategy says"),
+    "truncation_mode": ("keep_start", "they are never cut"),
+}
 
 
 def refuse_what_cannot_work(
@@ -218,6 +228,12 @@ def row_problems(
             "cannot be used (LlamaFactory#6131). Remove it from the recipe, and rows that are too long from the data: "
             f"python scripts/check_data.py --max_length {training_args.max_length} names them"
         )
+    if "images" in rows.column_names:
+        problems += [
+            f"{key}: {getattr(training_args, key)} has no effect on rows with images: {reason}. Remove it from the recipe"
+            for key, (default, reason) in FOR_TEXT.items()
+            if getattr(training_args, key) != default
+        ]
     how, sees = strategy(), {script_args.projector, script_args.vision_tower} != {"frozen"}
     evaluated = None if training_args.eval_strategy == "no" else validation_rows
     if weights_are_divided() and evaluated is not None and (without := rows_without_image(evaluated)):

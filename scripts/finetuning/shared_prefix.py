@@ -72,8 +72,8 @@ def read_groups(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
 class SharedPrefixCollator(LlavaDataCollator):
     """Rows of `group_by_image` -> one batch of sequences, each an image prefix and its dialogues.
 
-    `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids` are (sequences, tokens), right-padded to a
-    multiple of 8; `pixel_values` holds each picture once. `prefix_length` (int) is there when all prefixes are as long.
+    `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids` are (sequences, tokens), right-padded;
+    `pixel_values` holds each picture once. `prefix_length` (int) is there when all prefixes are as long.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,7 +89,8 @@ class SharedPrefixCollator(LlavaDataCollator):
             for messages in example.get("other_messages", []):
                 dialogues.append(self.tokenize(messages, example["images"], len(image_places)))
             sequences.append(join(dialogues, prefix, example.get("row")))
-        length = -(-max(len(sequence["input_ids"]) for sequence in sequences) // 8) * 8
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(len(sequence["input_ids"]) for sequence in sequences) // multiple) * multiple
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
         for name in sequences[0]:
             rows = torch.full((len(sequences), length), padding.get(name, 0))
