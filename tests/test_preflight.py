@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from finetuning import arguments, models, preflight
+from finetuning import arguments, memory, models, preflight
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.checkpointing import checkpoint_first
 from finetuning.collator import LlavaDataCollator
@@ -54,6 +54,8 @@ def launch_by(monkeypatch, how: str, **environment: str) -> None:
         environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": how[-1]}
     if how.startswith("FSDP"):
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": how[-1]}
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
@@ -586,12 +588,121 @@ def test_fp8_against_models_that_it_does_not_fit(tmp_path):
 def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):
     given = training_arguments(tmp_path), ModelArguments(lora_r=64)
     config = load_config(str(published_llava))
-    counts = preflight.count_what_is_trained(config, script_arguments(), *given)
+    placed = preflight.place_without_weights(config, script_arguments(), *given)
+    counts = preflight.count_parameters(placed)
     trained = sum(part["trainable"] for part in counts.values())
     assert trained == 159_907_840
     assert sum(part["total"] for part in counts.values()) - trained == 7_063_427_072
     with pytest.raises(ValueError, match="every part is frozen"):
-        preflight.count_what_is_trained(config, script_arguments(language_model="frozen"), *given)
+        preflight.place_without_weights(config, script_arguments(language_model="frozen"), *given)
+
+
+# Memory
+
+ADAPTED = {"language_model": "lora", "projector": "frozen", "vision_tower": "frozen"}
+
+
+@pytest.fixture(scope="module")
+def placed() -> dict[str, torch.nn.Module]:
+    """Models without weights by how their language model is trained: to make one takes seconds."""
+    return {}
+
+
+@pytest.fixture
+def describe(monkeypatch, placed, published_llava):
+    """`describe(how, placement, offload=..., **flags)`: the job of LLaVA-1.5-7B by two processes, or by one."""
+
+    def job(how: str, placement: dict, *, offload: bool = False, **flags) -> memory.Job:
+        device = "cpu" if offload else "none"
+        launch_by(
+            monkeypatch,
+            how,
+            ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=device,
+            ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE=device,
+        )
+        training_args = SimpleNamespace(
+            optim=SimpleNamespace(value=flags.pop("optim", "adamw_torch_fused")),
+            world_size=1 if how == "one process" else 2,
+            deepspeed_plugin=None,
+        )
+        given = script_arguments(**placement), training_args, ModelArguments(lora_r=64, **flags)
+        if placement["language_model"] not in placed:
+            config = load_config(str(published_llava))
+            placed[placement["language_model"]] = preflight.place_without_weights(config, *given)
+        return preflight.describe_job(placed[placement["language_model"]], *given)
+
+    return job
+
+
+def test_what_is_held_of_lora_on_7b(describe):
+    job = describe("one process", ADAPTED)
+    assert (job.trained, job.frozen, job.quantisable) == (159_907_840, 7_063_427_072, 32 * 202_375_168)
+    assert memory.least_memory(job) == {
+        "weights": 2 * 7_063_427_072 + 4 * 159_907_840,
+        "gradients": 4 * 159_907_840,
+        "optimizer": 8 * 159_907_840,
+    }
+    quantised = memory.least_memory(describe("DDP", ADAPTED, load_in_4bit=True, optim="paged_adamw_8bit"))
+    assert (
+        quantised["weights"] == (0.5 + 1 / 64) * job.quantisable + 2 * (job.frozen - job.quantisable) + 4 * job.trained
+    )
+    assert quantised["optimizer"] == 0
+    assert set(memory.least_memory(describe("ZeRO-3", ADAPTED, offload=True)).values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("how", "placement", "flags", "measured"),
+    [
+        ("DDP", ADAPTED, {}, 30.1),
+        ("ZeRO-2", ADAPTED, {}, 29.7),
+        ("ZeRO-3", ADAPTED, {}, 24.4),
+        ("FSDP2", ADAPTED, {}, 22.7),
+        ("DDP", ADAPTED, {"load_in_4bit": True}, 21.3),
+        ("FSDP2", ADAPTED, {"load_in_4bit": True}, 17.9),
+        ("ZeRO-3", ADAPTED | ALL_FULL, {}, 57.3),
+    ],
+)
+def test_least_memory_is_less_than_was_measured(describe, how, placement, flags, measured):
+    """The peaks of the README, in GiB; of full fine-tuning nearly all is weights, gradients and optimizer."""
+    needs = sum(memory.least_memory(describe(how, placement, **flags)).values()) / 2**30
+    assert needs < measured
+    assert needs > 50 or "lora" in placement.values()
+
+
+def test_table_of_the_readmes(describe):
+    columns = [
+        describe("DDP", ADAPTED, load_in_4bit=True),
+        *(describe(how, ADAPTED) for how in ("DDP", "ZeRO-3")),
+        *(describe(how, ADAPTED | ALL_FULL) for how in ("DDP", "ZeRO-2", "ZeRO-3")),
+    ]
+    for processes in (2, 4, 8):
+        jobs = [replace(job, processes=processes) for job in columns]
+        cells = [f"{sum(memory.least_memory(job).values()) / 2**30:.1f}" for job in jobs]
+        for readme in ("README.md", "README.ko.md"):
+            assert f"| {processes} | {' | '.join(cells)} |" in (ROOT / readme).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("how", "placement", "flags", "gib", "message"),
+    [
+        (
+            "one process",
+            ADAPTED,
+            {},
+            14.6,
+            "memory: each GPU must hold at least 15.5 GiB before it sees a row (weights 13.8, gradients 0.6, optimizer 1.2), "
+            "and has 14.6: set load_in_4bit: true, or launch with accelerate_configs/deepspeed_zero2.yaml on 2 GPUs, or",
+        ),
+        ("one process", ADAPTED | ALL_FULL, {}, 79.1, "and has 79.1: launch with accelerate_configs/deepspeed_zero2.yaml on 2 GPUs, or"),
+        ("ZeRO-2", ADAPTED | ALL_FULL, {}, 22.0, "deepspeed_zero3.yaml on 5 GPUs, or launch with accelerate_configs/deepspeed_zero3_offload.yaml"),
+        ("DDP", ADAPTED, {"load_in_4bit": True}, 6.0, "and has 6.0: launch with accelerate_configs/fsdp2.yaml on 2 GPUs"),
+        ("DDP", ADAPTED, {"load_in_4bit": True}, 14.6, None),
+        ("one process", ADAPTED, {}, None, None),
+    ],
+)  # fmt: skip
+def test_gpus_that_are_too_small_are_refused(describe, how, placement, flags, gib, message):
+    found = memory.memory_problems(describe(how, placement, **flags), None if gib is None else int(gib * 2**30))
+    assert ([message in problem for problem in found] == [True]) if message else found == [], found
 
 
 # Disk

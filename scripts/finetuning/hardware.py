@@ -83,6 +83,12 @@ def refuse_more_processes_than_gpus() -> None:
         )
 
 
+def smallest_gpu() -> int | None:
+    """Bytes of memory of the smallest GPU that this machine's processes use; None without one."""
+    used = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(index).total_memory for index in range(used)), default=None)
+
+
 def divide_batch(global_batch_size: int, largest: int, processes: int) -> tuple[int, int]:
     """Rows a step -> (rows a process takes at once, at most `largest`; how many times it does before a step).
 

@@ -10,15 +10,17 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from datasets import Dataset
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.divided import weights_were_divided
 from finetuning.fused_lora import FUSED_LAYERS, PROJECTIONS
-from finetuning.hardware import compute_capability, strategy, weight_dtype, weights_are_divided
+from finetuning.hardware import compute_capability, smallest_gpu, strategy, weight_dtype, weights_are_divided
+from finetuning.memory import Job, bytes_of_optimizer, count_numbers, memory_problems
 from finetuning.models import is_vision
 from finetuning.placement import count_parameters, place
 from finetuning.speed import shares_image_prefix
@@ -59,10 +61,14 @@ def refuse_what_cannot_work(
         *fp8_problems(script_args, training_args, model_args, capability, config),
     ]
     try:
-        counts = count_what_is_trained(config, script_args, training_args, model_args)
+        placed = place_without_weights(config, script_args, training_args, model_args)
     except ValueError as error:
         problems.append(str(error))
         counts = {}
+    else:
+        counts = count_parameters(placed)
+        job = describe_job(placed, script_args, training_args, model_args)
+        problems += memory_problems(job, None if training_args.use_cpu else smallest_gpu())
     problems += disk_problems(training_args, counts, len(train_rows))
     if problems:
         raise ValueError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
@@ -131,8 +137,7 @@ def strategy_problems(
             f"optim: {training_args.optim.value} is one of bitsandbytes, which cannot step weights that FSDP2 divides "
             "(bitsandbytes#1633: illegal memory access): set optim: adamw_torch"
         )
-    offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
-    if how.startswith("ZeRO") and offloads and not training_args.optim.value.startswith("adamw_torch"):
+    if how.startswith("ZeRO") and is_offloaded("optimizer") and not training_args.optim.value.startswith("adamw_torch"):
         problems.append(
             f"optim: {training_args.optim.value} keeps its state on the GPU, but this launch offloads the optimizer to "
             f"main memory: set optim: adamw_torch, or launch with {CONFIGS}/deepspeed_zero3.yaml"
@@ -343,18 +348,43 @@ def searches_unused_parameters(script_args: ScriptArguments, training_args: Trai
     return bool(sees) and rows_without_image(rows) > 0
 
 
-def count_what_is_trained(
+def place_without_weights(
     config: PreTrainedConfig, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
-) -> dict[str, dict[str, int]]:
-    """`count_parameters` of the model as it will be placed. Raises ValueError where the placement cannot be had."""
+) -> nn.Module:
+    """The model as it will be placed, on the meta device. Raises ValueError where the placement cannot be had."""
     auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would divide even these weights, which do not exist
     try:
         with torch.device("meta"):
-            return count_parameters(place(auto_class.from_config(config), script_args, model_args))
+            return place(auto_class.from_config(config), script_args, model_args)
     finally:
         if training_args.deepspeed_plugin is not None:
             training_args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def describe_job(
+    placed: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> Job:
+    """What decides the least memory of each GPU."""
+    how, is_lora, optim = strategy(), "lora" in script_args.placement.values(), training_args.optim.value
+    in_fp32 = model_args.dtype == "float32" or (not is_lora and not how.startswith("ZeRO"))
+    return Job(
+        **count_numbers(placed),
+        is_lora=is_lora,
+        strategy=how,
+        processes=training_args.world_size,
+        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 32 if in_fp32 else 16,
+        # Pages of the optimizer's state may lie in main memory.
+        optimizer_bytes=0 if optim.startswith("paged") else bytes_of_optimizer(optim),
+        offloads=tuple(name for name in ("optimizer", "weights") if is_offloaded(name)),
+    )
+
+
+def is_offloaded(what: str) -> bool:
+    """Whether this launch keeps the `optimizer`, or the `weights`, in main memory; FSDP does so with both or none."""
+    name = {"optimizer": "OPTIMIZER", "weights": "PARAM"}[what]
+    by_deepspeed = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE", "none") != "none"
+    return by_deepspeed or parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
 
 
 def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, int]], num_rows: int) -> list[str]:
@@ -368,8 +398,7 @@ def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, 
     trained = sum(part["trainable"] for part in counts.values())
     whole = sum(part["total"] for part in counts.values()) if not any(part["lora"] for part in counts.values()) else 0
     weights = max(4 * trained, 2 * whole)
-    # Adam keeps two numbers for each that is trained: a byte each in the 8-bit optimizers, else four.
-    checkpoint = weights + (2 if "8bit" in training_args.optim.value else 8) * trained
+    checkpoint = weights + bytes_of_optimizer(training_args.optim.value) * trained
     kept = min(num_checkpoints(training_args, num_rows), (training_args.save_total_limit or math.inf) + 1)
     needed = kept * checkpoint + weights
     free = shutil.disk_usage(existing).free
@@ -411,7 +440,7 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
         return [f"it was written under {began}, this launch is {now}: its optimizer state is laid out otherwise"]
     was_divided = weights_were_divided(checkpoint)
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
-    offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+    offloads = is_offloaded("weights")
     divides = how == "ZeRO-3" and (offloads or not may_gather)
     if began == "DeepSpeed" and ((was_divided and how != "ZeRO-3") or (divides and not was_divided)):
         was = "divided, by ZeRO-3" if was_divided else "whole"
