@@ -95,17 +95,14 @@ def ways_out(job: Job, gpu_memory: int) -> list[str]:
     ways = []
     if job.is_lora and job.bits >= 16 and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
         ways.append("set load_in_4bit: true")
-    for strategy, file in (("ZeRO-2", "deepspeed_zero2"), ("ZeRO-3", "deepspeed_zero3"), ("FSDP2", "fsdp2")):
-        if (job.bits < 16) != (
-            strategy == "FSDP2"
-        ):  # it alone divides what is quantised; the rest DeepSpeed does faster
-            continue
+    # FSDP2 alone divides what is quantised; anything else DeepSpeed does faster.
+    files = {"FSDP2": "fsdp2"} if job.bits < 16 else {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
+    for strategy, file in files.items():
         divided = replace(job, strategy=strategy, bits=min(job.bits, 16), offloads=())
-        enough = (
-            n for n in range(max(job.processes, 2), MOST_PROCESSES) if fits(replace(divided, processes=n), gpu_memory)
-        )
-        if (processes := next(enough, None)) is not None:
-            ways.append(f"launch with {CONFIGS}/{file}.yaml on {processes} GPUs")
+        numbers = range(max(job.processes, 2), MOST_PROCESSES + 1)
+        enough = [number for number in numbers if fits(replace(divided, processes=number), gpu_memory)]
+        if enough:
+            ways.append(f"launch with {CONFIGS}/{file}.yaml on {enough[0]} GPUs")
     if job.bits >= 16 and len(job.offloads) < 2:
         ways.append(f"launch with {CONFIGS}/deepspeed_zero3_offload.yaml")
     return ways or ["take larger GPUs"]
