@@ -2,15 +2,20 @@
 
     python scripts/check_recipe.py scripts/train_llava.py ddp --config scripts/configs/llava_lora.yaml --lora_r 16
 
-The words of slurm/train.slurm. Prints the dataset and the run's folder; exits with 1 and all that is wrong otherwise.
+The words of slurm/train.slurm. Prints the dataset, the run's folder, and what each GPU must hold at least; exits with 1 and
+all that is wrong otherwise.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from finetuning.arguments import parse_arguments
-from finetuning.launching import launch_problems
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.launching import launch_problems, strategy_of
+from finetuning.memory import DIVIDED, GIB, least_memory
+from finetuning.models import load_config
+from finetuning.preflight import describe_job, place_without_weights
 
 
 def main() -> None:
@@ -21,15 +26,41 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     problems = launch_problems(args.script, args.strategy)
     try:
-        script_args, training_args, _ = parse_arguments(Path(__file__).parent / "configs" / "llava_qlora.yaml", flags)
+        recipe = parse_arguments(Path(__file__).parent / "configs" / "llava_qlora.yaml", flags)
     except ValueError as error:
         problems.append(str(error))
     if problems:
         sys.exit("check_recipe.py: " + "\n".join(problems))
+    script_args, training_args, _ = recipe
     if args.quiet:
         print(f"{script_args.dataset_name}\n{training_args.output_dir}")
-    else:
-        print(f"{args.script} under {args.strategy}: {script_args.dataset_name} -> {training_args.output_dir}")
+        return
+    print(f"{args.script} under {args.strategy}: {script_args.dataset_name} -> {training_args.output_dir}")
+    try:
+        print(memory_line(args.strategy, *recipe))
+    except ValueError as error:
+        sys.exit(f"check_recipe.py: {error}")
+
+
+def memory_line(
+    name: str, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> str:
+    """What each GPU must hold under the strategy `name`. Raises ValueError where the placement cannot be had."""
+    try:
+        config = load_config(model_args.model_name_or_path, model_args.model_revision)
+    except ValueError as error:
+        return f"What its GPUs must hold is not known: {error}"
+    placed = place_without_weights(config, script_args, training_args, model_args)
+    strategy, offloads = strategy_of(name)
+    if "weights" in offloads:
+        return "Weights, gradients and optimizer lie in main memory; only activations must fit on the GPUs"
+    job = replace(describe_job(placed, script_args, training_args, model_args), strategy=strategy, offloads=offloads)
+    sizes = {
+        number: sum(least_memory(replace(job, processes=number)).values()) / GIB
+        for number in ((2, 4, 8) if strategy in DIVIDED else (1,))
+    }
+    shown = ", ".join(f"{size:.1f} GiB" + (f" as one of {n}" if n > 1 else "") for n, size in sizes.items())
+    return f"Each GPU must hold at least {shown}, before it sees a row; activations come on top"
 
 
 if __name__ == "__main__":

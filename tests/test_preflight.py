@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, run_here
 from datasets import Dataset, Image, List
 from PIL import Image as Picture
 from torch.nn.parallel import DistributedDataParallel
@@ -39,6 +39,7 @@ from finetuning.hardware import (
     refuse_more_processes_than_gpus,
     weight_dtype,
 )
+from finetuning.launching import strategy_of
 from finetuning.models import load_base_model, load_config, quantization_config, this_device
 from finetuning.placement import place, without_gradient
 from finetuning.runs import resolved_arguments
@@ -680,6 +681,32 @@ def test_table_of_the_readmes(describe):
         cells = [f"{sum(memory.least_memory(job).values()) / 2**30:.1f}" for job in jobs]
         for readme in ("README.md", "README.ko.md"):
             assert f"| {processes} | {' | '.join(cells)} |" in (ROOT / readme).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("ddp", "Each GPU must hold at least 15.5 GiB, before it sees a row"),
+        ("deepspeed_zero3", "at least 7.8 GiB as one of 2, 3.9 GiB as one of 4, 1.9 GiB as one of 8, before"),
+        ("deepspeed_zero3_offload", "only activations must fit on the GPUs"),
+    ],
+)
+def test_a_job_is_told_its_memory_before_it_queues(published_llava, name, line):
+    words = ("scripts/train_llava.py", name, "--config", "scripts/configs/llava_lora.yaml")
+    result = run_here("scripts/check_recipe.py", *words, "--model_name_or_path", published_llava)
+    assert result.returncode == 0 and line in result.stdout
+    assert result.stdout.startswith(f"scripts/train_llava.py under {name}: data/cctv -> outputs/llava-lora\n")
+
+
+def test_files_and_the_strategies_that_they_launch():
+    both = ("optimizer", "weights")
+    assert {name: strategy_of(name) for name in CONFIGS} == {
+        **{name: ("one process", ()) for name in ("cpu", "single_gpu", "t4")},
+        **{f"deepspeed_zero{stage}": (f"ZeRO-{stage}", ()) for stage in (1, 2, 3)},
+        "ddp": ("DDP", ()),
+        "deepspeed_zero3_offload": ("ZeRO-3", both),
+        "fsdp2": ("FSDP2", ()),
+    }
 
 
 @pytest.mark.parametrize(

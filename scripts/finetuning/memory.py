@@ -32,7 +32,7 @@ class Job:
     is_lora: bool
     strategy: str
     processes: int
-    bits: int = 16  # 4 or 8: of what can be quantised; 32: of all weights
+    bits: int = 16  # 4 or 8: of what can be quantised; 32: `dtype: float32`
     optimizer_bytes: int = 8  # per trained number, on the GPU
     offloads: tuple[str, ...] = ()  # "optimizer", "weights"
 
@@ -62,12 +62,13 @@ def bytes_of_optimizer(name: str) -> int:
 def least_memory(job: Job) -> dict[str, float]:
     """Bytes on each GPU of `weights`, `gradients` and `optimizer`."""
     deepspeed = job.strategy.startswith("ZeRO")
+    # Without LoRA all weights are in fp32, unless DeepSpeed keeps masters of those that are trained.
+    width = 4 if job.bits == 32 or not (job.is_lora or deepspeed) else 2
     # A 4-bit number has a 64th of its block's scale, which takes a byte or four.
-    width = {4: 0.5 + 1 / 64, 8: 1, 16: 2, 32: 4}[job.bits]
-    quantised = job.quantisable if job.bits < 16 else 0
-    rest = job.frozen - quantised
+    quantised_width = {4: 0.5 + 1 / 64, 8: 1}.get(job.bits, width)
+    frozen = job.quantisable * quantised_width + (job.frozen - job.quantisable) * width
     needs = {
-        "weights": quantised * width + rest * (4 if job.bits == 32 else 2) + job.trained * (2 if deepspeed else 4),
+        "weights": frozen + job.trained * (2 if deepspeed else 4),
         "gradients": job.trained * (2 if deepspeed else 4),
         "optimizer": job.trained * (job.optimizer_bytes + (4 if deepspeed else 0)),
     }
@@ -98,7 +99,7 @@ def ways_out(job: Job, gpu_memory: int) -> list[str]:
     # FSDP2 alone divides what is quantised; anything else DeepSpeed does faster.
     files = {"FSDP2": "fsdp2"} if job.bits < 16 else {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
     for strategy, file in files.items():
-        divided = replace(job, strategy=strategy, bits=min(job.bits, 16), offloads=())
+        divided = replace(job, strategy=strategy, offloads=())
         numbers = range(max(job.processes, 2), MOST_PROCESSES + 1)
         enough = [number for number in numbers if fits(replace(divided, processes=number), gpu_memory)]
         if enough:

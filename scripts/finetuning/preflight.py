@@ -366,12 +366,11 @@ def describe_job(
     placed: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
 ) -> Job:
     """What decides the least memory of each GPU."""
-    how, is_lora, optim = strategy(), "lora" in script_args.placement.values(), training_args.optim.value
-    in_fp32 = model_args.dtype == "float32" or (not is_lora and not how.startswith("ZeRO"))
+    optim, in_fp32 = training_args.optim.value, model_args.dtype == "float32"
     return Job(
         **count_numbers(placed),
-        is_lora=is_lora,
-        strategy=how,
+        is_lora="lora" in script_args.placement.values(),
+        strategy=strategy(),
         processes=training_args.world_size,
         bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 32 if in_fp32 else 16,
         # Pages of the optimizer's state may lie in main memory.
