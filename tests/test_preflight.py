@@ -649,6 +649,10 @@ def test_what_is_held_of_lora_on_7b(describe):
     )
     assert quantised["optimizer"] == 0
     assert set(memory.least_memory(describe("ZeRO-3", ADAPTED, offload=True)).values()) == {0}
+    in_full = describe("one process", ADAPTED | ALL_FULL)
+    assert memory.least_memory(in_full)["weights"] == 4 * (in_full.frozen + in_full.trained) == 4 * 7_063_427_072
+    in_full = describe("one process", ADAPTED | ALL_FULL, dtype="bfloat16")
+    assert memory.least_memory(in_full)["weights"] == 2 * in_full.frozen + 4 * in_full.trained
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ class Job:
     is_lora: bool
     strategy: str
     processes: int
-    bits: int = 16  # 4 or 8: of what can be quantised; 32: `dtype: float32`
+    bits: int | None = None  # 4 or 8: of what can be quantised, where it is
+    dtype: str = "auto"  # of the other weights, as the recipe has it
     optimizer_bytes: int = 8  # per trained number, on the GPU
     offloads: tuple[str, ...] = ()  # "optimizer", "weights"
 
@@ -62,8 +63,9 @@ def bytes_of_optimizer(name: str) -> int:
 def least_memory(job: Job) -> dict[str, float]:
     """Bytes on each GPU of `weights`, `gradients` and `optimizer`."""
     deepspeed = job.strategy.startswith("ZeRO")
-    # Without LoRA all weights are in fp32, unless DeepSpeed keeps masters of those that are trained.
-    width = 4 if job.bits == 32 or not (job.is_lora or deepspeed) else 2
+    # Without LoRA all weights are loaded in fp32, unless DeepSpeed keeps masters of those that are trained.
+    in_fp32 = job.dtype == "float32" or (job.dtype == "auto" and not job.is_lora and not deepspeed)
+    width = 4 if in_fp32 else 2
     # A 4-bit number has a 64th of its block's scale, which takes a byte or four.
     quantised_width = {4: 0.5 + 1 / 64, 8: 1}.get(job.bits, width)
     frozen = job.quantisable * quantised_width + (job.frozen - job.quantisable) * width
@@ -94,17 +96,17 @@ def memory_problems(job: Job, gpu_memory: int | None) -> list[str]:
 def ways_out(job: Job, gpu_memory: int) -> list[str]:
     """What would fit, the least change first."""
     ways = []
-    if job.is_lora and job.bits >= 16 and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
+    if job.is_lora and job.bits is None and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
         ways.append("set load_in_4bit: true")
     # FSDP2 alone divides what is quantised; anything else DeepSpeed does faster.
-    files = {"FSDP2": "fsdp2"} if job.bits < 16 else {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
+    files = {"FSDP2": "fsdp2"} if job.bits else {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
     for strategy, file in files.items():
         divided = replace(job, strategy=strategy, offloads=())
         numbers = range(max(job.processes, 2), MOST_PROCESSES + 1)
         enough = [number for number in numbers if fits(replace(divided, processes=number), gpu_memory)]
         if enough:
             ways.append(f"launch with {CONFIGS}/{file}.yaml on {enough[0]} GPUs")
-    if job.bits >= 16 and len(job.offloads) < 2:
+    if job.bits is None and len(job.offloads) < 2:
         ways.append(f"launch with {CONFIGS}/deepspeed_zero3_offload.yaml")
     return ways or ["take larger GPUs"]
 

@@ -366,13 +366,14 @@ def describe_job(
     placed: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
 ) -> Job:
     """What decides the least memory of each GPU."""
-    optim, in_fp32 = training_args.optim.value, model_args.dtype == "float32"
+    optim = training_args.optim.value
     return Job(
         **count_numbers(placed),
         is_lora="lora" in script_args.placement.values(),
         strategy=strategy(),
         processes=training_args.world_size,
-        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 32 if in_fp32 else 16,
+        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+        dtype=model_args.dtype,
         # Pages of the optimizer's state may lie in main memory.
         optimizer_bytes=0 if optim.startswith("paged") else bytes_of_optimizer(optim),
         offloads=tuple(name for name in ("optimizer", "weights") if is_offloaded(name)),
