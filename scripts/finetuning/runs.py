@@ -110,7 +110,7 @@ def describe_run(trainer: Any) -> str:
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     return (
         f"  {len(trainer.train_dataset):,} rows to train on{validation}\n"
-        f"  batch of {batch}: {args.per_device_train_batch_size} a process x {processes} processes x "
+        f"  batch of {batch}: {args.per_device_train_batch_size} a process x {processes} process{'es' if processes > 1 else ''} x "
         f"{args.gradient_accumulation_steps} accumulated; {precision} on {trainer.accelerator.device.type}, {strategy()}"
     )
 
