@@ -201,9 +201,10 @@ def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
 
 
 def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):
-    flags = {"load_in_4bit": "true", "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
-    train_alone(tmp_path / "one", **LORA | {"vision_tower": "frozen"}, **flags)
-    train("fsdp2", tmp_path / "two", **LORA | {"vision_tower": "frozen"}, **flags, bnb_4bit_quant_storage="float32")
+    flags = LORA | {"vision_tower": "frozen", "load_in_4bit": "true"}
+    flags |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    train_alone(tmp_path / "one", **flags)
+    train("fsdp2", tmp_path / "two", **flags, bnb_4bit_quant_storage="float32")
     assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-5)
     assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import yaml
 
 COMMANDS = Path(__file__).parent.parent
-STRATEGIES = COMMANDS.parent / "accelerate_configs"
+CONFIGS = "accelerate_configs"
+STRATEGIES = COMMANDS.parent / CONFIGS
 
 
 def launch_problems(script: str, strategy: str, processes: int | None = None) -> list[str]:

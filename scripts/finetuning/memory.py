@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from finetuning.launching import CONFIGS
 from finetuning.placement import count_parameters, part_of
 
 GIB = 2**30
-CONFIGS = "accelerate_configs"
 DIVIDED = {
     "ZeRO-1": ["optimizer"],
     "ZeRO-2": ["optimizer", "gradients"],

@@ -20,12 +20,12 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.divided import weights_were_divided
 from finetuning.fused_lora import FUSED_LAYERS, PROJECTIONS
 from finetuning.hardware import compute_capability, smallest_gpu, strategy, weight_dtype, weights_are_divided
+from finetuning.launching import CONFIGS
 from finetuning.memory import Job, bytes_of_optimizer, count_numbers, memory_problems
 from finetuning.models import is_vision
 from finetuning.placement import count_parameters, place
 from finetuning.speed import shares_image_prefix
 
-CONFIGS = "accelerate_configs"
 # What the names of transformers' optimizers that come from bitsandbytes begin with.
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
 # What of TRL's options rows with images do not pass through: its default, and what is done instead.
