@@ -727,6 +727,7 @@ def test_files_and_the_strategies_that_they_launch():
         ("one process", ADAPTED | ALL_FULL, {}, 79.1, "and has 79.1: launch with accelerate_configs/deepspeed_zero2.yaml on 2 GPUs, or"),
         ("ZeRO-2", ADAPTED | ALL_FULL, {}, 22.0, "deepspeed_zero3.yaml on 5 GPUs, or launch with accelerate_configs/deepspeed_zero3_offload.yaml"),
         ("DDP", ADAPTED, {"load_in_4bit": True}, 6.0, "and has 6.0: launch with accelerate_configs/fsdp2.yaml on 2 GPUs"),
+        ("DDP", ADAPTED, {"load_in_8bit": True}, 7.0, "and has 7.0: set load_in_4bit: true"),
         ("DDP", ADAPTED, {"load_in_4bit": True}, 14.6, None),
         ("one process", ADAPTED, {}, None, None),
     ],
@@ -734,6 +735,7 @@ def test_files_and_the_strategies_that_they_launch():
 def test_gpus_that_are_too_small_are_refused(describe, how, placement, flags, gib, message):
     found = memory.memory_problems(describe(how, placement, **flags), None if gib is None else int(gib * 2**30))
     assert ([message in problem for problem in found] == [True]) if message else found == [], found
+    assert "fsdp2.yaml" not in str(found) or flags == {"load_in_4bit": True}  # it divides no 8-bit weights
 
 
 # Disk

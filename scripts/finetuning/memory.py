@@ -96,11 +96,11 @@ def memory_problems(job: Job, gpu_memory: int | None) -> list[str]:
 def ways_out(job: Job, gpu_memory: int) -> list[str]:
     """What would fit, the least change first."""
     ways = []
-    if job.is_lora and job.bits is None and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
+    if job.is_lora and job.bits != 4 and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
         ways.append("set load_in_4bit: true")
-    # FSDP2 alone divides what is quantised; anything else DeepSpeed does faster.
-    files = {"FSDP2": "fsdp2"} if job.bits else {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
-    for strategy, file in files.items():
+    # What is quantised is divided by FSDP2 alone, and only in 4 bits; anything else DeepSpeed does faster.
+    files = {4: {"FSDP2": "fsdp2"}, None: {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}}
+    for strategy, file in files.get(job.bits, {}).items():
         divided = replace(job, strategy=strategy, offloads=())
         numbers = range(max(job.processes, 2), MOST_PROCESSES + 1)
         enough = [number for number in numbers if fits(replace(divided, processes=number), gpu_memory)]
