@@ -110,7 +110,7 @@ def test_merged_attention_is_masked_attention(key_heads):
     mask = branch_mask(branch_ids, "sdpa", torch.float64)
     generator = torch.Generator().manual_seed(5)
     # (batch, heads, tokens, width), as views of (batch, tokens, heads, width)
-    shapes = [(2, 35, heads, 8) for heads in (4, key_heads, key_heads, 4)]
+    shapes = [(2, branch_ids.shape[1], heads, 8) for heads in (4, key_heads, key_heads, 4)]
     query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     states = [state.transpose(1, 2).requires_grad_() for state in (query * 3, key, value)]
     module = torch.nn.Module()
@@ -139,8 +139,9 @@ def test_flex_attention_and_eager_get_the_same_mask():
 
 def test_a_dialogue_does_not_see_another():
     mask = branch_mask(join(dialogues_of(0), PREFIX_TOKENS, 0)["branch_ids"][None], "sdpa", torch.float32)[0, 0]
-    first, second, third = (slice(20, 27), slice(27, 30), slice(30, 35))
-    assert mask.shape == (35, 35)
+    # Of 7, 3 and 5 tokens; what the first and the second end with is only predicted.
+    first, second, third = (slice(20, 26), slice(26, 28), slice(28, 33))
+    assert mask.shape == (33, 33)
     assert mask[:, :20][20:].all()  # every dialogue sees the whole prefix
     assert not mask[second, first].any()
     assert not mask[third, first].any()
@@ -208,15 +209,18 @@ def test_collator_reads_each_image_once_and_writes_what_separate_rows_are(proces
     assert batch["input_ids"].shape[1] == longest
     rebuilt = []
     for tokens, labels, branches in zip(batch["input_ids"], batch["labels"], batch["branch_ids"], strict=True):
+        predicted = torch.nn.functional.pad(labels[1:], (0, 1), value=-100)
         for branch in range(2, int(branches.max()) + 1):
             mine = (branches == PREFIX) | (branches == branch)
-            rebuilt.append((tokens[mine].tolist(), labels[mine].tolist()))
-    expected = [
-        (tokens[mask == 1].tolist(), labels[mask == 1].tolist())
-        for tokens, labels, mask in zip(
-            separate["input_ids"], separate["labels"], separate["attention_mask"], strict=True
-        )
-    ]
+            rebuilt.append((tokens[mine].tolist(), predicted[mine].tolist()))
+    expected = []
+    for number, (tokens, labels, mask) in enumerate(
+        zip(separate["input_ids"], separate["labels"], separate["attention_mask"], strict=True)
+    ):
+        tokens, labels = tokens[mask == 1].tolist(), labels[mask == 1].tolist()
+        ends_the_sequence = number in (2, 3, 4)  # the third about "a", the one about "b", the one without an image
+        assert labels[-1] != -100
+        expected.append((tokens, [*labels[1:], -100]) if ends_the_sequence else (tokens[:-1], labels[1:]))
     assert rebuilt == expected
     padded = SharedPrefixCollator(processor, pad_to_multiple_of=longest + 1)(list(group_by_image(dataset)))
     assert all(padded[name].shape == (3, longest + 1) for name in ("input_ids", "labels", "branch_ids"))

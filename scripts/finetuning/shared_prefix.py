@@ -4,7 +4,8 @@
 
 Every dialogue attends to the prefix and to itself, and its positions go on from the prefix, so that loss and gradients
 are those of separate rows, while 576 image tokens, the vision tower and the decoding are paid once per image. Prefix
-Grouper (arXiv 2506.05433) shows the same for GRPO.
+Grouper (arXiv 2506.05433) shows the same for GRPO. A dialogue's last token is only predicted: it is a label, and no
+token of the sequence unless the sequence ends with it.
 """
 
 from collections import defaultdict
@@ -73,7 +74,8 @@ class SharedPrefixCollator(LlavaDataCollator):
     """Rows of `group_by_image` -> one batch of sequences, each an image prefix and its dialogues.
 
     `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids` are (sequences, tokens), right-padded;
-    `pixel_values` holds each picture once. `prefix_length` (int) is there when all prefixes are as long.
+    `pixel_values` holds each picture once. `prefix_length` (int) is there when all prefixes are as long. As in any batch,
+    a label is what the position before it predicts; the token at the label's own position may be of the next dialogue.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,6 +124,9 @@ class SharedPrefixCollator(LlavaDataCollator):
 def join(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -> dict[str, Tensor]:
     """(token ids, labels) of each dialogue, `prefix` tokens of which are common -> one sequence with branches.
 
+    The last token of a dialogue predicts nothing, and no other dialogue sees it. Its label takes the place of the next
+    dialogue's first, which is none.
+
     Raises ValueError if the dialogues do not begin alike, or if the first token after the prefix is supervised: it
     would be predicted from the end of another dialogue.
     """
@@ -136,17 +141,16 @@ def join(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -
             raise ValueError(
                 f"row {row}: an answer comes before or directly after the image; it must follow a question"
             )
-    branches = [(tokens[prefix:], labels[prefix:]) for tokens, labels in dialogues]
+    *others, last = [tokens[prefix:] for tokens, _ in dialogues]
+    branches = [*(tokens[:-1] for tokens in others), last]
     return {
-        "input_ids": torch.cat([first[:prefix], *(tokens for tokens, _ in branches)]),
-        "labels": torch.cat([torch.full((prefix,), -100), *(labels for _, labels in branches)]),
-        "attention_mask": torch.ones(prefix + sum(len(tokens) for tokens, _ in branches), dtype=torch.long),
-        "position_ids": torch.cat(
-            [torch.arange(prefix), *(prefix + torch.arange(len(tokens)) for tokens, _ in branches)]
-        ),
+        "input_ids": torch.cat([first[:prefix], *branches]),
+        "labels": torch.cat([dialogues[0][1], *(labels[prefix + 1 :] for _, labels in dialogues[1:])]),
+        "attention_mask": torch.ones(prefix + sum(map(len, branches)), dtype=torch.long),
+        "position_ids": torch.cat([torch.arange(prefix), *(prefix + torch.arange(len(branch)) for branch in branches)]),
         "branch_ids": torch.cat(
             [torch.full((prefix,), PREFIX)]
-            + [torch.full((len(tokens),), FIRST_BRANCH + number) for number, (tokens, _) in enumerate(branches)]
+            + [torch.full((len(branch),), FIRST_BRANCH + number) for number, branch in enumerate(branches)]
         ),
     }
 
