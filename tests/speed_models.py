@@ -22,12 +22,12 @@ TEXT = {
 }
 
 
-def tiny_llava(attention: str = "sdpa") -> LlavaForConditionalGeneration:
+def tiny_llava(attention: str = "sdpa", **text_settings) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
     )
-    text = LlamaConfig(**TEXT, num_key_value_heads=2)
+    text = LlamaConfig(**TEXT | text_settings, num_key_value_heads=2)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
     return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
 

@@ -79,6 +79,8 @@ class Projections:
         # Where each layer's B lies among all, and its gradient.
         spans = zip(accumulate(self.sizes), self.sizes, accumulate(self.ranks), self.ranks, strict=True)
         self.diagonal = [(slice(row - size, row), slice(column - rank, column)) for row, size, column, rank in spans]
+        # Layers of one shape are a batch of small products; of others, one product with each B and zeros beside it.
+        self.is_batch = len(layers) > 1 and len(set(self.sizes)) == len(set(self.ranks)) == 1
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
         # FSDP2 makes plain parameters of 4-bit ones, which do not say how they are to be unpacked.
@@ -123,6 +125,10 @@ class Projections:
     def hold_b(self, b: Tensor) -> None:
         self.b = b
         self.copies = [*self.a.split(self.ranks), *(b[place] for place in self.diagonal)]
+        if self.is_batch:
+            layers = len(self.layers)
+            blocks = b.unflatten(0, (layers, -1)).unflatten(2, (layers, -1))
+            self.each_b = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (layers, out, rank)
 
     def stack_weights(self, weights: list[nn.Parameter], *, joins: bool) -> None:
         if self.stacked and all(map(Tensor.is_set_to, weights, self.stacked)):
@@ -176,7 +182,9 @@ class Projections:
 
     def new_rows(self, rows: int, width: int) -> Tensor:
         """Memory for (rows, width + sum of ranks)."""
-        return self.a.new_empty(rows, self.row_length(width))[:, : width + sum(self.ranks)]
+        # oneDNN's AMX kernels read what lies behind a row, times zero, which is NaN if that is.
+        allocate = self.a.new_empty if self.a.is_cuda else self.a.new_zeros
+        return allocate(rows, self.row_length(width))[:, : width + sum(self.ranks)]
 
     def new_input(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks)."""
@@ -263,15 +271,14 @@ class Projections:
 
         `wide` is what `new_grad` gave with grad; without it grad is copied, where that is less than x to write twice.
         """
-        grad_b = torch.mm(grad.T, x_a)
-        grads_b = [grad_b[place].to(self.parameters[-1].dtype) for place in self.diagonal]
+        grads_b = self.grads_of_b(grad, x_a)
         if needs_grad and wide is None and grad.shape[1] < self.in_features and self.has_one_product(seeds):
             room, wide = self.new_grad(len(grad), seeds)
             room.copy_(grad)
         if needs_grad and wide is not None:
-            grad_a = torch.mm(grad, self.b, out=wide[:, grad.shape[1] :])
+            grad_a = self.grad_of_x_a(grad, wide[:, grad.shape[1] :])
             return torch.mm(wide, self.weight_and_a()), grad_a, grads_b
-        grad_a = torch.mm(grad, self.b)
+        grad_a = self.grad_of_x_a(grad, grad.new_empty(len(grad), sum(self.ranks)))
         if not needs_grad:
             return None, grad_a, grads_b
         grad_x = torch.mm(grad_a, self.a)
@@ -279,9 +286,27 @@ class Projections:
             grad_x = drop(grad_x, seeds, self.dropout)
         return self.add_transposed_product(grad_x, grad), grad_a, grads_b
 
+    def by_layer(self, stacked: Tensor) -> Tensor:
+        """(tokens, layers * width) -> (layers, tokens, width), the same memory."""
+        return stacked.unflatten(1, (len(self.layers), -1)).transpose(0, 1)
+
+    def grad_of_x_a(self, grad: Tensor, out: Tensor) -> Tensor:
+        """g B, written into `out` (tokens, sum of ranks)."""
+        if self.is_batch:
+            torch.bmm(self.by_layer(grad), self.each_b, out=self.by_layer(out))
+            return out
+        return torch.mm(grad, self.b, out=out)
+
+    def grads_of_b(self, grad: Tensor, x_a: Tensor) -> list[Tensor]:
+        dtype = self.parameters[-1].dtype
+        if self.is_batch:
+            return list(product(self.by_layer(grad).transpose(1, 2), self.by_layer(x_a), dtype))
+        whole = product(grad.T, x_a, dtype)
+        return [whole[place] for place in self.diagonal]
+
     def grads_of_a(self, x: Tensor, grad_a: Tensor, seeds: Tensor | None) -> tuple[Tensor, ...]:
         dropped = x if seeds is None else drop(x, seeds, self.dropout)
-        return (torch.mm(grad_a.T, dropped) * self.scale).to(self.parameters[0].dtype).split(self.ranks)
+        return product(grad_a.T, dropped, self.parameters[0].dtype).mul_(self.scale).split(self.ranks)
 
 
 class NormQkvRotate(torch.autograd.Function):
@@ -375,6 +400,14 @@ def through_norm(
 def scales_of(state: "QuantState") -> Tensor:
     """Of the blocks of one 4-bit weight."""
     return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix product, or a batch of them, whose sums are rounded to `dtype`: on a GPU once, without a pass to widen them."""
+    multiply = torch.mm if left.dim() == 2 else torch.bmm
+    if left.is_cuda and left.dtype != dtype:
+        return multiply(left, right, out_dtype=dtype)
+    return multiply(left, right).to(dtype)
 
 
 def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
