@@ -191,6 +191,14 @@ class Projections:
         wide = self.new_rows(tokens, self.in_features)
         return wide[:, : self.in_features], wide
 
+    def side_by_side(self, first: Tensor, low_rank: Tensor) -> Tensor:
+        """A copy of both, (tokens, width + sum of ranks). One `cat` takes half the time of writing into `new_rows`."""
+        parts = [first, low_rank]
+        width = first.shape[1] + low_rank.shape[1]
+        if rest := self.row_length(first.shape[1]) - width:
+            parts.append(first.new_zeros(len(first), rest))
+        return torch.cat(parts, dim=1)[:, :width]
+
     def has_one_product(self, seeds: Tensor | None) -> bool:
         """Whether the gradient of x is one product."""
         return self.gradient_in_one and seeds is None
@@ -259,9 +267,9 @@ class Projections:
         """
         x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.a.T)
         if wide is None:
-            room, wide = self.new_input(len(x))
-            room.copy_(x)
-        wide[:, self.in_features :] = x_a
+            wide = self.side_by_side(x, x_a)
+        else:
+            wide[:, self.in_features :] = x_a
         return torch.mm(wide, self.weight_and_b().T), x_a
 
     def backward(
@@ -272,15 +280,14 @@ class Projections:
         `wide` is what `new_grad` gave with grad; without it grad is copied, where that is less than x to write twice.
         """
         grads_b = self.grads_of_b(grad, x_a)
-        if needs_grad and wide is None and grad.shape[1] < self.in_features and self.has_one_product(seeds):
-            room, wide = self.new_grad(len(grad), seeds)
-            room.copy_(grad)
-        if needs_grad and wide is not None:
-            grad_a = self.grad_of_x_a(grad, wide[:, grad.shape[1] :])
-            return torch.mm(wide, self.weight_and_a()), grad_a, grads_b
-        grad_a = self.grad_of_x_a(grad, grad.new_empty(len(grad), sum(self.ranks)))
+        room = grad.new_empty(len(grad), sum(self.ranks)) if wide is None else wide[:, grad.shape[1] :]
+        grad_a = self.grad_of_x_a(grad, room)
         if not needs_grad:
             return None, grad_a, grads_b
+        if wide is None and grad.shape[1] < self.in_features and self.has_one_product(seeds):
+            wide = self.side_by_side(grad, grad_a)
+        if wide is not None:
+            return torch.mm(wide, self.weight_and_a()), grad_a, grads_b
         grad_x = torch.mm(grad_a, self.a)
         if seeds is not None:
             grad_x = drop(grad_x, seeds, self.dropout)

@@ -148,6 +148,11 @@ def load_base_model(
         # transformers 5.23 remembers there every renaming that it knows, not those that these files needed, and would
         # save the weights under names that no class has. Forgotten, the class's own are taken.
         vars(model).pop("_weight_conversions", None)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes, on a CPU that has it, packs 4-bit weights anew at the first answer: no gradient passes
+            # through them after that, scales are rounded to bf16, and rows that are not of whole blocks end in an error.
+            module.support_avx512bf16_for_cpu = False
     if dtype == torch.float16 and config.model_type.startswith("gemma"):
         keep_residual_stream_in_fp32(model)
     return model
