@@ -141,7 +141,7 @@ def test_nf4_gradients_equal_peft(tmp_path):
         llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
     )
     base = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path, dtype=torch.float32, quantization_config=quantization
+        tmp_path, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
     )
     model = with_lora(base, LANGUAGE_MODEL).train()
     expected = loss_and_grads(model, llava_batch())
@@ -438,6 +438,7 @@ def kernel_cases(layer_kernels):
         "drop of rows that lie apart": (layer_kernels.drop(wide[:, :40], torch.tensor([2**31 - 3, 12345]), 0.4),),
         "unpack_4bit": (layer_kernels.unpack_4bit(packed, scales, code, 8, wide[:, :40]), wide[:, 40:]),
         "quantize_rows": (layer_kernels.quantize_rows(hidden)[1],),
+        "quick_gelu": (layer_kernels.quick_gelu(3 * hidden),),
     }
     for is_gelu in (False, True):
         room, grads = torch.zeros(6, 30), torch.zeros(6, 50)

@@ -19,11 +19,13 @@ import train_llava
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import ROOT
 from safetensors.torch import load_file
+from speed_models import LANGUAGE_MODEL, tiny_llava, with_lora
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
-from finetuning.divided import keep_exact, refuse_other_layout
+from finetuning.divided import keep_exact, name_layers, refuse_other_layout
+from finetuning.fused_lora import fuse_lora
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -198,6 +200,16 @@ def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
     keep_exact(plugin, quantised=True)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
+
+
+def test_fsdp2_gathers_decoder_layers_one_by_one_and_a_frozen_tower_at_once():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+    fuse_lora(model, divided=True)
+    name_layers(model)
+    assert model.base_model.model._no_split_modules == ["CLIPEncoder", "FusedLlamaDecoderLayer"]
+    model = with_lora(tiny_llava(), "all-linear")
+    name_layers(model)
+    assert model.base_model.model._no_split_modules == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]
 
 
 def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from finetuning.checkpointing import decoder_layers
 from finetuning.gathered import can_be_gathered, gather_layers
 from finetuning.hardware import strategy
-from finetuning.models import base_model_of, vision_tower_of
+from finetuning.models import base_model_of, frozen_tower_of
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
@@ -79,9 +79,8 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    layers, tower = decoder_layers(model), vision_tower_of(model)
-    tower_is_frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
-    for module in [*layers, tower] if tower_is_frozen else layers:
+    layers, tower = decoder_layers(model), frozen_tower_of(model)
+    for module in layers if tower is None else [*layers, tower]:
         set_z3_leaf_module(module, True)
         remember_parameters(module)
     layers[0].register_forward_pre_hook(ask_for_gradient)
@@ -127,15 +126,22 @@ def norm_of_gradients(optimizer: Any) -> torch.Tensor:
 
 
 def name_layers(model: nn.Module) -> None:
-    """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has."""
+    """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has.
+
+    All layers of a vision tower that is frozen are one piece: they run once a step, and each piece keeps the host for
+    milliseconds. (The tower itself as a piece would lose the hidden states that transformers hands out beside its output.)
+    """
     base = base_model_of(model)
-    base._no_split_modules = sorted(
-        {
-            type(module).__name__
-            for module in base.modules()
-            if any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
-        }
-    )
+    tower = frozen_tower_of(model)
+    within_tower = set() if tower is None else set(tower.modules())
+    pieces = {
+        type(module).__name__
+        for module in base.modules()
+        if module not in within_tower and any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
+    }
+    if tower is not None:
+        pieces.add(type(tower.encoder).__name__)
+    base._no_split_modules = sorted(pieces)
 
 
 def keep_exact(plugin: Any, *, quantised: bool) -> None:

@@ -192,12 +192,13 @@ class Projections:
         return wide[:, : self.in_features], wide
 
     def side_by_side(self, first: Tensor, low_rank: Tensor) -> Tensor:
-        """A copy of both, (tokens, width + sum of ranks). One `cat` takes half the time of writing into `new_rows`."""
-        parts = [first, low_rank]
-        width = first.shape[1] + low_rank.shape[1]
-        if rest := self.row_length(first.shape[1]) - width:
-            parts.append(first.new_zeros(len(first), rest))
-        return torch.cat(parts, dim=1)[:, :width]
+        """A copy of both, (tokens, width + sum of ranks)."""
+        rows, width = first.shape
+        if self.row_length(width) == width + sum(self.ranks):
+            return torch.cat([first, low_rank], dim=1)  # in half the time of two copies
+        wide = self.new_rows(rows, width)
+        wide[:, :width], wide[:, width:] = first, low_rank
+        return wide
 
     def has_one_product(self, seeds: Tensor | None) -> bool:
         """Whether the gradient of x is one product."""

@@ -2,7 +2,7 @@
 
 Every function is plain torch; on a CUDA device with Triton the kernel of the same name takes over, which reads and
 writes each number once (autograd's chain of small operations reads them five to ten times). Everything is computed in
-fp32 (fp64 stays fp64 in plain torch) and rounded once at the end.
+fp32 (fp64 stays fp64 in plain torch) and rounded once at the end, but for the activation of a frozen vision tower.
 """
 
 import torch
@@ -105,6 +105,19 @@ def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out:
     wide = widen(grad)
     out.copy_(torch.cat([wide * up * slope, wide * activated], dim=-1))
     return (activated * up).to(gate_up.dtype)
+
+
+def quick_gelu(hidden: Tensor) -> Tensor:
+    """hidden * sigmoid(1.702 hidden), the activation of CLIP, rounded after each of its three steps as inference rounds it.
+
+    No gradient passes: it is for a vision tower that is frozen.
+    """
+    if has_kernel(hidden):
+        hidden = hidden.contiguous()
+        activated = torch.empty_like(hidden)
+        quick_gelu_kernel[(triton.cdiv(hidden.numel(), 2048),)](hidden, activated, hidden.numel(), BLOCK=2048)
+        return activated
+    return hidden * torch.sigmoid(1.702 * hidden)
 
 
 def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,6 +302,15 @@ if triton is not None:
         tl.store(out_ptr + row * out_stride + columns, grad * up * slope, mask=inside)
         tl.store(out_ptr + row * out_stride + width + columns, grad * activated, mask=inside)
         tl.store(activated_ptr + row * width + columns, activated * up, mask=inside)
+
+    @triton.jit
+    def quick_gelu_kernel(hidden_ptr, activated_ptr, size, BLOCK: tl.constexpr):
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        hidden = tl.load(hidden_ptr + places, mask=inside, other=0.0)
+        scaled = (1.702 * hidden.to(tl.float32)).to(hidden.dtype)
+        sigmoid = tl.sigmoid(scaled.to(tl.float32)).to(hidden.dtype)
+        tl.store(activated_ptr + places, hidden.to(tl.float32) * sigmoid.to(tl.float32), mask=inside)
 
     @triton.jit
     def rotate_kernel(

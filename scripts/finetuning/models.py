@@ -80,6 +80,12 @@ def vision_tower_of(model: nn.Module) -> nn.Module | None:
     return next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
 
 
+def frozen_tower_of(model: nn.Module) -> nn.Module | None:
+    """The vision tower, if nothing of it is trained."""
+    tower = vision_tower_of(model)
+    return None if tower is None or any(parameter.requires_grad for parameter in tower.parameters()) else tower
+
+
 def load_processing_class(
     name: str, *, image_aspect_ratio: str = "pad", chat_template_path: str | None = None, revision: str = "main"
 ) -> ProcessorMixin | PreTrainedTokenizerBase:

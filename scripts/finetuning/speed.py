@@ -3,6 +3,7 @@
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 from finetuning import packed_attention
 from finetuning.arguments import ScriptArguments, TrainingArguments
@@ -10,7 +11,8 @@ from finetuning.divided import name_layers, set_up_deepspeed
 from finetuning.fp8_base import pass_gradients_in_fp8
 from finetuning.fused_lora import fuse_lora, without_autocast
 from finetuning.hardware import weights_are_divided
-from finetuning.models import base_model_of, vision_tower_of
+from finetuning.layer_kernels import quick_gelu
+from finetuning.models import base_model_of, frozen_tower_of
 from finetuning.shared_prefix import share_prefix
 
 
@@ -95,12 +97,12 @@ def count_image_tokens_once(model: nn.Module) -> None:
 
 
 def see_as_in_inference(model: nn.Module) -> None:
-    """Run a frozen 16-bit vision tower in its own type, as inference does.
+    """Run a frozen 16-bit vision tower in its own type, as inference does, and its activation in one pass over memory.
 
     Mixed precision would widen its activations to fp32 between the products, which is for what is trained.
     """
-    tower = vision_tower_of(model)
-    if tower is None or tower.dtype == torch.float32 or any(p.requires_grad for p in tower.parameters()):
+    tower = frozen_tower_of(model)
+    if tower is None or tower.dtype == torch.float32:
         return
     forward = tower.forward
 
@@ -109,3 +111,6 @@ def see_as_in_inference(model: nn.Module) -> None:
             return forward(pixel_values, *args, **kwargs)
 
     tower.forward = forward_without_autocast
+    for module in tower.modules():
+        if isinstance(module, QuickGELUActivation):
+            module.forward = quick_gelu
