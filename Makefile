@@ -11,7 +11,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
 
-.PHONY: sample sample-anime test test-cluster lint
+.PHONY: sample sample-anime test test-gpu test-cluster lint
 
 # The pip that comes with Python 3.11 takes a third longer for all that follows.
 .venv/pyvenv.cfg:
@@ -62,9 +62,15 @@ outputs/gemma-sample/metrics.json: data/sample-anime/manifest.json models/tiny-g
 sample-anime: outputs/gemma-sample/metrics.json
 	$(BIN)/python scripts/evaluate_gemma.py --run outputs/gemma-sample
 
-# Two processes, to each of which whole files are dealt out in the order of tests/conftest.py.
+# Two processes, to each of which whole files are dealt out in the order of tests/conftest.py. On CPUs, GPUs or not: what
+# is compared to the last digits is computed in fp32.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder
+
+# What only a GPU can show: kernels, CUDA graphs, small updates in 16 bits.
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest tests/test_fused_lora.py tests/test_cuda_graphs.py
 
 test-cluster: .venv/installed-dev
 	tests/cluster/cluster.sh install
