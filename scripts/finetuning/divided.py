@@ -139,9 +139,8 @@ def name_layers(model: nn.Module) -> None:
         for module in base.modules()
         if module not in within_tower and any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
     }
-    if tower is not None:
-        pieces.add(type(tower.encoder).__name__)
-    base._no_split_modules = sorted(pieces)
+    holders = (module for module in within_tower if any(isinstance(part, nn.ModuleList) for part in module.children()))
+    base._no_split_modules = sorted(pieces | {type(holder).__name__ for holder in holders})
 
 
 def keep_exact(plugin: Any, *, quantised: bool) -> None:
