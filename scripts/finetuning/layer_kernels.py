@@ -1,5 +1,7 @@
 """What lies between the matrix products of a decoder layer, forward and backward, each in one pass over memory.
 
+And the activation of a vision tower that is frozen, forward only.
+
 Every function is plain torch; on a CUDA device with Triton the kernel of the same name takes over, which reads and
 writes each number once (autograd's chain of small operations reads them five to ten times). Everything is computed in
 fp32 (fp64 stays fp64 in plain torch) and rounded once at the end, but for the activation of a frozen vision tower.

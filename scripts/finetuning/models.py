@@ -76,13 +76,9 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def vision_tower_of(model: nn.Module) -> nn.Module | None:
-    return next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
-
-
 def frozen_tower_of(model: nn.Module) -> nn.Module | None:
-    """The vision tower, if nothing of it is trained."""
-    tower = vision_tower_of(model)
+    """The vision tower, if there is one and nothing of it is trained."""
+    tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
     return None if tower is None or any(parameter.requires_grad for parameter in tower.parameters()) else tower
 
 
