@@ -69,11 +69,15 @@ def shared_batch(pixel_values: torch.Tensor) -> dict:
     return batch | {"pixel_values": pixel_values}
 
 
-def loss_and_grads(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
+def mean_loss(model, batch) -> torch.Tensor:
     labels = batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="mean")
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="mean")
+
+
+def loss_and_grads(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = mean_loss(model, batch)
     loss.backward()
     return loss.item(), lora_grads(model)
 
@@ -135,6 +139,18 @@ def test_flex_attention_and_eager_get_the_same_mask():
     sequence = torch.arange(2)[:, None, None]
     assert torch.equal(flex.mask_mod(sequence, 0, tokens[None, :, None], tokens[None, None, :]), expected[:, 0])
     assert torch.equal(branch_mask(branch_ids, "eager", torch.float32) == 0, expected)
+
+
+def test_flex_attention_gives_the_loss_of_separate_rows():
+    # The loss alone: on a CPU flex attention passes no gradients.
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    model = tiny_llava().eval()
+    with torch.no_grad():
+        expected = mean_loss(model, separate_batch(pixel_values))
+        model.model.language_model.set_attn_implementation("flex_attention")
+        share_prefix(model)
+        shared = mean_loss(model, shared_batch(pixel_values))
+    assert shared.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_dialogue_does_not_see_another():
