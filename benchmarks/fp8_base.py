@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetuning.fp8_base import pass_gradients_in_fp8, scaled_product
-from finetuning.fused_lora import FusedDecoderLayer, Projections, projections
-from finetuning.layer_kernels import drop, quantize_rows
+from finetuning.kernels.fp8_backward import pass_gradients_in_fp8, scaled_product
+from finetuning.kernels.fused_lora import FusedDecoderLayer, Projections, projections
+from finetuning.kernels.layer_kernels import drop, quantize_rows
 
 
 def hold_base_in_fp8(model: nn.Module) -> int:

@@ -38,15 +38,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from clock import Clock
 from fp8_base import hold_base_in_fp8
 
-from finetuning.checkpointing import decoder_layers
-from finetuning.collator import LlavaDataCollator
-from finetuning.fp8_base import pass_gradients_in_fp8
-from finetuning.fused_lora import fuse_lora
-from finetuning.models import is_vision, load_config, load_processing_class
-from finetuning.packed_attention import register_packed_attention
-from finetuning.shared_prefix import SharedPrefixCollator, group_by_image, share_prefix
-from finetuning.speed import count_image_tokens_once, ignore_right_padding, see_as_in_inference
-from finetuning.trainer import FineTuningTrainer
+from finetuning.data.collator import LlavaDataCollator
+from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, share_prefix
+from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
+from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.kernels.packed_attention import register_packed_attention
+from finetuning.models.loading import is_vision, load_config, load_processing_class
+from finetuning.training.activation_checkpointing import decoder_layers
+from finetuning.training.prepare_model import count_image_tokens_once, ignore_right_padding, see_as_in_inference
+from finetuning.training.trainer import FineTuningTrainer
 
 
 @dataclass(frozen=True)

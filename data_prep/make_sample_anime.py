@@ -14,7 +14,7 @@ import io
 import random
 from pathlib import Path
 
-from preparing.writing import refuse_existing_output
+from preparing.dataset_writer import refuse_existing_output
 
 COLUMNS = [
     "anime_id",

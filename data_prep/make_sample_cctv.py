@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from preparing.writing import refuse_existing_output
+from preparing.dataset_writer import refuse_existing_output
 
 MAX_PEOPLE = 20
 SUPERSAMPLING = 3  # drawn larger and reduced, which gives soft edges

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 
+from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.ledger import Ledger
-from preparing.reading import csv_rows
-from preparing.wording import KINDS, Value, join_names, load_wording, write_answer
-from preparing.writing import describe_file, refuse_existing_output, summarise, write_dataset
+from preparing.templates import KINDS, Value, join_names, load_wording, write_answer
+from preparing.text_files import csv_rows
 
 WORDINGS = Path(__file__).parent / "anime"
 COLUMNS = (

@@ -46,10 +46,10 @@ from preparing.cctv import (
     tie_dialogues,
 )
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS
+from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.images import Seen, add_image_flags, describe_leaks, image_flag_problems, report_leaks
 from preparing.ledger import Ledger
 from preparing.splits import split_groups, split_in_order, split_into_blocks
-from preparing.writing import describe_file, refuse_existing_output, summarise, write_dataset
 
 # Frames on each side of a cut that are left out. On the mall frames, labels 1 frame apart differ by 1.7 people, 10
 # apart by 5.2, 100 apart by 7.5, and frames 10 apart look as different as frames 300 apart.

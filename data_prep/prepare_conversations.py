@@ -28,6 +28,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS, Turns, read_turns
+from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.images import (
     Inspection,
     Seen,
@@ -41,9 +42,8 @@ from preparing.images import (
     stack_hashes,
 )
 from preparing.ledger import Ledger
-from preparing.reading import csv_rows, json_items, read_text
 from preparing.splits import connected_groups, split_groups
-from preparing.writing import describe_file, refuse_existing_output, summarise, write_dataset
+from preparing.text_files import csv_rows, json_items, read_text
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv")
 COLUMN_TYPES = ("string", "int64", "float64")

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.audit import Auditor, RowAudit, describe_faults, open_image, undecoded
-from finetuning.dataset import open_dataset, open_split
-from finetuning.models import is_vision, load_config, load_processing_class
-from finetuning.preview import length_table, preview_page
+from finetuning.data.dataset import open_dataset, open_split
+from finetuning.data.label_audit import Auditor, RowAudit, describe_faults, open_image, undecoded
+from finetuning.data.label_preview import length_table, preview_page
+from finetuning.models.loading import is_vision, load_config, load_processing_class
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 BATCH_SIZE = 8

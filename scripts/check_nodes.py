@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from finetuning.arguments import parse_arguments
-from finetuning.dataset import open_dataset
-from finetuning.launching import launch_problems
-from finetuning.models import is_vision, load_config
+from finetuning.data.dataset import open_dataset
+from finetuning.models.loading import is_vision, load_config
+from finetuning.strategy import launch_problems
 
 PATIENCE = datetime.timedelta(seconds=20)
 ROOM = 5 * 2**30  # bytes: a few checkpoints of a LoRA, or the file system is close to full

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.launching import launch_problems, strategy_of
-from finetuning.memory import DIVIDED, GIB, least_memory
-from finetuning.models import load_config
-from finetuning.preflight import describe_job, place_without_weights
+from finetuning.models.loading import load_config
+from finetuning.preflight.checks import describe_job, place_without_weights
+from finetuning.preflight.memory import DIVIDED, GIB, least_memory
+from finetuning.strategy import launch_problems, strategy_of
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.dataset import open_dataset, open_split, spread
-from finetuning.evaluation import (
+from finetuning.data.dataset import open_dataset, open_split, spread
+from finetuning.evaluation.answering import (
     answer_with_both,
     ask_both,
     digest,
@@ -35,11 +35,19 @@ from finetuning.evaluation import (
     start_evaluation,
     untuned_name,
 )
-from finetuning.facts import LISTS, FactReader, guess_most_common, load_wording, score_facts, share_right, summarise
-from finetuning.perplexity import AnswerLoss, answer_losses, perplexity
-from finetuning.plots import Picture, draw, loss_curves
-from finetuning.report import Item, Plot, Table, write_report
-from finetuning.verdict import compare, describe
+from finetuning.evaluation.bootstrap import compare, describe
+from finetuning.evaluation.perplexity import AnswerLoss, answer_losses, perplexity
+from finetuning.evaluation.plots import Picture, draw, loss_curves
+from finetuning.evaluation.report import Item, Plot, Table, write_report
+from finetuning.tasks.anime_facts import (
+    LISTS,
+    FactReader,
+    guess_most_common,
+    load_wording,
+    score_facts,
+    share_right,
+    summarise,
+)
 
 SPLITS = {"test": "taught titles", "validation": "titles never taught"}
 MODELS = ("base", "tuned")

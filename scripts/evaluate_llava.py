@@ -16,15 +16,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 
-from finetuning.counting import (
-    crowd_sizes,
-    parse_count,
-    score_by_crowd_size,
-    score_counts,
-    trivial_guesses,
-)
-from finetuning.dataset import open_dataset, open_split, spread
-from finetuning.evaluation import (
+from finetuning.data.dataset import open_dataset, open_split, spread
+from finetuning.evaluation.answering import (
     answer_with_both,
     digest,
     digest_weights,
@@ -35,10 +28,17 @@ from finetuning.evaluation import (
     start_evaluation,
     untuned_name,
 )
-from finetuning.plots import error_by_crowd_size, loss_curves, predicted_against_true
-from finetuning.questions import counting_questions, image_counts
-from finetuning.report import Item, Plot, Table, write_report
-from finetuning.verdict import compare, describe
+from finetuning.evaluation.bootstrap import compare, describe
+from finetuning.evaluation.plots import error_by_crowd_size, loss_curves, predicted_against_true
+from finetuning.evaluation.report import Item, Plot, Table, write_report
+from finetuning.tasks.counting import (
+    crowd_sizes,
+    parse_count,
+    score_by_crowd_size,
+    score_counts,
+    trivial_guesses,
+)
+from finetuning.tasks.questions import counting_questions, image_counts
 
 SHOWN = 6  # items in each group of the report
 

@@ -36,8 +36,8 @@ from transformers import (
     set_seed,
 )
 
-from finetuning.collator import LlavaDataCollator
-from finetuning.models import CHAT_TEMPLATES, TEMPLATE_OF
+from finetuning.data.collator import LlavaDataCollator
+from finetuning.models.loading import CHAT_TEMPLATES, TEMPLATE_OF
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?

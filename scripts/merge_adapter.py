@@ -22,7 +22,16 @@ from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from transformers.utils import cached_file
 
-from finetuning.merging import (
+from finetuning.models.loading import (
+    check_adapter_is_whole,
+    is_vision,
+    load_base_model,
+    load_config,
+    load_for_inference,
+    load_saved_processing_class,
+    run_arguments,
+)
+from finetuning.models.merging import (
     LARGEST_SHARE,
     TOLERANCE,
     check_proof,
@@ -35,16 +44,7 @@ from finetuning.merging import (
     without_training_marks,
     write_report,
 )
-from finetuning.model_card import write_model_card
-from finetuning.models import (
-    check_adapter_is_whole,
-    is_vision,
-    load_base_model,
-    load_config,
-    load_for_inference,
-    load_saved_processing_class,
-    run_arguments,
-)
+from finetuning.models.model_card import write_model_card
 
 GIB = 2**30
 

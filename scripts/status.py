@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetuning.progress import read_progress
+from finetuning.run_folder import read_progress
 
 SILENT = 900  # seconds without a log after which a run deserves a look
 

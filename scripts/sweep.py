@@ -58,7 +58,7 @@ def main() -> None:
         return
     # Only here: a job that asks for its point should not wait for these imports.
     from finetuning.arguments import parse_arguments
-    from finetuning.launching import launch_problems
+    from finetuning.strategy import launch_problems
 
     problems = launch_problems(args.script, args.strategy)
     for number, words in enumerate(points):

@@ -14,17 +14,17 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.audit import check_first_rows
-from finetuning.checkpointing import kept_choice
-from finetuning.dataset import open_dataset, open_split, open_validation, spread
-from finetuning.facts import FactReader, load_wording
-from finetuning.models import load_base_for_training, load_config, load_processing_class
-from finetuning.packed_attention import register_packed_attention
-from finetuning.placement import describe_placement, place
-from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
-from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
-from finetuning.speed import speed_up
-from finetuning.trainer import FineTuningTrainer, TrainingDiverged
+from finetuning.data.dataset import open_dataset, open_split, open_validation, spread
+from finetuning.data.label_audit import check_first_rows
+from finetuning.kernels.packed_attention import register_packed_attention
+from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
+from finetuning.models.trainable import describe_placement, place
+from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
+from finetuning.tasks.anime_facts import FactReader, load_wording
+from finetuning.training.activation_checkpointing import kept_choice
+from finetuning.training.prepare_model import speed_up
+from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
 RECIPE = Path(__file__).parent / "configs" / "gemma_qlora.yaml"
 

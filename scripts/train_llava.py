@@ -15,18 +15,18 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.audit import check_first_rows
-from finetuning.checkpointing import kept_choice
-from finetuning.collator import LlavaDataCollator
-from finetuning.dataset import open_dataset, open_split, open_validation, spread
-from finetuning.models import load_base_for_training, load_config, load_processing_class
-from finetuning.placement import describe_placement, place
-from finetuning.preflight import refuse_what_cannot_work, searches_unused_parameters
-from finetuning.questions import counting_questions, image_counts, score_counting_answers
-from finetuning.runs import describe_run, finish, resolved_arguments, start_or_continue
-from finetuning.shared_prefix import SharedPrefixCollator, group_by_image
-from finetuning.speed import shares_image_prefix, speed_up
-from finetuning.trainer import FineTuningTrainer, TrainingDiverged
+from finetuning.data.collator import LlavaDataCollator
+from finetuning.data.dataset import open_dataset, open_split, open_validation, spread
+from finetuning.data.label_audit import check_first_rows
+from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
+from finetuning.models.trainable import describe_placement, place
+from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
+from finetuning.tasks.questions import counting_questions, image_counts, score_counting_answers
+from finetuning.training.activation_checkpointing import kept_choice
+from finetuning.training.prepare_model import shares_image_prefix, speed_up
+from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 # Files of tests that take minutes, the longest first.
-LONG = ["test_parallel.py", "test_tracking.py", "test_benchmark.py"]
+LONG = ["test_strategies.py", "test_tracking.py", "test_benchmark.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,8 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb_files import read_attempts
+
+from support.wandb_files import read_attempts
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_secretsecretsecretsecretsecret"}
 

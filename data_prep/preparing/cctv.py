@@ -13,11 +13,11 @@ from typing import Any
 from preparing.conversations import RESERVED_COLUMNS, read_turns
 from preparing.images import SUFFIXES, find_inside, inspect_images, is_inside
 from preparing.ledger import Ledger
-from preparing.reading import csv_rows, json_items, normalise_name, read_text
+from preparing.text_files import csv_rows, json_items, normalise_name, read_text
 
 # Data preparation imports nothing else of training: a label must be read by the very function that scores answers.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-from finetuning.counting import parse_count
+from finetuning.tasks.counting import parse_count
 
 TEXT_TURN = re.compile(
     r"^\s*(?P<role>user|assistant|system|image|사용자|어시스턴트|시스템|이미지)\s*[:：]\s*(?P<text>.*)$", re.IGNORECASE

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from finetuning.hardware import (
+from finetuning.device import (
     choose_precision,
     compute_capability,
     divide_batch,

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from finetuning.progress import read_progress
+from finetuning.run_folder import read_progress
 
 PROJECT = "llava-gemma-finetuning"
 THUMBNAIL = 160  # pixels, longest side, in TensorBoard's picture of the answers

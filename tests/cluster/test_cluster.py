@@ -16,9 +16,9 @@ import torch
 import yaml
 from conftest import ROOT, must_run
 from safetensors.torch import load_file
-from wandb_files import read_attempts
 
-from finetuning.preemption import checkpoint_problems
+from finetuning.training.checkpoints import checkpoint_problems
+from support.wandb_files import read_attempts
 
 CLUSTER = ROOT / "tests" / "cluster" / "cluster.sh"
 missing = subprocess.run([CLUSTER, "missing"], capture_output=True, text=True, check=True).stdout.strip()
@@ -35,7 +35,7 @@ def cluster():
     subprocess.run([CLUSTER, "start", folder], check=True)
     os.environ |= {
         "SLURM_CONF": str(folder / "slurm.conf"), "WANDB_MODE": "offline", "HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT / "tests" / "on_cpu"),
+        "PYTHONPATH": str(ROOT / "tests" / "support" / "on_cpu"),
     }  # fmt: skip
     yield
     subprocess.run([CLUSTER, "stop", folder], check=True)

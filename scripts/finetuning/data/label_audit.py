@@ -1,0 +1,238 @@
+"""The label audit: what the processor, the template and the collator make of each row, checked before a GPU is paid for."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from finetuning.data.collator import LlavaDataCollator
+from finetuning.models.generation import prompt_batch, stop_tokens
+
+IGNORED = -100
+# Reason code of a fault -> what it does to training, and what to do about it.
+REASONS = {
+    "unreadable_image": "a picture does not decode: training would stop here; replace the file and prepare again",
+    "refused_by_template": "the chat template or the processor refuses the conversation: correct its roles and images",
+    "image_tokens_differ": "image tokens and picture features differ: remove <image> from the text (the collator puts "
+    "it there), or use the processor that belongs to the model",
+    "too_long": "the row is longer than max_length or than the model: shorten it, else it is cut or out of positions",
+    "bos_count": "not exactly one beginning-of-sequence token: the text or the template writes another, or none",
+    "nothing_supervised": "an answer is not supervised: the conversation has none, or the template does not mark it",
+    "empty_answer": "the supervised answer has no text: the model would learn to say nothing",
+    "end_not_supervised": "the answer's end is not supervised: the model would never learn to stop; use this project's "
+    "template",
+    "ends_early": "a token that ends an answer stands inside it: the model would learn to stop there",
+    "image_supervised": "an image token is supervised: the template marks more than the answer",
+    "padding_supervised": "padding is supervised: the answer holds the pad token, or padding is not masked",
+    "prompt_differs": "the prompt that the model is asked with is not the beginning of what it was trained on, or ends "
+    "elsewhere than supervision begins",
+}
+
+
+@dataclass
+class RowAudit:
+    """One row as the model sees it: lengths in tokens, and its faults as (reason code, detail)."""
+
+    split: str
+    row: int
+    num_tokens: int = 0
+    num_supervised: int = 0
+    num_images: int = 0
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Auditor:
+    """Audits rows with `messages` (and `images`, for a vision model); also the `collate_fn` of a DataLoader.
+
+    `config` is the model's: how many features a picture gives is asked of the model, not of the processor that is
+    checked. `max_length` is the recipe's. Pictures may be PIL images or the undecoded form of `Image(decode=False)`.
+    """
+
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    max_length: int | None = None
+    split: str = "train"
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> list[RowAudit]:
+        """One RowAudit per row, in order. Good rows go through the collator together, as in training."""
+        audits = [RowAudit(self.split, row.get("row", number)) for number, row in enumerate(rows)]
+        readable = []
+        for audit, row in zip(audits, rows, strict=True):
+            try:
+                row = row | {"images": [open_image(image) for image in row.get("images") or []]}
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                audit.faults.append(("unreadable_image", str(error)))
+                continue
+            audit.num_images = len(row["images"])
+            audit.faults += self._refusals(row)
+            if not audit.faults:
+                readable.append((audit, row))
+        if readable:
+            batch = collate(self.processing_class, [row for _, row in readable])
+            if "pixel_values" in batch:
+                self.picture_size = tuple(batch["pixel_values"].shape[-2:])
+            for position, (audit, row) in enumerate(readable):
+                self._check(audit, row, *(batch[key][position] for key in ("input_ids", "attention_mask", "labels")))
+        return audits
+
+    def _refusals(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+        """Faults for which the processor would raise an error, found on the text: cheap, and by name."""
+        vision = isinstance(self.processing_class, ProcessorMixin)
+        if row["images"] and not vision:
+            return [("refused_by_template", f"{len(row['images'])} images for a model that reads text only")]
+        try:
+            messages = prepare_multimodal_messages(row["messages"], images=row["images"]) if vision else row["messages"]
+            text = self.processing_class.apply_chat_template(messages, tokenize=False)
+        except (ValueError, TemplateError) as error:
+            return [("refused_by_template", str(error))]
+        marks = text.count(self.processing_class.image_token) if vision else 0
+        if marks != len(row["images"]):
+            return [("image_tokens_differ", f"{marks} image marks in the text, {len(row['images'])} images")]
+        return []
+
+    def _check(
+        self, audit: RowAudit, row: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+    ) -> None:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        stops = stop_tokens(self.processing_class)
+        image_id = getattr(self.config, "image_token_id", None)
+        audit.num_tokens = int(mask.sum())
+        audit.num_supervised = int((labels != IGNORED).sum())
+        report = audit.faults.append
+
+        if (labels[mask == 0] != IGNORED).any() or (
+            tokenizer.pad_token_id not in stops and (labels == tokenizer.pad_token_id).any()
+        ):
+            report(("padding_supervised", f"pad token {tokenizer.pad_token!r}"))
+        ids, labels = ids[mask == 1].tolist(), labels[mask == 1].tolist()
+
+        if image_id is not None:
+            expected = audit.num_images * self._features_per_image()
+            if ids.count(image_id) != expected:
+                detail = f"{ids.count(image_id)} image tokens, {expected} features of {audit.num_images} images"
+                report(("image_tokens_differ", detail))
+        limit = min(self.max_length or len(ids), self.config.get_text_config().max_position_embeddings)
+        if len(ids) > limit:
+            report(("too_long", f"{len(ids)} tokens, at most {limit}"))
+        if tokenizer.bos_token_id is not None and ids.count(tokenizer.bos_token_id) != 1:
+            report(("bos_count", f"{ids.count(tokenizer.bos_token_id)} of {tokenizer.bos_token!r}"))
+        if image_id is not None and image_id in labels:
+            report(("image_supervised", f"{labels.count(image_id)} image tokens"))
+            return  # the answer's beginning is wrong then, too: one fault, not two
+
+        answers = [place for place, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        spans = supervised_spans(labels)
+        if not answers or len(spans) < len(answers):
+            report(("nothing_supervised", f"{len(spans)} supervised answers of {len(answers)}"))
+            return
+        for number, (start, end) in enumerate(spans, start=1):
+            where = f"answer {number} of {len(answers)}"
+            words = [token for token in ids[start:end] if token not in stops]
+            if ids[end - 1] not in stops:
+                report(("end_not_supervised", f"{where} ends with {tokenizer.decode(ids[end - 1])!r}"))
+            if any(token in stops for token in ids[start : end - 1]):
+                report(("ends_early", f"{where}: {tokenizer.decode(ids[start:end])!r:.120}"))
+            if not tokenizer.decode(words, skip_special_tokens=True).strip() and not audit.faults:
+                report(("empty_answer", where))
+        if answers[0] == 0:
+            report(("prompt_differs", "the conversation begins with an answer: there is nothing to ask"))
+            return
+        for number, (place, prompt) in enumerate(zip(answers, self._prompts(row, answers), strict=True)):
+            start = spans[number][0] if number < len(spans) else len(ids)
+            same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+            if same < len(prompt):
+                trained, asked = tokenizer.decode(ids[same : same + 4]), tokenizer.decode(prompt[same : same + 4])
+                detail = f"answer {number + 1}, token {same}: trained on {trained!r}, asked with {asked!r}"
+                report(("prompt_differs", detail))
+            elif start != len(prompt):
+                detail = f"message {place + 1}: the prompt has {len(prompt)} tokens, supervision begins at {start}"
+                report(("prompt_differs", detail))
+
+    def _features_per_image(self) -> int:
+        """Vectors that the model's vision tower hands to the language model for one preprocessed picture."""
+        height, width = self.picture_size
+        patch = self.config.vision_config.patch_size
+        with_class_token = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
+        return (height // patch) * (width // patch) + with_class_token
+
+    def _prompts(self, row: dict[str, Any], answers: list[int]) -> list[list[int]]:
+        """Token ids that the model would be asked with before each of the answers."""
+        # What a picture shows does not change the tokens, and a small one is preprocessed in a quarter of the time.
+        images = [image.resize((8, 8)) for image in row["images"]]
+        prompts = [{"messages": row["messages"][:place], "images": images} for place in answers]
+        batch = prompt_batch(self.processing_class, prompts)
+        return [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def undecoded(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
+    """Rows straight out of Arrow, their pictures not decoded: the auditor can then name the one that does not open."""
+    return rows.with_format("arrow")[indices].to_pylist()
+
+
+def open_image(image: Image.Image | dict[str, Any]) -> Image.Image:
+    """A picture as the dataset gives it while training, from either of its forms. Raises what Pillow raises."""
+    return image if isinstance(image, Image.Image) else ImageFeature().decode_example(image)
+
+
+def collate(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> BatchFeature:
+    """Rows -> the batch that training sees: `input_ids`, `attention_mask`, `labels` and, with pictures, `pixel_values`."""
+    if isinstance(processing_class, ProcessorMixin):
+        return LlavaDataCollator(processing_class)(
+            [{"messages": row["messages"], "images": row["images"]} for row in rows]
+        )
+    examples = []
+    for row in rows:
+        encoded = processing_class.apply_chat_template(
+            row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        labels = [token if supervised else IGNORED for token, supervised in pairs]
+        examples.append({"input_ids": encoded["input_ids"], "labels": labels})
+    return DataCollatorForLanguageModeling(pad_token_id=processing_class.pad_token_id)(examples)
+
+
+def supervised_spans(labels: list[int]) -> list[tuple[int, int]]:
+    """[start, end) of each unbroken run of supervised tokens."""
+    marks = [False, *(label != IGNORED for label in labels), False]
+    edges = [place for place in range(len(labels) + 1) if marks[place] != marks[place + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def describe_faults(audits: Sequence[RowAudit], shown: int = 5) -> str:
+    """Each reason code once: how often, what it means, and its first rows."""
+    counts = Counter(code for audit in audits for code in {code for code, _ in audit.faults})
+    lines = []
+    for code in (code for code in REASONS if code in counts):
+        rows = [(audit, detail) for audit in audits for found, detail in audit.faults if found == code]
+        lines.append(f"{code} ({counts[code]:,} rows): {REASONS[code]}")
+        lines += [f"  {audit.split} row {audit.row}: {' '.join(detail.split())}" for audit, detail in rows[:shown]]
+        lines += [f"  ... and {len(rows) - shown:,} more"] if len(rows) > shown else []
+    return "\n".join(lines)
+
+
+def check_first_rows(
+    rows: Dataset,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    *,
+    max_length: int | None = None,
+    number: int = 8,
+) -> None:
+    """The audit of the first `number` rows, for the start of a training. Raises ValueError that lists their faults."""
+    first = undecoded(rows, list(range(min(number, len(rows)))))
+    audits = Auditor(processing_class, config, max_length)(first)
+    if any(audit.faults for audit in audits):
+        raise ValueError(
+            f"the first {len(first)} training rows cannot be trained on:\n{describe_faults(audits)}\n"
+            "Look at all rows with: python scripts/check_data.py (same --config and flags)"
+        )

@@ -1,0 +1,198 @@
+"""Weights that a strategy divides between the processes: gathered fast to compute with, and whole to be saved."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from finetuning.device import strategy
+from finetuning.distributed.sharded_layers import can_be_gathered, gather_layers
+from finetuning.models.loading import base_model_of, frozen_tower_of
+from finetuning.training.activation_checkpointing import decoder_layers
+
+
+def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
+    """What a strategy's file cannot say because it follows from the model; changes DeepSpeed's `config` in place."""
+    zero = config["zero_optimization"]
+    spare_the_host(config)
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # PyTorch's own AdamW steps on the CPU too. DeepSpeed's would be compiled at first use, by a CUDA toolkit that
+        # few machines have (DeepSpeed#2772).
+        config["zero_force_ds_cpu_optimizer"] = False
+    if zero["stage"] == 3:
+        layers = decoder_layers(model)
+        if zero.get("offload_param", {}).get("device", "none") == "none" and can_be_gathered(layers):
+            # What is left to DeepSpeed is trained: its optimizer and its gradients are divided.
+            gather_layers(model, layers)
+            zero["stage"] = 2
+        else:
+            gather_whole_layers(model, zero)
+    if zero["stage"] < 3:
+        # Averaged where they lie: DeepSpeed's way of scattering them sends as much, and copies them before and after.
+        zero["reduce_scatter"] = False
+    remember_parameters(model)
+
+
+def refuse_other_layout(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if DeepSpeed's `config`, as `set_up_deepspeed` left it, divides weights and `checkpoint` does not.
+
+    Or the other way round. Whether ZeRO-3 divides them or `gathered` does is known when the model is there.
+    """
+    was_divided, is_divided = weights_were_divided(checkpoint), config["zero_optimization"]["stage"] == 3
+    if was_divided != is_divided:
+        words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
+        raise ValueError(
+            f"{checkpoint}: its trained weights are {words[was_divided]}, in this launch they are {words[is_divided]}: "
+            "continue it with the file of accelerate_configs/ that it was begun with"
+        )
+
+
+def weights_were_divided(checkpoint: Path) -> bool:
+    """Whether DeepSpeed itself divided the weights: it then writes a file of them for each process."""
+    return any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
+
+
+def spare_the_host(config: dict[str, Any]) -> None:
+    """Nothing in a step that waits for the GPU, or walks through the whole model, to no end."""
+    # DeepSpeed times each forward pass and each step for a report that nobody asked for, and waits for the GPU to do so.
+    config["timers"] = {"throughput": {"enabled": False}}
+    if config.get("bf16", {}).get("enabled"):
+        # What is not finite stops the run by its loss, as under DDP. DeepSpeed would look at every gradient, and at the
+        # norm, before each step; a norm that is not finite clips to nothing either way.
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        config["bf16"]["check_grad_overflow"] = False
+        stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: False
+
+
+def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
+    """ZeRO-3: gather a decoder layer, and a frozen vision tower, in one piece each, the next one during this one.
+
+    Left alone, DeepSpeed gathers each linear layer and each adapter by a call of its own, from hooks that take longer
+    than the products between them: LoRA then trains at a quarter of DDP's speed. Here a layer's weights, adapters and
+    norms come in one message, and what is fetched ahead is one layer.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    layers, tower = decoder_layers(model), frozen_tower_of(model)
+    for module in layers if tower is None else [*layers, tower]:
+        set_z3_leaf_module(module, True)
+        remember_parameters(module)
+    layers[0].register_forward_pre_hook(ask_for_gradient)
+    zero["stage3_prefetch_bucket_size"] = max(
+        sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers
+    )
+    # What stays whole on every GPU is divided and gathered again after each step, one small tensor at a time.
+    zero["stage3_param_persistence_threshold"] = 0
+
+
+def remember_parameters(module: nn.Module) -> None:
+    """Whoever asks for all parameters walks through no modules: DeepSpeed asks several times a step, transformers twice."""
+    walk, parameters = module.named_parameters, list(module.named_parameters())
+
+    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        return walk(prefix, recurse, remove_duplicate) if prefix or not recurse else iter(parameters)
+
+    module.named_parameters = named_parameters
+
+
+def end_steps_in_few_launches(engine: Any) -> None:
+    """ZeRO-1 and 2, once training has begun: nothing at the end of a step waits for the GPU, or is done per parameter.
+
+    The 16-bit parameters stay the views of one flat tensor that they are: DeepSpeed makes all of them anew after each step,
+    "just to be safe" as its source says. The norm of the gradients is left on the GPU: DeepSpeed computes it one parameter
+    after the other in fp64, and copies a constant to the GPU to compare it with, which waits for the whole step. In fp16,
+    whose loss scale follows that norm, and where the optimizer is on the CPU, DeepSpeed's norm stays.
+    """
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "_update_model_bit16_weights"):
+        return
+    optimizer._update_model_bit16_weights = lambda group: None
+    if optimizer.dtype != torch.float16 and not optimizer.cpu_offload:
+        optimizer.scaled_global_norm = partial(norm_of_gradients, optimizer)
+
+
+def norm_of_gradients(optimizer: Any) -> torch.Tensor:
+    """The L2 norm (fp32 scalar) of the averaged gradients, of which each process has a part."""
+    parts = [part for group in optimizer.averaged_gradients.values() for part in group]
+    total = torch.stack(torch._foreach_norm(parts, 2, torch.float32)).square().sum()
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    return total.sqrt()
+
+
+def name_layers(model: nn.Module) -> None:
+    """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has.
+
+    All layers of a vision tower that is frozen are one piece: they run once a step, and each piece keeps the host for
+    milliseconds. (The tower itself as a piece would lose the hidden states that transformers hands out beside its output.)
+    """
+    base = base_model_of(model)
+    tower = frozen_tower_of(model)
+    within_tower = set() if tower is None else set(tower.modules())
+    pieces = {
+        type(module).__name__
+        for module in base.modules()
+        if module not in within_tower and any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
+    }
+    holders = (module for module in within_tower if any(isinstance(part, nn.ModuleList) for part in module.children()))
+    base._no_split_modules = sorted(pieces | {type(holder).__name__ for holder in holders})
+
+
+def keep_exact(plugin: Any, *, quantised: bool) -> None:
+    """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; 4-bit weights arrive as they were sent.
+
+    accelerate has all of it in the run's 16 bits. Pairs of bytes of a 4-bit weight that say NaN in bf16, one in a
+    thousand, then arrive as 7FFF, which are other weights (bitsandbytes#1945, pytorch#159333). They arrive whole when they
+    are stored as fp32, as `preflight` demands, and nothing is cast before it is sent.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        sent = None if quantised else policy.param_dtype
+        plugin.mixed_precision_policy = replace(policy, param_dtype=sent, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # DeepSpeed takes a layer's gradients when that of its input is there, so that the first layer's input must have one.
+    # (transformers' `enable_input_require_grads` would also send one through the whole vision tower.)
+    hidden_states, *others = args
+    if torch.is_grad_enabled() and not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return hidden_states, *others
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> whole weight on the CPU, for the trainable weights only: the frozen base is never gathered.
+
+    Of a part that is trained in full beside LoRA also the layers that no gradient reaches (the last of a vision tower):
+    PEFT saves such a part as a whole.
+
+    Called by all processes together. Under DeepSpeed these are the fp32 masters that the optimizer steps, not the
+    16-bit copies that the model computes with, so that an adapter is saved alike under every strategy.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if strategy().startswith("ZeRO") and parameter.requires_grad:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            whole = safe_get_full_fp32_param(parameter)
+        elif parameter.requires_grad or ".modules_to_save." in name:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else gathered(parameter)
+        else:
+            continue
+        weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+def gathered(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter that the optimizer does not know, whole also under ZeRO-3, which leaves each process a share."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()

@@ -1,0 +1,166 @@
+"""Which weights are trained: the recipe says it per part, the model is changed so, and what came out is checked."""
+
+import re
+from collections import Counter
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from trl import ModelConfig
+
+from finetuning.arguments import ScriptArguments
+from finetuning.device import strategy
+
+# Part of the model -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
+MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
+
+
+def part_of(name: str) -> str:
+    """Part of the model that a parameter or module belongs to, by its full name."""
+    return next((part for part, module in MODULE_OF.items() if module in name.split(".")), "language_model")
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    present = {part_of(name) for name, _ in model.named_parameters()}
+    return [part for part in ("language_model", "projector", "vision_tower") if part in present]
+
+
+def without_gradient(name: str, config: PreTrainedConfig) -> bool:
+    """Whether the parameter or module lies behind the vision layer that LLaVA reads, so that no gradient reaches it.
+
+    LLaVA-1.5 reads `hidden_states[-2]`: the last CLIP block and the final norm see no gradient, and training them
+    under DDP fails (LlamaFactory#6376, ms-swift#587).
+    """
+    if part_of(name) != "vision_tower":
+        return False
+    read = config.vision_feature_layer
+    num_layers = config.vision_config.num_hidden_layers
+    # hidden_states has num_layers + 1 entries: the embeddings, then the output of each layer.
+    deepest = max(
+        layer if layer >= 0 else num_layers + 1 + layer for layer in ([read] if isinstance(read, int) else read)
+    )
+    layer = re.search(r"\.layers\.(\d+)\.", name + ".")
+    return "post_layernorm" in name or (layer is not None and int(layer.group(1)) >= deepest)
+
+
+def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
+    """Freeze, adapt or open each part as the recipe says; trainable weights become fp32 masters.
+
+    Under DeepSpeed they keep the type of the base: it holds fp32 masters of its own, and ZeRO-3 cannot gather weights of
+    two types (DeepSpeed#8072).
+
+    Returns a PeftModel if any part is `lora`, else the same model. Parts trained in full next to LoRA are PEFT's
+    `modules_to_save`, so that the adapter folder holds all that was trained (LLaVA#844: projector lost).
+    Raises ValueError if the placement cannot be had, or if what is trainable then differs from it.
+    """
+    wanted = {part: script_args.placement[part] for part in parts_of(model)}
+    deepspeed = strategy().startswith("ZeRO")
+    if set(wanted.values()) == {"frozen"}:
+        raise ValueError(f"every part is frozen ({', '.join(wanted)}): set at least one of them to lora or full")
+    if "lora" in wanted.values():
+        if wanted["language_model"] == "full":
+            raise ValueError(
+                "language_model: full beside LoRA on another part would save the whole language model in the "
+                "adapter: set language_model to lora or frozen, or the other parts to full or frozen"
+            )
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type=model_args.lora_task_type,
+                r=model_args.lora_r,
+                lora_alpha=model_args.lora_alpha,
+                lora_dropout=model_args.lora_dropout,
+                use_rslora=model_args.use_rslora,
+                use_dora=model_args.use_dora,
+                target_modules=lora_targets(model, wanted, model_args.lora_target_modules),
+                modules_to_save=[MODULE_OF[part] for part in wanted if wanted[part] == "full"] or None,
+            ),
+            autocast_adapter_dtype=not deepspeed,
+        )
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[part_of(name)] == "full")
+    for name, parameter in model.named_parameters():
+        if without_gradient(name, model.config):
+            parameter.requires_grad_(False)
+        if parameter.requires_grad and not deepspeed:
+            parameter.data = parameter.data.float()
+    check_placement(model, wanted)
+    return model
+
+
+def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] | str | None) -> str:
+    """Regular expression that matches the full names of the linear layers to adapt, and no others.
+
+    `suffixes` is what the recipe gives as `lora_target_modules`: nothing or `all-linear` for every linear layer of
+    the parts that are `lora`, or last names such as q_proj, looked for in those parts only (left alone, PEFT finds
+    them in the vision tower too: LLaVA#1380, peft#2615).
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and wanted[part_of(name)] == "lora"
+        and name != "lm_head"
+        and not without_gradient(name, model.config)
+    ]
+    if suffixes not in (None, "all-linear"):
+        suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
+        available = sorted({name.rpartition(".")[2] for name in linear})
+        unknown = [suffix for suffix in suffixes if suffix not in available]
+        if unknown:
+            raise ValueError(
+                f"lora_target_modules: {unknown} match no linear layer of the parts that are lora; there are "
+                f"{available}. On the command line they are separated by spaces, without commas"
+            )
+        linear = [name for name in linear if name.rpartition(".")[2] in suffixes]
+    patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear}
+    if any(part_of(pattern) == "vision_tower" for pattern in patterns):
+        # One pattern for all layers would also take the last block, which gets no gradient: name the layers.
+        patterns = {
+            name if part_of(name) == "vision_tower" else re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear
+        }
+    return "|".join(re.escape(pattern).replace(r"\#", r"\d+") for pattern in sorted(patterns))
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Part -> `{"trainable": n, "lora": n, "total": n}`; a 4-bit weight counts as the numbers it stands for."""
+    counts: dict[str, Counter] = {part: Counter(trainable=0, lora=0, total=0) for part in parts_of(model)}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # PEFT keeps what was there before a part was trained in full
+            continue
+        # bitsandbytes packs two 4-bit numbers into a byte, and says so in `quant_state` once it has quantised.
+        quant_state = getattr(parameter, "quant_state", None)
+        # ZeRO-3 leaves an empty tensor where a divided weight was, and says how large it is in `ds_numel`.
+        size = (
+            quant_state.shape.numel() if quant_state is not None else getattr(parameter, "ds_numel", parameter.numel())
+        )
+        part = counts[part_of(name)]
+        part["total"] += size
+        part["trainable"] += size if parameter.requires_grad else 0
+        part["lora"] += size if parameter.requires_grad and "lora_" in name else 0
+    return {part: dict(count) for part, count in counts.items()}
+
+
+def check_placement(model: nn.Module, wanted: dict[str, str]) -> None:
+    """Raise ValueError unless what is trainable is what the recipe says, part by part."""
+    problems = []
+    for part, count in count_parameters(model).items():
+        found = "frozen" if not count["trainable"] else "lora" if count["trainable"] == count["lora"] else "full"
+        if found != wanted[part]:
+            problems.append(
+                f"{part}: the recipe says {wanted[part]}, but it is {found} ({count['trainable']:,} trainable)"
+            )
+    if problems:
+        raise ValueError("what would be trained is not what the recipe says: " + "; ".join(problems))
+
+
+def describe_placement(model: nn.Module) -> str:
+    """One line per part and one for all, for people."""
+    counts = count_parameters(model)
+    lines = [
+        f"  {part:<15}{count['trainable']:>15,} of {count['total']:>15,} parameters trained"
+        for part, count in counts.items()
+    ]
+    trainable, total = (sum(count[key] for count in counts.values()) for key in ("trainable", "total"))
+    return "\n".join([*lines, f"  {'all':<15}{trainable:>15,} of {total:>15,} ({trainable / total:.4%})"])

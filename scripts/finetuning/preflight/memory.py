@@ -1,0 +1,115 @@
+"""The least that each GPU must hold before it sees a row: weights, gradients and the optimizer's state.
+
+Per trained number, in bytes: weight 4, gradient 4, AdamW 8; under DeepSpeed 2, 2, and 4 + 8 with its fp32 master (ZeRO,
+arXiv 1910.02054, section 3.1). A strategy divides some of it by the number of processes. Activations come on top, and
+depend on rows, layers and kernels: they are measured in the first step (`finetuning.checkpointing`), not guessed here.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from finetuning.models.trainable import count_parameters, part_of
+from finetuning.strategy import CONFIGS
+
+GIB = 2**30
+DIVIDED = {
+    "ZeRO-1": ["optimizer"],
+    "ZeRO-2": ["optimizer", "gradients"],
+    "ZeRO-3": ["optimizer", "gradients", "weights"],
+    "FSDP2": ["optimizer", "gradients", "weights"],
+}
+MOST_PROCESSES = 64  # of the launches that are proposed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, how it is held, and how it is launched."""
+
+    trained: int  # numbers
+    frozen: int  # numbers, of which `quantisable` can be quantised
+    quantisable: int
+    is_lora: bool
+    strategy: str
+    processes: int
+    bits: int | None = None  # 4 or 8: of what can be quantised, where it is
+    dtype: str = "auto"  # of the other weights, as the recipe has it
+    optimizer_bytes: int = 8  # per trained number, on the GPU
+    offloads: tuple[str, ...] = ()  # "optimizer", "weights"
+
+
+def count_numbers(model: nn.Module) -> dict[str, int]:
+    """`trained`, `frozen` and `quantisable` numbers of a placed model, which may be on the meta device."""
+    counts = count_parameters(model).values()
+    trained = sum(part["trainable"] for part in counts)
+    quantisable = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and part_of(name) == "language_model"
+        and not module.weight.requires_grad
+        and "lm_head" not in name
+    )
+    return {"trained": trained, "frozen": sum(part["total"] for part in counts) - trained, "quantisable": quantisable}
+
+
+def bytes_of_optimizer(name: str) -> int:
+    """A trained number's share of the state that `optim: name` keeps: of Adam two numbers; 0 of what is not known here."""
+    if not name.removeprefix("paged_").startswith("adamw"):
+        return 0
+    return next((size for kind, size in {"4bit": 1, "8bit": 2, "anyprecision": 4}.items() if kind in name), 8)
+
+
+def least_memory(job: Job) -> dict[str, float]:
+    """Bytes on each GPU of `weights`, `gradients` and `optimizer`."""
+    deepspeed = job.strategy.startswith("ZeRO")
+    # Without LoRA all weights are loaded in fp32, unless DeepSpeed keeps masters of those that are trained.
+    in_fp32 = job.dtype == "float32" or (job.dtype == "auto" and not job.is_lora and not deepspeed)
+    width = 4 if in_fp32 else 2
+    # A 4-bit number has a 64th of its block's scale, which takes a byte or four.
+    quantised_width = {4: 0.5 + 1 / 64, 8: 1}.get(job.bits, width)
+    frozen = job.quantisable * quantised_width + (job.frozen - job.quantisable) * width
+    needs = {
+        "weights": frozen + job.trained * (2 if deepspeed else 4),
+        "gradients": job.trained * (2 if deepspeed else 4),
+        "optimizer": job.trained * (job.optimizer_bytes + (4 if deepspeed else 0)),
+    }
+    for name in DIVIDED.get(job.strategy, []):
+        needs[name] /= job.processes
+    # Gradients go where the optimizer is.
+    away = [*job.offloads, *(["gradients"] if "optimizer" in job.offloads else [])]
+    return needs | dict.fromkeys(away, 0.0)
+
+
+def memory_problems(job: Job, gpu_memory: int | None) -> list[str]:
+    """Why `gpu_memory` (bytes of the smallest GPU, None without one) cannot do, and what would."""
+    if gpu_memory is None or fits(job, gpu_memory):
+        return []
+    needs = least_memory(job)
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs.items())
+    return [
+        f"memory: each GPU must hold at least {sum(needs.values()) / GIB:.1f} GiB before it sees a row ({parts}), and has "
+        f"{gpu_memory / GIB:.1f}: {', or '.join(ways_out(job, gpu_memory))}"
+    ]
+
+
+def ways_out(job: Job, gpu_memory: int) -> list[str]:
+    """What would fit, the least change first."""
+    ways = []
+    if job.is_lora and job.bits != 4 and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
+        ways.append("set load_in_4bit: true")
+    # What is quantised is divided by FSDP2 alone, and only in 4 bits; anything else DeepSpeed does faster.
+    files = {4: {"FSDP2": "fsdp2"}, None: {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}}
+    for strategy, file in files.get(job.bits, {}).items():
+        divided = replace(job, strategy=strategy, offloads=())
+        numbers = range(max(job.processes, 2), MOST_PROCESSES + 1)
+        enough = [number for number in numbers if fits(replace(divided, processes=number), gpu_memory)]
+        if enough:
+            ways.append(f"launch with {CONFIGS}/{file}.yaml on {enough[0]} GPUs")
+    if job.bits is None and len(job.offloads) < 2:
+        ways.append(f"launch with {CONFIGS}/deepspeed_zero3_offload.yaml")
+    return ways or ["take larger GPUs"]
+
+
+def fits(job: Job, gpu_memory: int) -> bool:
+    return sum(least_memory(job).values()) <= gpu_memory

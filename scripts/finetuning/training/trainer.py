@@ -1,0 +1,360 @@
+"""TRL's SFTTrainer, watched: speed and waiting in every log, answers scored at every evaluation, an end to a bad loss."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from finetuning import tracking
+from finetuning.device import strategy, weights_are_divided
+from finetuning.distributed.barrier import no_time_out
+from finetuning.distributed.divided import (
+    end_steps_in_few_launches,
+    keep_exact,
+    refuse_other_layout,
+    remember_parameters,
+    trained_weights,
+)
+from finetuning.kernels.cuda_graphs import CudaGraphs
+from finetuning.kernels.linear_cross_entropy import CollateSupervisedRows, score_supervised_rows
+from finetuning.models.generation import generate_answers
+from finetuning.models.loading import base_model_of
+from finetuning.training.activation_checkpointing import LayerCheckpointing
+from finetuning.training.checkpoints import InterruptibleTrainer
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the rows, and says what to try.
+
+    On a GPU it is raised one batch later, so that no step waits to see its loss. Nothing is saved in between.
+    """
+
+
+@dataclass
+class Watched:
+    """What a training batch said of itself, on its way from the GPU to the host."""
+
+    step: int
+    rows: list[int] | None
+    input_ids: torch.Tensor
+    numbers: torch.Tensor  # loss; sums over the batch: supervised tokens, their entropy, right ones; all real tokens
+    arrived: torch.cuda.Event | None  # None on a CPU
+
+
+class FineTuningTrainer(InterruptibleTrainer):
+    """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
+
+    Args (the rest is SFTTrainer's):
+        questions: rows whose `messages` end with a user turn (and `images`), asked at each evaluation; None for none.
+        score_answers: `(questions, answers) -> (metrics, table)`: metrics by name without the `eval_` prefix, and the
+            table as `{column: values}` for the trackers.
+        checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
+        cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.cuda_graphs`).
+
+    Logged beside TRL's metrics: `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
+    the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
+    and each one's).
+    """
+
+    def __init__(
+        self,
+        *args,
+        questions: list[dict[str, Any]] | None = None,
+        score_answers: Callable[[list, list[str]], tuple[dict[str, float], dict[str, list]]] | None = None,
+        eval_max_new_tokens: int = 32,
+        checkpoint_layers: str = "all",
+        cuda_graphs: bool = False,
+        **kwargs,
+    ):
+        model, training_args = kwargs["model"], kwargs["args"]
+        # Without divided weights the layers are chosen here, and TRL need not make the embeddings ask for gradients.
+        chooses_layers = (
+            training_args.gradient_checkpointing
+            and not training_args.gradient_checkpointing_kwargs
+            and not weights_are_divided()
+        )
+        if chooses_layers:
+            # Both names of one switch: transformers would checkpoint the vision tower too, and have it asked for
+            # gradients that nobody uses.
+            training_args.gradient_checkpointing = training_args.activation_checkpointing = False
+        # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
+        # the fp32 masters are put back.
+        masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with no_time_out():  # the first process tokenises text, and the others then read what it stored
+            super().__init__(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name in masters and parameter.dtype != masters[name].dtype:
+                parameter.data = masters[name].to(parameter.device)
+        if self.accelerator.is_fsdp2:
+            quantised = getattr(base_model_of(model), "is_loaded_in_4bit", False)
+            keep_exact(self.accelerator.state.fsdp_plugin, quantised=quantised)
+        # Nothing that is looked at in a step may have to come from the GPU first.
+        self.data_collator = CollateSupervisedRows(self.data_collator)
+        score_supervised_rows(base_model_of(model))
+        self._on_its_way: deque[Watched] = deque()
+        self._arrived: list[list[float]] = []
+        self.questions = questions
+        self.score_answers = score_answers
+        self.eval_max_new_tokens = eval_max_new_tokens
+        self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
+        if chooses_layers:
+            self.add_callback(self.layer_checkpointing)
+        if cuda_graphs:  # after the choice of the layers
+            self.add_callback(CudaGraphs(self))
+        self.add_callback(SpareTheHost(self))
+        self._num_weights: int | None = None
+        switch_only_on_change(model)
+        self._start_interval()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            if self.args.deepspeed_plugin is not None:
+                refuse_other_layout(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
+            # TRL would count tokens from zero again.
+            history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
+            self._total_train_tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
+        self._start_interval()
+        result = super().train(resume_from_checkpoint, **kwargs)
+        self._read_what_arrived(wait=True)
+        return result
+
+    def _start_interval(self) -> None:
+        self._interval_started = time.perf_counter()
+        self._waited = 0.0
+        self._rows_seen = 0
+        self._tokens_before = self._total_train_tokens
+
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - started
+        return batches
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # Counted on the GPU: a count that is copied there would wait for the whole step before.
+        labels = [{"labels": batch["labels"].to(device, non_blocking=True)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(labels, device)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # A step that ran out of memory left half its gradients behind: it can be repeated where there were none before.
+        may_repeat = (
+            self.layer_checkpointing is not None
+            and self.accelerator.num_processes == 1
+            and all(parameter.grad is None for group in self.optimizer.param_groups for parameter in group["params"])
+        )
+        while True:
+            try:
+                return super().training_step(model, dict(inputs), *args, **kwargs)
+            except torch.OutOfMemoryError:
+                if not may_repeat:
+                    raise
+            self._forget_unfinished(inputs["input_ids"])
+            model.zero_grad(set_to_none=True)
+            self.layer_checkpointing.take_more()
+
+    def _clip_grad_norm(self, model):
+        # DeepSpeed's engine has clipped; accelerate would wait for its whole step to hand out a number for the log.
+        return model.get_global_grad_norm() if strategy().startswith("ZeRO") else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The log reads a tensor when it comes to it; transformers would read DeepSpeed's at every step.
+        return super()._get_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        # Gradients stay where DDP averages them: it would copy each back when the last message has come.
+        accelerator_args = super()._build_accelerator_args(**kwargs)
+        accelerator_args["kwargs_handlers"][0].gradient_as_bucket_view = True
+        return accelerator_args
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # transformers counts all parameters anew at every step, 15 ms for a 7B model with adapters.
+        if self._num_weights is None:
+            self._num_weights = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._num_weights
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rows = inputs.pop("rows", None)
+        self._rows_seen += len(inputs["input_ids"])
+        plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        if self.model.training and plain and not return_outputs:
+            return self._loss_without_waiting(model, inputs, rows, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if isinstance(result, tuple) else result
+        self._refuse_bad_loss(loss.item(), self.state.global_step + 1, rows, inputs["input_ids"])
+        return result
+
+    def _loss_without_waiting(self, model, inputs, rows: list[int] | None, num_items_in_batch) -> torch.Tensor:
+        """TRL's loss; its metrics, and whether it is finite, are looked at when the GPU has come so far."""
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        supervised = outputs.label_mask.sum()
+        average_over = supervised if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / average_over.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
+        with torch.no_grad():
+            real = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["position_ids"])
+            numbers = [loss, supervised, outputs.entropy.sum(), outputs.is_top1.sum(), real.sum()]
+            self._watch(torch.stack([number.double() for number in numbers]), rows, inputs["input_ids"])
+        return loss
+
+    def _watch(self, numbers: torch.Tensor, rows: list[int] | None, input_ids: torch.Tensor) -> None:
+        arrived = None
+        if numbers.is_cuda:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._on_its_way.append(Watched(self.state.global_step + 1, rows, input_ids, numbers, arrived))
+        self._read_what_arrived()
+
+    def _read_what_arrived(self, *, wait: bool = False) -> None:
+        """Look at all batches but the newest, which the GPU is still at; with `wait` at that too."""
+        while self._on_its_way and (wait or len(self._on_its_way) > 1 or self._on_its_way[0].arrived is None):
+            watched = self._on_its_way.popleft()
+            if watched.arrived is not None:
+                watched.arrived.synchronize()
+            loss, *sums = watched.numbers.tolist()
+            self._refuse_bad_loss(loss, watched.step, watched.rows, watched.input_ids)
+            self._arrived.append(sums)
+
+    def _forget_unfinished(self, input_ids: torch.Tensor) -> None:
+        if self._on_its_way and self._on_its_way[-1].input_ids is input_ids:
+            self._on_its_way.pop()
+
+    def _note_metrics(self) -> None:
+        """TRL's metrics of the batches since the last log, over all processes."""
+        self._read_what_arrived(wait=True)
+        if not self._arrived:
+            return
+        sums = torch.tensor(self._arrived, dtype=torch.float64, device=self.accelerator.device)
+        sums = self.accelerator.gather(sums).view(-1, *sums.shape).sum(0)
+        supervised = sums[:, 0].clamp(min=1)
+        metrics = self._metrics["train"]
+        metrics["entropy"] += (sums[:, 1] / supervised).tolist()
+        metrics["mean_token_accuracy"] += (sums[:, 2] / supervised).tolist()
+        self._total_train_tokens += int(sums[:, 3].sum())
+        metrics["num_tokens"] = [self._total_train_tokens]
+        self._arrived.clear()
+
+    def _refuse_bad_loss(self, loss: float, step: int, rows: list[int] | None, input_ids: torch.Tensor) -> None:
+        if math.isfinite(loss):
+            return
+        split = "Training" if self.model.training else "Validation"
+        texts = self._tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        named = [
+            f"  row {rows[position] if rows else '(packed)'}: {' '.join(text.split())[-160:]}"
+            for position, text in enumerate(texts)
+        ]
+        raise TrainingDiverged(
+            "\n".join(
+                [
+                    f"the loss is {loss} at step {step}. {split} rows of this batch:",
+                    *named,
+                    "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the "
+                    "GPU has it; max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same "
+                    "command with these changes and a new --output_dir starts again.",
+                ]
+            )
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            self._note_metrics()
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._interval_started
+            logs["samples_per_second"] = round(self._rows_seen * self.accelerator.num_processes / seconds, 3)
+            logs["tokens_per_second"] = round((self._total_train_tokens - self._tokens_before) / seconds, 1)
+            logs["data_wait"] = round(self._waited / seconds, 4)
+            if torch.cuda.is_available():
+                mine = torch.tensor([torch.cuda.max_memory_allocated() / 2**30], device=self.accelerator.device)
+                peaks = [round(peak, 2) for peak in self.accelerator.gather(mine).tolist()]
+                logs["peak_memory_gib"] = max(peaks)
+                if len(peaks) > 1:
+                    logs |= {f"peak_memory_gib/rank_{rank}": peak for rank, peak in enumerate(peaks)}
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._start_interval()
+
+    def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        started = time.perf_counter()
+        self._read_what_arrived(wait=True)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.questions:
+            with self.accelerator.autocast():
+                answers = generate_answers(
+                    self.accelerator.unwrap_model(self.model),
+                    self.processing_class,
+                    self.questions,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    max_new_tokens=self.eval_max_new_tokens,
+                )
+            scores, table = self.score_answers(self.questions, answers)
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            self.log(dict(scores))
+            metrics |= scores
+            if self.is_world_process_zero():
+                tracking.log_answers(self, table)
+        # An evaluation is no training time.
+        self._interval_started += time.perf_counter() - started
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._read_what_arrived(wait=True)  # what is saved after a bad loss is lost work
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        divided = strategy() not in ("one process", "DDP")
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and divided:
+            self._save(output_dir, state_dict=trained_weights(self.model))
+        elif self.accelerator.is_fsdp2 and not _internal_call:
+            # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
+            # Gathered, a head that is tied to the embeddings is a copy of them: it is left out as everywhere else.
+            names = {name for name, _ in self.model.named_parameters()}
+            tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - names
+            weights = self.accelerator.get_state_dict(self.model)
+            self._save(output_dir, state_dict={name: weights[name] for name in weights if name not in tied})
+        else:
+            super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero():
+            # A pickle that nothing here reads: arguments.yaml says the same, to people too.
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+class SpareTheHost(TrainerCallback):
+    """No walk through thousands of modules, or to hundreds of parameters, that a step can do without."""
+
+    def __init__(self, trainer: FineTuningTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # Now, because until here a checkpoint may have been read. FSDP2 replaces its parameters as it goes.
+        if strategy() in ("one process", "DDP"):
+            remember_parameters(self.trainer.model_wrapped)
+        elif strategy().startswith("ZeRO"):
+            end_steps_in_few_launches(self.trainer.model_wrapped)
+
+
+def switch_only_on_change(model: torch.nn.Module) -> None:
+    """Let `model.train()`, which transformers calls at every step, visit thousands of modules only when it must."""
+    switch, switched_to = model.train, None
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        # The model's own `training` says nothing of its parts: a loaded base in a new PeftModel is still evaluating.
+        nonlocal switched_to
+        if mode != switched_to:
+            switched_to = mode
+            switch(mode)
+        return model
+
+    model.train = train

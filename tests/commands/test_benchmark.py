@@ -1,0 +1,147 @@
+"""The benchmarks, on a CPU with a tiny model: they measure, both ways learn the same, and drawn crowds are counted."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import must_run
+from datasets import load_from_disk
+from PIL import Image, ImageChops
+
+from finetuning.data.collator import LlavaDataCollator
+from finetuning.models.loading import load_processing_class
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(*words: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/train_speed.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_both_ways_are_measured_and_learn_the_same(tiny_llava, tmp_path, monkeypatch):
+    # The fifth step comes after the last log.
+    words = ["--steps", 4, "--warmup", 1, "--rounds", 1, "--batch_size", 2, "--workers", 0, "--logging_steps", 2]
+    words += ["--learning_rate", 1e-3]
+    done = benchmark("--model", tiny_llava, "--output", tmp_path, *words, "--variants", "TRL by hand", "this project")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["variant"] for result in results] == ["TRL by hand", "this project"]
+    by_hand, ours = results
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import train_speed
+
+    rows = list(train_speed.draw_rows(8, 1, vision=True))
+    tokens = LlavaDataCollator(load_processing_class(str(tiny_llava)))(rows)["attention_mask"].sum().item()
+    assert by_hand["tokens_a_step"] == ours["tokens_a_step"] == tokens / 4
+    assert len(set(ours["losses"])) == len(ours["losses"]) == 2
+    assert ours["losses"] == pytest.approx(by_hand["losses"], rel=1e-3)
+    assert "| this project |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+    again = benchmark("--model", tiny_llava, "--output", tmp_path)
+    assert again.returncode != 0
+    assert "holds results already" in again.stderr
+
+
+def test_a_wrong_variant_is_named(tiny_llava, tmp_path):
+    done = benchmark("--model", tiny_llava, "--output", tmp_path / "x", "--variants", "fast")
+    assert done.returncode != 0
+    assert "['fast'] are unknown" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def write_program(path: Path, lines: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def ends_with(tiny_llava, monkeypatch):
+    """What train_speed.py says when it ends without results."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import train_speed
+
+    def run(*words: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_speed.py", "--model", str(tiny_llava), *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            train_speed.main()
+        return ended.value.code
+
+    return run
+
+
+def test_unsloth_is_asked_for_with_its_python(ends_with, tmp_path):
+    words = ("--output", tmp_path / "x", "--variants", "TRL by hand", "Unsloth")
+    assert "name its Python with --unsloth PYTHON" in ends_with(*words)
+    assert "nowhere/python: no such program" in ends_with(*words, "--unsloth", tmp_path / "nowhere/python")
+    without = write_program(tmp_path / "without", "exit 1")
+    assert f"--unsloth {without} has no Unsloth: {without} -m pip install unsloth" in ends_with(
+        *words, "--unsloth", without
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_unsloth_gets_the_same_tokens_and_its_last_words_are_shown(ends_with, tiny_llava, tmp_path):
+    got = tmp_path / "got"
+    python = write_program(
+        tmp_path / "python", f'[ "$1" = -c ] && exit 0; cp -r "$2" {got}; echo step; echo "here it broke"; exit 3'
+    )
+    words = ["--steps", 1, "--warmup", 1, "--batch_size", 2, "--variants", "Unsloth, NF4", "--unsloth", python]
+    assert ends_with("--output", tmp_path / "output", *words).endswith(f"{python} ended with 3:\nhere it broke\n")
+    rows = load_from_disk(got / "rows")
+    order = json.loads((got / "order.json").read_text())
+    assert order["nf4"] and order["arguments"]["max_steps"] == 2 and len(rows) == 4
+    processor = load_processing_class(str(tiny_llava))
+    batch = LlavaDataCollator(processor)(list(rows))
+    for index, row in enumerate(rows):
+        supervised = [label for label in row["labels"] if label != -100]
+        assert processor.tokenizer.decode(supervised) == row["messages"][1]["content"] + "</s>"
+        assert batch["input_ids"][index, : len(row["input_ids"])].tolist() == row["input_ids"]
+        assert batch["labels"][index, : len(row["labels"])].tolist() == row["labels"]
+    assert (got / "model" / "model.safetensors").is_file() and (got / "model" / "processor_config.json").is_file()
+
+
+def test_unsloth_learns_the_same(tiny_llava, tmp_path):
+    python = os.environ.get("UNSLOTH_PYTHON")
+    if python is None or shutil.which(python) is None:
+        pytest.skip("needs a GPU, and UNSLOTH_PYTHON: the Python of an environment in which Unsloth is installed")
+    words = ["--steps", 3, "--warmup", 1, "--rounds", 1, "--batch_size", 2, "--workers", 0, "--logging_steps", 1]
+    words += ["--learning_rate", 1e-3, "--unsloth", python, "--variants", "TRL by hand", "Unsloth"]
+    done = benchmark("--model", tiny_llava, "--output", tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    by_hand, by_unsloth = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert by_unsloth["losses"] == pytest.approx(by_hand["losses"], rel=1e-2)
+    for name in ("tokens_a_step", "trained_parameters", "trained_types"):
+        assert by_unsloth[name] == by_hand[name]
+
+
+def test_crowds_are_drawn_over_the_empty_scene_and_every_part_is_counted(raw_cctv, tmp_path):
+    folder = tmp_path / "crowds"
+    words = ("benchmarks/draw_crowds.py", "--frames", raw_cctv / "frames", "--first", "40")
+    must_run(*words, "--output", folder, "--number", "6", "--most", "9", "--width", "160")
+    with (folder / "labels.csv").open(encoding="utf-8") as file:
+        rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert len({row["count"] for row in rows}) > 2 and all(0 <= row["count"] <= 9 for row in rows)
+    for row in rows:
+        assert row["top"] + row["middle"] + row["bottom"] == row["left"] + row["center"] + row["right"] == row["count"]
+        assert sum(value for name, value in row.items() if "_" in name) == row["count"]
+    pictures = [Image.open(folder / "frames" / f"{row['id']:06}.jpg") for row in rows]
+    assert {picture.size for picture in pictures} == {(160, 120)}
+    assert ImageChops.difference(pictures[0], pictures[1]).getbbox()
+    must_run(
+        *("data_prep/prepare_cctv.py", "--frames", folder / "frames", "--labels", folder / "labels.csv", "--gap", "0"),
+        *("--messages", folder / "messages.txt", "--output", tmp_path / "data", "--split", "ordered", "--train", "4"),
+    )
+    with (tmp_path / "data" / "rejects.csv").open(encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == []
+    again = subprocess.run(
+        [sys.executable, *map(str, words), "--output", folder], cwd=ROOT, capture_output=True, text=True
+    )
+    assert again.returncode == 1 and "exists already" in again.stderr

@@ -1,0 +1,196 @@
+"""The label audit finds one fault of each kind, by name and row, and passes clean data; for LLaVA and for Gemma."""
+
+import io
+import json
+
+import pytest
+from check_data import RECIPE, parse_options
+from check_data import main as check_data
+from conftest import SHARED, run_command
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PillowImage
+
+from finetuning.arguments import parse_arguments
+from finetuning.data.label_audit import REASONS, Auditor, check_first_rows
+from finetuning.data.label_preview import picture_as_seen, token_pieces
+from finetuning.models.loading import load_config, load_processing_class
+
+# A template for both models that does three things wrong, to the rows that ask for them.
+FAULTY_TEMPLATE = """
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message['role'] not in ['user', 'assistant'] -%}
+        {{- raise_exception('no role ' ~ message['role']) -}}
+    {%- endif -%}
+    {%- set parts = message['content'] if message['content'] is not string else [] -%}
+    {%- set text = message['content'] if message['content'] is string else parts[-1]['text'] -%}
+    {%- set marks = '<image>\n' * (parts | selectattr('type', 'equalto', 'image') | list | length) -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}{{- ' ' + text + ('' if 'FOREVER' in text else END) -}}{%- endgeneration -%}
+    {%- elif 'LEARNT' in text -%}
+        {%- generation -%}{{- 'USER: ' + marks + text + ' ' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- 'USER: ' + marks + text + ' ' + ('Please. ' if 'POLITE' in text and add_generation_prompt else '') -}}
+    {%- endif -%}
+{%- endfor -%}
+{{- 'ASSISTANT:' if add_generation_prompt else '' -}}
+"""
+
+
+def dialogue(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def picture(cut: bool = False) -> dict[str, bytes | None]:
+    buffer = io.BytesIO()
+    PillowImage.linear_gradient("L").resize((80, 60)).convert("RGB").save(buffer, "JPEG")
+    return {"bytes": buffer.getvalue()[: 400 if cut else None], "path": None}
+
+
+GOOD = dialogue("How many people are in view?", "7 people.")
+# Reason code -> the row (messages, pictures) that has this fault and no other.
+FAULTS = {
+    "unreadable_image": (GOOD, [picture(), picture(cut=True)]),
+    "refused_by_template": ([{"role": "tool", "content": "7"}, *GOOD], []),
+    "image_tokens_differ": (dialogue("<image> How many?", "7 people."), [picture()]),
+    "too_long": (dialogue("How many? " * 150, "7 people."), []),
+    "bos_count": (dialogue("How many? <s>", "7 people."), []),
+    "nothing_supervised": (GOOD[:1], [picture()]),
+    "empty_answer": (dialogue("How many?", " "), []),
+    "end_not_supervised": (dialogue("How many?", "7 people FOREVER"), []),
+    "ends_early": (dialogue("How many?", "7</s> people."), []),
+    "image_supervised": (dialogue("How many? LEARNT", "7 people."), [picture()]),
+    "padding_supervised": (dialogue("How many?", "7 <pad> people."), []),
+    "prompt_differs": (dialogue("How many? POLITE", "7 people."), [picture()]),
+}
+# Several pictures, text only, several turns, letters outside the vocabulary.
+CLEAN = [
+    (GOOD, [picture()] * 2),
+    (GOOD, []),
+    ([*GOOD, *dialogue("네 명인가요?", "아니요, 똠 7명입니다.")], [picture()]),
+]
+
+
+def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
+    assert list(FAULTS) == list(REASONS)
+    rows = [{"messages": messages, "images": images} for messages, images in [*FAULTS.values(), *CLEAN]]
+    features = Features(
+        {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())}
+    )
+    DatasetDict(train=Dataset.from_list(rows, features=features)).save_to_disk(tmp_path / "data")
+    before = sorted(path.name for path in (tmp_path / "data").rglob("*"))
+    (tmp_path / "faulty.jinja").write_text(FAULTY_TEMPLATE.replace("END", "eos_token"), encoding="utf-8")
+
+    result = run_command(
+        *("scripts/check_data.py", "--dataset_name", tmp_path / "data", "--model_name_or_path", tiny_llava),
+        *("--chat_template_path", tmp_path / "faulty.jinja", "--max_length", "250"),
+        *("--output", tmp_path / "check", "--preview", "8"),
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    found = json.loads((tmp_path / "check" / "check.json").read_text(encoding="utf-8"))
+    assert [(fault["row"], fault["reason"]) for fault in found["faults"]] == list(enumerate(FAULTS))
+    assert "12 of 15 rows have faults" in result.stderr
+    for row, code in enumerate(REASONS):
+        assert f"{code} (1 rows)" in result.stderr
+        assert f"train row {row}: " in result.stderr
+    page = (tmp_path / "check" / "preview.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 7  # four of the faulty rows, and the three good ones
+    assert page.count("<img ") == 3
+    # The data is only read.
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == before
+
+
+def test_clean_data_passes(tiny_llava, cctv_dataset, tmp_path):
+    flags = ["--dataset_name", str(cctv_dataset), "--model_name_or_path", str(tiny_llava)]
+    options, recipe_flags = parse_options([*flags, "--output", str(tmp_path), "--processes", "2"])
+    audits = check_data(*parse_arguments(RECIPE, recipe_flags), options)
+    assert len(audits) > 40 and not any(audit.faults for audit in audits)
+    found = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
+    assert found["rows"] == len(audits) and found["faults"] == []
+
+
+def test_faults_of_gemma_rows(tiny_gemma, tmp_path):
+    template = tmp_path / "faulty.jinja"
+    template.write_text(FAULTY_TEMPLATE.replace("END", "'<end_of_turn>'"), encoding="utf-8")
+    tokenizer, config = (
+        load_processing_class(str(tiny_gemma), chat_template_path=str(template)),
+        load_config(str(tiny_gemma)),
+    )
+    for_gemma = {"<s>": "<bos>", "</s>": "<end_of_turn>"}
+    rows, expected = [], []
+    for code, (messages, _) in FAULTS.items():
+        if "image" not in code:
+            texts = [message["content"] for message in messages]
+            for llama, own in for_gemma.items():
+                texts = [text.replace(llama, own) for text in texts]
+            messages = [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
+            rows.append({"messages": messages})
+            expected.append([code])
+    rows.append({"messages": GOOD})
+    audits = Auditor(tokenizer, config, max_length=250)(rows)
+    assert [[code for code, _ in audit.faults] for audit in audits] == [*expected, []]
+
+    # The project's own template: clean, and a system turn is refused with the template's words.
+    tokenizer = load_processing_class(str(tiny_gemma))
+    good, system = Auditor(tokenizer, config)(
+        [{"messages": [*GOOD, *GOOD]}, {"messages": [{"role": "system", "content": "Be brief."}, *GOOD]}]
+    )
+    assert good.faults == []
+    assert [code for code, _ in system.faults] == ["refused_by_template"]
+    assert "Gemma has no system role" in system.faults[0][1]
+
+
+def test_the_published_llava_template_never_teaches_to_stop(tiny_llava, tmp_path):
+    """Without the end-of-sequence token inside the marks, as in the template on the Hub."""
+    published = (
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% if message['role'] != 'assistant' %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+        "{% endfor %}{% else %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    (tmp_path / "published.jinja").write_text(published, encoding="utf-8")
+    processor = load_processing_class(str(tiny_llava), chat_template_path=str(tmp_path / "published.jinja"))
+    rows = Dataset.from_list([{"messages": GOOD, "images": [picture()]}])
+    with pytest.raises(ValueError, match=r"(?s)bos_count.*end_not_supervised"):
+        check_first_rows(rows, processor, load_config(str(tiny_llava)))
+
+
+def test_a_processor_of_another_model_is_found_by_the_models_own_patch_size(tiny_llava):
+    processor, config = load_processing_class(str(tiny_llava)), load_config(str(tiny_llava))
+    processor.patch_size = 16  # 16 tokens where the tower gives (64 / 8)² = 64 features
+    (audit,) = Auditor(processor, config)([{"messages": GOOD, "images": [picture()]}])
+    assert [code for code, _ in audit.faults] == ["image_tokens_differ"]
+    assert "64 features" in audit.faults[0][1]
+
+
+def test_the_preview_shows_the_tokens_and_the_picture_as_the_model_gets_them(tiny_llava):
+    processor = load_processing_class(str(tiny_llava))
+    tokenizer = processor.tokenizer
+    ids = [tokenizer.bos_token_id, *[processor.image_token_id] * 3]
+    ids += tokenizer.encode("똠 7", add_special_tokens=False)
+    labels = [-100] * 4 + ids[4:]
+    pieces = token_pieces(tokenizer, ids, labels)
+    assert pieces[:2] == [("<s>", False, True), ("<image> × 3", False, True)]
+    assert "".join(text for text, supervised, _ in pieces[2:] if supervised).strip() == "똠 7"
+    flat = PillowImage.new("RGB", (64, 64), (200, 100, 50))
+    pixels = processor.image_processor(flat, return_tensors="pt")["pixel_values"][0]
+    assert picture_as_seen(pixels, processor).tobytes() == flat.tobytes()
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b-hf", "gemma-2b-it"])
+def test_real_processors_pass(name):
+    folder = SHARED / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip(f"the real {name} tokenizer is not on this machine (../shared/data)")
+    processing_class, config = load_processing_class(str(folder)), load_config(str(folder))
+    korean = dialogue("화면에 사람이 몇 명 보이나요?", "모두 12명이 보입니다.")
+    images = [picture()] if name.startswith("llava") else []
+    audits = Auditor(processing_class, config)([{"messages": [*GOOD, *korean], "images": images}] * 2)
+    assert [audit.faults for audit in audits] == [[], []]
+    assert (audits[0].num_tokens > 576) == name.startswith("llava")

@@ -1,0 +1,176 @@
+"""Evaluating real runs of a tiny LLaVA: one that learned nothing, and one that learned to say the one right count."""
+
+import json
+from functools import partial
+
+import evaluate_llava
+import pytest
+import torch
+import train_llava
+import yaml
+from conftest import ROOT, must_run, run_command, run_here
+from datasets import Dataset, DatasetDict, Image, List
+from peft import LoraConfig, get_peft_model
+from PIL import Image as PilImage
+from transformers import LlavaForConditionalGeneration
+
+from finetuning.arguments import parse_arguments
+from finetuning.data.dataset import open_dataset, open_split
+from finetuning.evaluation.answering import UNFINISHED
+from finetuning.models.loading import load_processing_class
+
+
+@pytest.fixture(scope="module")
+def zero_run(tmp_path_factory, tiny_llava, cctv_dataset):
+    """A finished run whose adapter is as it was before the first step: it changes nothing."""
+    run = tmp_path_factory.mktemp("outputs") / "zero"
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
+    get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*q_proj")).save_pretrained(run)
+    load_processing_class(str(tiny_llava)).save_pretrained(run)
+    arguments = {"dataset_name": str(cctv_dataset), "model_name_or_path": str(tiny_llava)}
+    (run / "arguments.yaml").write_text(yaml.safe_dump(arguments))
+    (run / "metrics.json").write_text(json.dumps({"completed": True}))
+    return run
+
+
+def evaluation(run, split="test"):
+    return json.loads((run / "evaluation" / split / "metrics.json").read_text(encoding="utf-8"))
+
+
+def answer_lines(run, split="test"):
+    lines = (run / "evaluation" / split / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def evaluate(run, *flags):
+    evaluate_llava.main(evaluate_llava.parse_arguments(["--run", str(run), "--max_new_tokens", "4", *flags]))
+
+
+def test_a_zero_adapter_is_no_measurable_change_and_a_second_call_only_shows_it(zero_run, capsys):
+    evaluate(zero_run)
+    assert "No measurable change: mean absolute error" in capsys.readouterr().out
+    assert {path.name for path in (zero_run / "evaluation" / "test").iterdir()} == {
+        "metrics.json", "answers.jsonl", "table.md", "report.html", "predicted_vs_true.png", "error_by_crowd_size.png",
+    }  # fmt: skip
+    page = (zero_run / "report.html").read_text(encoding="utf-8")
+    assert "No measurable change" in page and page.count("data:image/jpeg") > 2
+    metrics = evaluation(zero_run)
+    assert [part["outcome"] for part in metrics["verdict"]] == ["no measurable change"] * 2
+    assert metrics["scores"]["base"] == metrics["scores"]["tuned"]
+    assert all(line["base"] == line["tuned"] for line in answer_lines(zero_run))
+
+    before = (zero_run / "evaluation" / "test" / "metrics.json").stat().st_mtime_ns
+    evaluate(zero_run)
+    again = capsys.readouterr().out
+    assert "finished already" in again and "No measurable change: mean absolute error" in again
+    assert (zero_run / "evaluation" / "test" / "metrics.json").stat().st_mtime_ns == before
+
+    refused = run_here("scripts/evaluate_llava.py", "--run", zero_run, "--max_new_tokens", "5")
+    assert refused.returncode == 1
+    assert "max_new_tokens: 4 -> 5" in refused.stderr and "--overwrite" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_two_processes_answer_as_one(zero_run):
+    """`train` has enough questions for both processes; the order of answers and every figure are those of one process."""
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    precision = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    flags = ("--split", "train", "--batch_size", "2")
+    command = (*launch, *precision, "scripts/evaluate_llava.py")
+    must_run(*command, "--run", zero_run, "--max_new_tokens", "4", *flags, by=run_command)
+    two, two_answers = evaluation(zero_run, "train"), answer_lines(zero_run, "train")
+    assert len(two_answers) > 20
+    evaluate(zero_run, *flags, "--overwrite")
+    assert (evaluation(zero_run, "train"), answer_lines(zero_run, "train")) == (two, two_answers)
+    kept = zero_run / "evaluation" / "train.previous-1" / "metrics.json"
+    assert json.loads(kept.read_text(encoding="utf-8")) == two
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(zero_run):
+    """The answers on disk are taken as they are; only the missing ones are asked."""
+    folder = zero_run / "evaluation" / "validation"
+    with pytest.MonkeyPatch.context() as stop:
+        stop.setattr(evaluate_llava, "answer_with_both", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(zero_run, "--split", "validation")
+    with (folder / UNFINISHED).open("a", encoding="utf-8") as file:
+        for answer in ("3 people.", "일곱 명입니다."):
+            file.write(json.dumps({"tuned": answer}) + "\n")
+    evaluate(zero_run, "--split", "validation")
+    lines = answer_lines(zero_run, "validation")
+    assert [line["tuned"] for line in lines[:2]] == ["3 people.", "일곱 명입니다."]
+    assert [line["tuned_count"] for line in lines[:2]] == [3, 7]
+    assert [line["tuned"] for line in lines[2:]] == [line["base"] for line in lines[2:]]
+    assert not (folder / UNFINISHED).exists()
+
+
+@pytest.fixture(scope="module")
+def sevens(tmp_path_factory):
+    """Pictures that all show seven people, each with two questions, and one row that asks something else."""
+    folder = tmp_path_factory.mktemp("data") / "sevens"
+    pictures = [PilImage.new("RGB", (64, 64), (40 + 10 * number, 90, 160)) for number in range(12)]
+    rows = [
+        {
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            "images": [picture],
+            "image_id": f"picture {number}",
+            "count": 7,
+        }
+        for number, picture in enumerate(pictures)
+        for question, answer in [("How many people are in view?", "7 people."), ("사람이 몇 명 있나요?", "7명입니다.")]
+    ]
+    other = rows[0] | {"messages": [{"role": "user", "content": "Busy?"}, {"role": "assistant", "content": "Yes."}]}
+    split = Dataset.from_list([*rows, other]).cast_column("images", List(Image()))
+    DatasetDict({"train": split, "validation": split, "test": split}).save_to_disk(folder)
+    return folder
+
+
+def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys, request):
+    """Every weight is trained, so the base is another model than the run's: it is loaded for its own answers."""
+    flags = [
+        *(
+            "--model_name_or_path",
+            str(tiny_llava),
+            "--dataset_name",
+            str(sevens),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ),
+        *("--language_model", "full", "--projector", "full", "--vision_tower", "frozen", "--max_steps", "25"),
+        *("--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", "8"),
+    ]
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
+    train_llava.main(*parse_arguments(ROOT / "scripts" / "configs" / "llava_sample.yaml", flags))
+    evaluate(tmp_path / "run", "--max_new_tokens", "8")
+    assert "Better: mean absolute error (unparsable answers taken as 0) went from " in capsys.readouterr().out
+    metrics = evaluation(tmp_path / "run")
+    assert metrics["not_counting_questions"] == 1
+    assert metrics["scores"]["tuned"]["n"] == 24 and metrics["scores"]["tuned"]["exact"] == 1.0
+    assert metrics["scores"]["base"]["exact"] == 0.0
+    assert metrics["scores"]["train_median"]["mae"] == 0.0
+    assert [(part["outcome"], part["num_groups"]) for part in metrics["verdict"]] == [("better", 12), ("better", 12)]
+    assert (tmp_path / "run" / "evaluation" / "test" / "loss.png").is_file()
+
+
+def test_questions_are_cut_before_the_answer_that_states_the_count(sevens):
+    rows = open_split(open_dataset(str(sevens), vision=True), "test", "sevens")
+    questions = evaluate_llava.questions_of(rows, "sevens")
+    assert (len(questions), len(rows)) == (24, 25)
+    first = questions[0]
+    assert first["messages"] == [{"role": "user", "content": "How many people are in view?"}]
+    assert (first["reference"], first["question"]) == ("7 people.", "How many people are in view?")
+    assert first["images"][0].size == (64, 64)
+    with pytest.raises(ValueError, match="in none of 25 rows does an answer state the row's count"):
+        evaluate_llava.questions_of(rows.remove_columns("count").add_column("count", [8] * 25), "sevens")
+    with pytest.raises(ValueError, match="no column 'count'"):
+        evaluate_llava.questions_of(rows.remove_columns("count"), "sevens")
+
+
+def test_what_is_no_finished_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no run here"):
+        evaluate_llava.open_run(str(tmp_path / "nothing"))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "arguments.yaml").write_text("dataset_name: x\n")
+    with pytest.raises(ValueError, match="training has not ended here"):
+        evaluate_llava.open_run(str(tmp_path / "begun"))

@@ -1,0 +1,59 @@
+"""What status.py says of runs in every state."""
+
+import datetime
+import json
+
+from conftest import run_command
+
+from finetuning.run_folder import begin_attempt, end_attempt
+
+
+def minutes_ago(minutes: float) -> str:
+    return (datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=minutes)).isoformat()
+
+
+def test_a_run_tells_step_speed_time_left_losses_restarts_page_and_that_it_fell_silent(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-80").mkdir(parents=True)
+    (run / "checkpoint-100").mkdir()
+    progress = {
+        "step": 120, "max_steps": 1000, "logged_at": minutes_ago(120.5), "seconds_per_step": 4.5, "samples_per_second": 3.55,
+        "loss": 0.51234, "eval_loss": 0.61, "eval_count_mae": 2.25, "wandb": "https://wandb.ai/me/project/runs/1a2b3c4d",
+        "attempts": [
+            {"started": minutes_ago(90), "from_step": 0, "host": "node1", "process": 1, "ended": minutes_ago(50),
+             "step": 90, "reason": "SIGUSR2"},
+            {"started": minutes_ago(125), "from_step": 90, "host": "node1", "process": 2},
+        ],
+    }  # fmt: skip
+    (run / "progress.json").write_text(json.dumps(progress))
+    lines = run_command("scripts/status.py", run).stdout.splitlines()
+    assert lines[:6] == [
+        str(run),
+        "  step: 120 of 1,000 (12%), 1 h 06 min left while it runs",
+        "  speed: 4.50 s a step, 3.5 rows/s",
+        "  last losses: train 0.5123, validation 0.6100, off by (people) 2.2500, logged 2 h 00 min ago",
+        "  last checkpoint: step 100",
+        "  restarts: 1",
+    ]
+    assert lines[6].startswith("    at step 90, ") and lines[6].endswith(": SIGUSR2")
+    assert lines[7] == "  nothing was logged for 2 h 00 min: look at its output"
+    assert lines[8:] == ["  W&B: https://wandb.ai/me/project/runs/1a2b3c4d"]
+
+
+def test_a_stopped_and_a_finished_run(tmp_path):
+    begin_attempt(tmp_path, 0)
+    end_attempt(tmp_path, 7, "SIGTERM")
+    assert (
+        "stopped at step 7 by SIGTERM; the same command continues" in run_command("scripts/status.py", tmp_path).stdout
+    )
+    begin_attempt(tmp_path, 7)
+    end_attempt(tmp_path, 9, "completed")
+    (tmp_path / "metrics.json").write_text('{"completed": true}')
+    assert "complete: 9 steps" in run_command("scripts/status.py", tmp_path).stdout
+
+
+def test_a_folder_without_a_run_is_named_after_the_others_were_shown(tmp_path):
+    begin_attempt(tmp_path, 0)
+    result = run_command("scripts/status.py", tmp_path / "none", tmp_path)
+    assert result.returncode == 1 and str(tmp_path) in result.stdout
+    assert f"{tmp_path / 'none'}: no run here" in result.stderr and "Traceback" not in result.stderr

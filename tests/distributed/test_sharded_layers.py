@@ -1,0 +1,68 @@
+"""Frozen layers that are gathered when they are needed compute what layers that stay do, in two buffers.
+
+One process, which gathers from itself; two are in test_parallel.py.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from finetuning.distributed.sharded_layers import can_be_gathered, frozen_weights, gather_layers
+from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.training.activation_checkpointing import decoder_layers
+from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, tiny_gemma, tiny_llava, with_lora
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def losses_and_gradients(model, batch, checkpointing: dict | None):
+    """Of two steps on different rows, with an answer between them: a buffer that is not refilled in time would show."""
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    found = []
+    for turned in (False, True):
+        rows = {key: value.flip(0) if turned else value[:1] for key, value in batch.items()}
+        loss = model(**rows, use_cache=False).loss
+        loss.backward()
+        with torch.no_grad():
+            seen = {key: value for key, value in rows.items() if key != "labels"}
+            answer = model(**seen, use_cache=False).logits[:, -1]
+        found += [loss.detach(), answer, *lora_grads(model).values()]
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize(("make", "targets"), [(tiny_llava, LANGUAGE_MODEL), (tiny_gemma, DECODER)])
+def test_gathered_layers_compute_what_whole_ones_do(make, targets, checkpointing):
+    batch = llava_batch()
+    if make is tiny_gemma:
+        batch.pop("pixel_values")
+    models = [with_lora(make(), targets) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        assert fuse_lora(model) == 21
+    layers = decoder_layers(models[1])
+    sizes = {name: weight.shape for name, weight in models[1].named_parameters()}
+    gather_layers(models[1], layers)
+    assert {name: weight.shape for name, weight in models[1].named_parameters()} == sizes
+    # Three layers, and memory for two.
+    assert len({weight.untyped_storage().data_ptr() for layer in layers for weight in frozen_weights(layer)}) == 2
+    expected, found = (losses_and_gradients(model, batch, checkpointing) for model in models)
+    assert len(expected) == 2 * (2 + 42)
+    for given, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_whose_weights_pytorch_keeps_are_left_alone():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+    assert not can_be_gathered(decoder_layers(model))
+    fuse_lora(model)
+    assert can_be_gathered(decoder_layers(model))

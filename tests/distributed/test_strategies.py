@@ -1,0 +1,243 @@
+"""The same recipe by one process and by two, under each strategy, through `accelerate launch` with the shipped files.
+
+A CPU trains in fp32, so that numbers can be compared to 1e-5. What a CPU cannot do is left to benchmarks/multi_gpu.py:
+16-bit types, NCCL, and models of a real size. Thirteen launches of two processes, most of their time imports.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import train_llava
+from accelerate import FullyShardedDataParallelPlugin
+from conftest import ROOT
+from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import LlavaForConditionalGeneration
+
+from finetuning.arguments import parse_arguments
+from finetuning.distributed.divided import keep_exact, name_layers, refuse_other_layout
+from finetuning.kernels.fused_lora import fuse_lora
+from support.tiny_models import LANGUAGE_MODEL, tiny_llava, with_lora
+
+SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
+STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
+LORA = {"language_model": "lora", "projector": "full", "vision_tower": "full", "lora_r": 4, "lora_alpha": 8}
+FULL = {"language_model": "full", "projector": "full", "vision_tower": "frozen"}
+RECIPE = {
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    # Three answers in batches of two: the second of two processes has fewer.
+    "eval_answers": 3,
+    "per_device_eval_batch_size": 2,
+    "eval_max_new_tokens": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def words(tiny_llava, cctv_dataset):
+    """`words(run, **flags)`: the flags of the recipe that all runs share, and these."""
+
+    def of(run: Path, **flags) -> list[str]:
+        flags = {"model_name_or_path": tiny_llava, "dataset_name": cctv_dataset, "output_dir": run} | RECIPE | flags
+        return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def train_alone(words):
+    """`train_alone(run, **flags)`: the command by one process, which is this one."""
+    return lambda run, **flags: train_llava.main(*parse_arguments(SAMPLE, words(run, **flags)))
+
+
+@pytest.fixture(scope="module")
+def train(words):
+    """`train(strategy, run, **flags)`: the command by two processes; its output when it ends well."""
+
+    def launch(strategy: str, run: Path, **flags) -> str:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "support" / "on_cpu")}
+        # On one machine a port in use is no obstacle: accelerate takes another.
+        with socket.create_server(("", 0)) as taken:
+            port = taken.getsockname()[1] if strategy == "ddp" else 0
+            result = subprocess.run(
+                [
+                    *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)),
+                    *("--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", "--num_processes", "2"),
+                    *(ROOT / "scripts" / "train_llava.py", "--config", SAMPLE, *words(run, **flags)),
+                ],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                capture_output=True,
+                timeout=600,
+                check=False,
+            )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def one(train_alone, tmp_path_factory) -> Path:
+    """The folder of the LoRA run by one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    train_alone(folder, **LORA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory):
+    """`trained(strategy)`: the folder of the LoRA run by two processes, trained once in this module."""
+
+    @cache
+    def run(strategy: str) -> Path:
+        folder = tmp_path_factory.mktemp(strategy) / "run"
+        assert "  14 LoRA layers computed in one piece" in train(strategy, folder, **LORA)
+        return folder
+
+    return run
+
+
+def history(run: Path) -> list[dict]:
+    return json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def logged(run: Path, key: str) -> list[float]:
+    return [entry[key] for entry in history(run) if key in entry]
+
+
+def assert_same_weights(run: Path, reference: Path, name: str, tolerance: float) -> None:
+    weights, expected = load_file(run / name), load_file(reference / name)
+    assert weights.keys() == expected.keys() and len(weights) > 10
+    for key, tensor in weights.items():
+        assert tensor.dtype == torch.float32 and tensor.shape == expected[key].shape, key
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=tolerance, msg=lambda text, key=key: key + text)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_what_one_trains(one, trained, strategy):
+    two = trained(strategy)
+    assert logged(two, "loss")[0] == pytest.approx(logged(one, "loss")[0], abs=1e-5)
+    assert logged(two, "grad_norm")[0] == pytest.approx(logged(one, "grad_norm")[0], rel=1e-5)
+    assert logged(two, "loss") == pytest.approx(logged(one, "loss"), abs=1e-4)
+    assert_same_weights(two, one, "adapter_model.safetensors", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_save_and_answer_as_one_does(one, trained, strategy):
+    two = trained(strategy)
+    names = {path.name for path in one.iterdir()}
+    assert {path.name for path in two.iterdir()} == names
+    assert {"adapter_model.safetensors", "metrics.json", "checkpoint-2", "checkpoint-4"} <= names
+    assert_same_weights(two, two / "checkpoint-4", "adapter_model.safetensors", tolerance=0)
+    # The projector is trained in full, and part of every checkpoint (LLaVA#844).
+    assert any("multi_modal_projector" in key for key in load_file(two / "checkpoint-2" / "adapter_model.safetensors"))
+    for key in ("eval_loss", "eval_count_n", "eval_count_penalised_mae", "eval_count_unparsable_rate"):
+        assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-5), key
+    assert logged(two, "eval_count_n") == [3]
+
+
+def test_lora_of_layers_that_deepspeed_divides_is_saved_whole(one, train, tmp_path):
+    """peft#2450, accelerate#3508: saved as `Size([0])`. Without fused LoRA no layer is gathered (`finetuning.gathered`)."""
+    flags = LORA | {
+        "fused_lora": "false",
+        "gradient_checkpointing": "true",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    train("deepspeed_zero3", tmp_path / "run", **flags, max_steps=2)
+    assert_same_weights(tmp_path / "run", one / "checkpoint-2", "adapter_model.safetensors", tolerance=2e-5)
+
+
+def interrupt(finished: Path, run: Path, last: str) -> None:
+    """A copy of a finished run as it was before it wrote its `last` checkpoint."""
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / last)
+    for path in [run / "metrics.json", *run.glob("*.safetensors")]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_divided_run_continues_where_it_stopped(train, trained, tmp_path, strategy):
+    run = tmp_path / "run"
+    interrupt(trained(strategy), run, "checkpoint-4")
+    assert "checkpoint-2" in train(strategy, run, **LORA)
+    assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-6)
+    assert_same_weights(run, trained(strategy), "adapter_model.safetensors", tolerance=1e-6)
+
+
+def test_checkpoint_whose_weights_are_whole_is_not_read_as_one_that_is_divided(trained):
+    checkpoint = trained("deepspeed_zero3") / "checkpoint-4"
+    refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 2}})
+    with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
+        refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 3}})
+
+
+def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
+    # On a CPU the launches above train in fp32.
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.reduce_dtype == plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    keep_exact(plugin, quantised=False)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
+    keep_exact(plugin, quantised=True)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
+
+
+def test_fsdp2_gathers_decoder_layers_one_by_one_and_a_frozen_tower_at_once():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+    fuse_lora(model, divided=True)
+    name_layers(model)
+    assert model.base_model.model._no_split_modules == ["CLIPEncoder", "FusedLlamaDecoderLayer"]
+    model = with_lora(tiny_llava(), "all-linear")
+    name_layers(model)
+    assert model.base_model.model._no_split_modules == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]
+
+
+def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):
+    flags = LORA | {"vision_tower": "frozen", "load_in_4bit": "true"}
+    flags |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    train_alone(tmp_path / "one", **flags)
+    train("fsdp2", tmp_path / "two", **flags, bnb_4bit_quant_storage="float32")
+    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-5)
+    assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
+
+
+def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_path):
+    run = tmp_path / "run"
+    interrupt(trained("ddp"), run, "checkpoint-4")
+    train_alone(run, **LORA)
+    assert logged(run, "loss") == pytest.approx(logged(trained("ddp"), "loss"), abs=1e-5)
+    assert_same_weights(run, one, "adapter_model.safetensors", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_full_fine_tune_is_saved_as_one_model_and_continues(train, train_alone, tmp_path, strategy):
+    # Plain descent: Adam's first steps would make sign flips of numbers near zero as large as any step.
+    flags = FULL | {"max_steps": 2, "save_steps": 1, "eval_strategy": "no", "optim": "sgd", "learning_rate": 0.1}
+    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
+    train_alone(one, **flags)
+    train(strategy, two, **flags)
+    assert_same_weights(two, one, "model.safetensors", tolerance=2e-5)
+    assert LlavaForConditionalGeneration.from_pretrained(two).num_parameters() == 678_240
+    interrupt(two, again, "checkpoint-2")
+    assert "checkpoint-1" in train(strategy, again, **flags)
+    assert_same_weights(again, two, "model.safetensors", tolerance=1e-6)
