@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
-from finetuning.models.generation import answer_batch
+from finetuning.inference.generation import answer_batch
 from finetuning.models.loading import base_name, is_vision, load_config, load_for_inference
 
 Item = tuple[str | None, str]  # (path of the picture, question)

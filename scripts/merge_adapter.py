@@ -22,16 +22,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from transformers.utils import cached_file
 
-from finetuning.models.loading import (
-    check_adapter_is_whole,
-    is_vision,
-    load_base_model,
-    load_config,
-    load_for_inference,
-    load_saved_processing_class,
-    run_arguments,
-)
-from finetuning.models.merging import (
+from finetuning.export.merging import (
     LARGEST_SHARE,
     TOLERANCE,
     check_proof,
@@ -44,7 +35,16 @@ from finetuning.models.merging import (
     without_training_marks,
     write_report,
 )
-from finetuning.models.model_card import write_model_card
+from finetuning.export.model_card import write_model_card
+from finetuning.models.loading import (
+    check_adapter_is_whole,
+    is_vision,
+    load_base_model,
+    load_config,
+    load_for_inference,
+    load_saved_processing_class,
+    run_arguments,
+)
 
 GIB = 2**30
 

@@ -8,7 +8,8 @@ import torch
 from generate import find_images, main, parse_options, read_questions
 from PIL import Image
 
-from finetuning.models.generation import answer_batch, prompt_batch
+from finetuning.data.collator import prompt_batch
+from finetuning.inference.generation import answer_batch
 from finetuning.models.loading import load_for_inference
 
 QUESTIONS = ["How many people are in view?", "사람이 몇 명 있나요? 모두 세어 주세요."]

@@ -10,8 +10,8 @@ from merge_adapter import main as merge
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from finetuning.export.merging import check_proof, compare, make_probes, observe
 from finetuning.models.loading import check_adapter_is_whole, load_base_model, load_for_inference, load_processing_class
-from finetuning.models.merging import check_proof, compare, make_probes, observe
 
 DTYPE = torch.float32
 

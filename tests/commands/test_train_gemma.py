@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from finetuning.arguments import parse_arguments
+from finetuning.data.collator import stop_tokens
 from finetuning.evaluation.perplexity import answer_losses
-from finetuning.models.generation import stop_tokens
 from finetuning.models.loading import CHAT_TEMPLATES, load_base_model, load_for_inference, load_processing_class
 from finetuning.models.trainable import count_parameters, describe_placement, place
 from finetuning.training.trainer import FineTuningTrainer

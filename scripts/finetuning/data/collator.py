@@ -1,9 +1,10 @@
 """The one place that makes batches of images and dialogues: for training, and for asking."""
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -53,3 +54,30 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
+
+
+def prompt_batch(
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
+) -> BatchFeature:
+    """Rows whose `messages` end with a user turn -> one left-padded batch (images too, for a vision model)."""
+    if isinstance(processing_class, ProcessorMixin):
+        return LlavaDataCollator(processing_class).prompts(list(rows))
+    return processing_class.apply_chat_template(
+        [row["messages"] for row in rows],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+
+
+def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the tokenizer's own, and Gemma's ends of a turn and of a document."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokens = sorted({tokenizer.eos_token, "<end_of_turn>", "<eos>"})
+    # An unknown token becomes the unknown id; asking for the vocabulary itself would copy 256,000 entries.
+    return [
+        number for number in tokenizer.convert_tokens_to_ids(tokens) if number not in (None, tokenizer.unk_token_id)
+    ]

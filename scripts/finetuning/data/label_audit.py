@@ -14,8 +14,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetuning.data.collator import LlavaDataCollator
-from finetuning.models.generation import prompt_batch, stop_tokens
+from finetuning.data.collator import LlavaDataCollator, prompt_batch, stop_tokens
 
 IGNORED = -100
 # Reason code of a fault -> what it does to training, and what to do about it.

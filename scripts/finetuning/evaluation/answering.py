@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from finetuning import tracking
 from finetuning.evaluation.report import Item, Plot, Table
-from finetuning.models.generation import generate_answers
+from finetuning.inference.generation import generate_answers
 from finetuning.models.loading import base_name, load_for_inference
 from finetuning.training.resume import read_metrics
 

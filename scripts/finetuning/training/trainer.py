@@ -24,9 +24,9 @@ from finetuning.distributed.divided import (
     remember_parameters,
     trained_weights,
 )
+from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import CollateSupervisedRows, score_supervised_rows
-from finetuning.models.generation import generate_answers
 from finetuning.models.loading import base_model_of
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.checkpoints import InterruptibleTrainer

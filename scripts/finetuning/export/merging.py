@@ -23,8 +23,9 @@ from transformers import (
     ProcessorMixin,
 )
 
+from finetuning.data.collator import prompt_batch
 from finetuning.data.dataset import open_dataset, spread
-from finetuning.models.generation import answer_batch, prompt_batch
+from finetuning.inference.generation import answer_batch
 from finetuning.models.loading import is_vision
 
 # Largest mean KL divergence (nats a token) of the merged model's next tokens from those of base + adapter. The two

@@ -8,38 +8,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
-from finetuning.data.collator import LlavaDataCollator
+from finetuning.data.collator import prompt_batch, stop_tokens
 from finetuning.device import weights_are_divided
-
-
-def prompt_batch(
-    processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
-) -> BatchFeature:
-    """Rows whose `messages` end with a user turn -> one left-padded batch (images too, for a vision model)."""
-    if isinstance(processing_class, ProcessorMixin):
-        return LlavaDataCollator(processing_class).prompts(list(rows))
-    return processing_class.apply_chat_template(
-        [row["messages"] for row in rows],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    )
-
-
-def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's own, and Gemma's ends of a turn and of a document."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    tokens = sorted({tokenizer.eos_token, "<end_of_turn>", "<eos>"})
-    # An unknown token becomes the unknown id; asking for the vocabulary itself would copy 256,000 entries.
-    return [
-        number for number in tokenizer.convert_tokens_to_ids(tokens) if number not in (None, tokenizer.unk_token_id)
-    ]
 
 
 @torch.no_grad()
