@@ -14,8 +14,8 @@ from pathlib import Path
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.models.loading import load_config
 from finetuning.preflight.checks import describe_job, place_without_weights
-from finetuning.preflight.memory import DIVIDED, GIB, least_memory
-from finetuning.strategy import launch_problems, strategy_of
+from finetuning.preflight.memory import GIB, least_memory
+from finetuning.strategy import Strategy, launch_problems
 
 
 def main() -> None:
@@ -51,13 +51,13 @@ def memory_line(
     except ValueError as error:
         return f"What its GPUs must hold is not known: {error}"
     placed = place_without_weights(config, script_args, training_args, model_args)
-    strategy, offloads = strategy_of(name)
-    if "weights" in offloads:
+    strategy = Strategy.from_file(name)
+    if "weights" in strategy.offloads:
         return "Weights, gradients and optimizer lie in main memory; only activations must fit on the GPUs"
-    job = replace(describe_job(placed, script_args, training_args, model_args), strategy=strategy, offloads=offloads)
+    job = describe_job(placed, script_args, training_args, model_args)
     sizes = {
-        number: sum(least_memory(replace(job, processes=number)).values()) / GIB
-        for number in ((2, 4, 8) if strategy in DIVIDED else (1,))
+        number: sum(least_memory(replace(job, strategy=replace(strategy, num_processes=number))).values()) / GIB
+        for number in ((2, 4, 8) if strategy.shards else (1,))
     }
     shown = ", ".join(f"{size:.1f} GiB" + (f" as one of {n}" if n > 1 else "") for n, size in sizes.items())
     return f"Each GPU must hold at least {shown}, before it sees a row; activations come on top"

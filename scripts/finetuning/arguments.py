@@ -11,10 +11,10 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from finetuning.device import (
     choose_precision,
     compute_capability,
-    divide_batch,
     launched_precision,
     refuse_more_processes_than_gpus,
 )
+from finetuning.strategy import divide_batch
 
 PLACEMENTS = ["frozen", "lora", "full"]
 # Fields of TRL's dataclasses that these scripts decide elsewhere: set, they would be ignored, which is worse than an error.

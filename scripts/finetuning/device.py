@@ -1,9 +1,8 @@
-"""What the GPU (or the lack of one) and the launch decide: precision, weight type, TF32, strategy, rows a step."""
+"""What the GPU (or the lack of one) decides: precision, types of weights, how many processes fit, the smallest memory."""
 
 import os
 
 import torch
-from accelerate.utils import parse_flag_from_env
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -56,23 +55,6 @@ def inference_dtype() -> torch.dtype:
     return weight_dtype(*choose_precision(False, None, compute_capability()))
 
 
-def strategy() -> str:
-    """How this launch divides the work: `one process`, `DDP`, `ZeRO-0` to `ZeRO-3`, `FSDP1` or `FSDP2`.
-
-    Read from the environment that `accelerate launch` sets, so that it is known before anything is loaded.
-    """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
-    return "DDP" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "one process"
-
-
-def weights_are_divided() -> bool:
-    """Whether no process holds the whole model: every forward pass is then one of all processes together."""
-    return strategy() in ("ZeRO-3", "FSDP2")
-
-
 def refuse_more_processes_than_gpus() -> None:
     """Raise ValueError where this machine's processes outnumber its GPUs; CUDA would say `invalid device ordinal`."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -87,19 +69,3 @@ def smallest_gpu() -> int | None:
     """Bytes of memory of the smallest GPU that this machine's processes use; None without one."""
     used = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(index).total_memory for index in range(used)), default=None)
-
-
-def divide_batch(global_batch_size: int, largest: int, processes: int) -> tuple[int, int]:
-    """Rows a step -> (rows a process takes at once, at most `largest`; how many times it does before a step).
-
-    Raises ValueError with the nearest sizes that can be had when the processes cannot share the rows evenly.
-    """
-    share, rest = divmod(global_batch_size, processes)
-    if rest or not share:
-        nearest = [size for size in (share * processes, (share + 1) * processes) if size]
-        raise ValueError(
-            f"global_batch_size: {global_batch_size} rows a step cannot be shared evenly by {processes} processes: set it "
-            f"to {' or '.join(map(str, nearest))}, or launch a number of processes that divides {global_batch_size}"
-        )
-    at_once = max(rows for rows in range(1, min(largest, share) + 1) if share % rows == 0)
-    return at_once, share // at_once

@@ -32,7 +32,6 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.device import (
     choose_precision,
-    divide_batch,
     launched_precision,
     refuse_more_processes_than_gpus,
     weight_dtype,
@@ -43,7 +42,7 @@ from finetuning.models.loading import load_base_model, load_config, quantization
 from finetuning.models.trainable import place, without_gradient
 from finetuning.preflight import checks as preflight
 from finetuning.preflight import memory
-from finetuning.strategy import strategy_of
+from finetuning.strategy import Strategy, divide_batch
 from finetuning.training.activation_checkpointing import checkpoint_first
 from finetuning.training.resume import resolved_arguments
 
@@ -684,7 +683,7 @@ def test_table_of_the_readmes(describe):
         *(describe(how, ADAPTED | ALL_FULL) for how in ("DDP", "ZeRO-2", "ZeRO-3")),
     ]
     for processes in (2, 4, 8):
-        jobs = [replace(job, processes=processes) for job in columns]
+        jobs = [replace(job, strategy=replace(job.strategy, num_processes=processes)) for job in columns]
         cells = [f"{sum(memory.least_memory(job).values()) / 2**30:.1f}" for job in jobs]
         for readme in ("README.md", "README.ko.md"):
             assert f"| {processes} | {' | '.join(cells)} |" in (ROOT / readme).read_text(encoding="utf-8")
@@ -707,12 +706,12 @@ def test_a_job_is_told_its_memory_before_it_queues(published_llava, name, line):
 
 def test_files_and_the_strategies_that_they_launch():
     both = ("optimizer", "weights")
-    assert {name: strategy_of(name) for name in CONFIGS} == {
-        **{name: ("one process", ()) for name in ("cpu", "single_gpu", "t4")},
-        **{f"deepspeed_zero{stage}": (f"ZeRO-{stage}", ()) for stage in (1, 2, 3)},
-        "ddp": ("DDP", ()),
-        "deepspeed_zero3_offload": ("ZeRO-3", both),
-        "fsdp2": ("FSDP2", ()),
+    assert {name: Strategy.from_file(name) for name in CONFIGS} == {
+        **{name: Strategy("one process") for name in ("cpu", "single_gpu", "t4")},
+        **{f"deepspeed_zero{stage}": Strategy("ZeRO", stage) for stage in (1, 2, 3)},
+        "ddp": Strategy("DDP"),
+        "deepspeed_zero3_offload": Strategy("ZeRO", 3, offloads=both),
+        "fsdp2": Strategy("FSDP", 2),
     }
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from finetuning.device import strategy
 from finetuning.distributed.sharded_layers import can_be_gathered, gather_layers
 from finetuning.models.loading import base_model_of, frozen_tower_of
+from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import decoder_layers
 
 
@@ -176,7 +176,7 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     weights = {}
     for name, parameter in model.named_parameters():
-        if strategy().startswith("ZeRO") and parameter.requires_grad:
+        if Strategy.from_environment().is_deepspeed and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 
             whole = safe_get_full_fp32_param(parameter)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.data.collator import prompt_batch, stop_tokens
-from finetuning.device import weights_are_divided
+from finetuning.strategy import Strategy
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def answer_batch(
         eos_token_id=stop_tokens(processing_class),
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
-        synced_gpus=weights_are_divided(),  # a process whose answers are done goes on until all are
+        synced_gpus=Strategy.from_environment().shards_weights,  # a process whose answers are done goes on until all are
     )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -68,7 +68,7 @@ def generate_answers(
     mine = batches[state.process_index :: state.num_processes]
     # Where the weights are divided, a process without a batch would keep the others waiting: it answers one unheard.
     turns = -(-len(batches) // state.num_processes)
-    unheard = batches[:1] if weights_are_divided() and len(mine) < turns else []
+    unheard = batches[:1] if Strategy.from_environment().shards_weights and len(mine) < turns else []
     for indices in tqdm(mine + unheard, desc=description, unit="batch", disable=not state.is_main_process, leave=False):
         batch = [rows[index] for index in indices]
         texts = answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens)

@@ -27,7 +27,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from finetuning.arguments import TrainingArguments
-from finetuning.device import inference_dtype, strategy, weight_dtype
+from finetuning.device import inference_dtype, weight_dtype
+from finetuning.strategy import Strategy
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
 TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja", "gemma2": "gemma.jinja", "gemma3_text": "gemma.jinja"}
@@ -189,7 +190,7 @@ def load_base_for_training(
     dtype = weight_dtype(training_args.fp16, training_args.bf16)
     if model_args.dtype != "auto":
         dtype = getattr(torch, model_args.dtype)
-    elif trains_base_weights and not strategy().startswith("ZeRO"):
+    elif trains_base_weights and not Strategy.from_environment().is_deepspeed:
         dtype = torch.float32
     quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
     if quantization is not None and trains_base_weights:

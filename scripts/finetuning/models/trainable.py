@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from finetuning.arguments import ScriptArguments
-from finetuning.device import strategy
+from finetuning.strategy import Strategy
 
 # Part of the model -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
 MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
@@ -54,7 +54,7 @@ def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: Mode
     Raises ValueError if the placement cannot be had, or if what is trainable then differs from it.
     """
     wanted = {part: script_args.placement[part] for part in parts_of(model)}
-    deepspeed = strategy().startswith("ZeRO")
+    deepspeed = Strategy.from_environment().is_deepspeed
     if set(wanted.values()) == {"frozen"}:
         raise ValueError(f"every part is frozen ({', '.join(wanted)}): set at least one of them to lora or full")
     if "lora" in wanted.values():

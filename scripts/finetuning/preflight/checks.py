@@ -4,26 +4,28 @@ import importlib.util
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import is_kernels_available
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
-from finetuning.device import compute_capability, smallest_gpu, strategy, weight_dtype, weights_are_divided
+from finetuning.device import compute_capability, smallest_gpu, weight_dtype
 from finetuning.distributed.divided import weights_were_divided
 from finetuning.kernels.fused_lora import FUSED_LAYERS, PROJECTIONS
 from finetuning.models.loading import is_vision
 from finetuning.models.trainable import count_parameters, place
 from finetuning.preflight.memory import Job, bytes_of_optimizer, count_numbers, memory_problems
-from finetuning.strategy import CONFIGS
+from finetuning.strategy import CONFIGS, Strategy
 from finetuning.training.prepare_model import shares_image_prefix
 
 # What the names of transformers' optimizers that come from bitsandbytes begin with.
@@ -79,35 +81,35 @@ def strategy_problems(
 ) -> list[str]:
     """Quantisation, checkpointing and the optimizer against how the work is divided."""
     problems = []
-    how, quantised = strategy(), model_args.load_in_4bit or model_args.load_in_8bit
+    how, quantised = Strategy.from_environment(), model_args.load_in_4bit or model_args.load_in_8bit
     placements = set(script_args.placement.values())
     checkpointing = (training_args.gradient_checkpointing_kwargs or {}) if training_args.gradient_checkpointing else {}
 
-    if how == "one process" and training_args.n_gpu > 1:
+    if how.is_one_process and training_args.n_gpu > 1:
         problems.append(
             f"one process sees {training_args.n_gpu} GPUs and would copy the model at every step (nn.DataParallel, which "
             f"SFTTrainer refuses): launch with accelerate launch --config_file {CONFIGS}/ddp.yaml --num_processes "
             f"{training_args.n_gpu}, or put CUDA_VISIBLE_DEVICES=0 before the command"
         )
-    if how.startswith("FSDP"):
-        if how != "FSDP2":
+    if how.is_fsdp:
+        if how.stage != 2:
             problems.append(f"fsdp_version 1 is not supported here: launch with {CONFIGS}/fsdp2.yaml")
         if PartialState().distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
             problems.append(
                 "FSDP without GPUs: accelerate would train plain DDP without a word. Launch with "
                 f"{CONFIGS}/ddp.yaml (several processes) or {CONFIGS}/cpu.yaml"
             )
-    if quantised and how == "ZeRO-3":
+    if quantised and how.is_deepspeed and how.shards_weights:
         problems.append(
             "ZeRO-3 cannot divide quantised weights, each GPU would load the whole model or fail (peft#2016, "
             f"transformers#24395): launch with {CONFIGS}/ddp.yaml, since a 4-bit 7B model takes 5 GB on each GPU, with "
             f"{CONFIGS}/fsdp2.yaml to divide it, or set load_in_4bit: false"
         )
-    if model_args.load_in_8bit and how == "FSDP2":
+    if model_args.load_in_8bit and how.is_fsdp:
         problems.append(
             f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
         )
-    if model_args.load_in_4bit and how == "FSDP2" and model_args.bnb_4bit_quant_storage != "float32":
+    if model_args.load_in_4bit and how.is_fsdp and model_args.bnb_4bit_quant_storage != "float32":
         problems.append(
             "FSDP2 divides 4-bit weights only when they are stored as floating-point numbers, and changes one in a thousand "
             "of those stored in 16 bits (bitsandbytes#1945): set bnb_4bit_quant_storage: float32, which is "
@@ -115,13 +117,13 @@ def strategy_problems(
         )
     if quantised and "lora" not in placements:
         problems.append("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
-    if "lora" in placements and checkpointing.get("use_reentrant") is False and how == "ZeRO-3":
+    if "lora" in placements and checkpointing.get("use_reentrant") is False and how.is_deepspeed and how.shards_weights:
         problems.append(
             "use_reentrant: false of LoRA under ZeRO-3 would be turned into true by TRL (trl#2514): remove use_reentrant "
             "from gradient_checkpointing_kwargs, and checkpointing is not reentrant; layers are gathered whole here, which "
             "that needs"
         )
-    if "lora" in placements and checkpointing.get("use_reentrant") and how == "DDP":
+    if "lora" in placements and checkpointing.get("use_reentrant") and how.is_ddp:
         problems.append(
             "reentrant checkpointing of LoRA under DDP fails with 'marked ready twice' (trl#921, peft#313): remove "
             "use_reentrant from gradient_checkpointing_kwargs"
@@ -132,12 +134,12 @@ def strategy_problems(
             "and PyTorch does not know it. Remove selective from gradient_checkpointing_kwargs; checkpoint_layers says how "
             "much is computed again"
         )
-    if how == "FSDP2" and training_args.optim.value.startswith(BITSANDBYTES_OPTIMIZERS):
+    if how.is_fsdp and training_args.optim.value.startswith(BITSANDBYTES_OPTIMIZERS):
         problems.append(
             f"optim: {training_args.optim.value} is one of bitsandbytes, which cannot step weights that FSDP2 divides "
             "(bitsandbytes#1633: illegal memory access): set optim: adamw_torch"
         )
-    if how.startswith("ZeRO") and is_offloaded("optimizer") and not training_args.optim.value.startswith("adamw_torch"):
+    if how.is_deepspeed and "optimizer" in how.offloads and not training_args.optim.value.startswith("adamw_torch"):
         problems.append(
             f"optim: {training_args.optim.value} keeps its state on the GPU, but this launch offloads the optimizer to "
             f"main memory: set optim: adamw_torch, or launch with {CONFIGS}/deepspeed_zero3.yaml"
@@ -183,7 +185,7 @@ def precision_problems(
         elif not (training_args.fp16 or training_args.bf16):
             problems.append(f"attn_implementation: {attention} computes in 16 bits only: set bf16: true or sdpa")
     elif "/" in attention:
-        if importlib.util.find_spec("kernels") is None:
+        if not is_kernels_available():
             problems.append(
                 f"attn_implementation: {attention} comes from the Hub by the package kernels, which is not installed: set "
                 "attn_implementation: sdpa"
@@ -239,27 +241,27 @@ def row_problems(
             for key, (default, reason) in FOR_TEXT.items()
             if getattr(training_args, key) != default
         ]
-    how, sees = strategy(), {script_args.projector, script_args.vision_tower} != {"frozen"}
+    how, sees = Strategy.from_environment(), {script_args.projector, script_args.vision_tower} != {"frozen"}
     evaluated = None if training_args.eval_strategy == "no" else validation_rows
-    if weights_are_divided() and evaluated is not None and (without := rows_without_image(evaluated)):
+    if how.shards_weights and evaluated is not None and (without := rows_without_image(evaluated)):
         problems.append(
             f"{without} of {len(evaluated)} validation rows have no image, and an evaluation of divided weights then waits "
             f"for ever too: leave these rows out, set eval_strategy: no, or launch with {CONFIGS}/ddp.yaml"
         )
     if without := rows_without_image(rows):
         found = f"{without} of {len(rows)} training rows have no image. "
-        if weights_are_divided():
+        if how.shards_weights:
             problems.append(
                 f"{found}Where weights are divided, a process whose rows skip the vision tower waits for ever for the others "
                 f"(DeepSpeed#7170): leave these rows out, or launch with {CONFIGS}/ddp.yaml"
             )
-        elif sees and how.startswith("ZeRO"):
+        elif sees and how.is_deepspeed:
             problems.append(
                 f"{found}DeepSpeed averages what has a gradient, and a process without a picture has none for the projector "
                 f"or the vision tower: the processes send different things, and wait for ever. Launch with {CONFIGS}/ddp.yaml, "
                 "leave these rows out, or set projector and vision_tower to frozen"
             )
-        elif sees and how == "DDP" and not training_args.ddp_find_unused_parameters:
+        elif sees and how.is_ddp and not training_args.ddp_find_unused_parameters:
             problems.append(
                 f"{found}A batch of them leaves the projector or the vision tower without gradient, and DDP then stops with "
                 "'Expected to have finished reduction' (LlamaFactory#6376): remove ddp_find_unused_parameters: false"
@@ -277,13 +279,13 @@ def graph_problems(
     """`cuda_graphs` against all that a recorded pass cannot do."""
     if not script_args.cuda_graphs:
         return []
-    attention = model_args.attn_implementation or "sdpa"
+    how, attention = Strategy.from_environment(), model_args.attn_implementation or "sdpa"
     rows_side_by_side = training_args.packing or training_args.padding_free
     layers = script_args.checkpoint_layers if training_args.gradient_checkpointing else "0"
     cannot = {
         "images in the rows: their steps keep a GPU busy as it is": "images" in rows.column_names,
         "no GPU of compute capability 8.0 or newer": capability is None or capability < (8, 0),
-        f"a launch by {strategy()}: gradients are averaged while the passes run": strategy() != "one process",
+        f"a launch by {how}: gradients are averaged while the passes run": not how.is_one_process,
         "fused_lora: false": not script_args.fused_lora,
         f"language_model: {script_args.language_model}": script_args.language_model != "lora",
         f"attn_implementation: {attention} (sdpa or packed would do)": attention not in ("sdpa", "packed"),
@@ -307,7 +309,7 @@ def fp8_problems(
     """`base_precision: fp8_backward` against GPU, launch, recipe and the shape of the model."""
     if script_args.base_precision is None:
         return []
-    targets = model_args.lora_target_modules
+    targets, launch = model_args.lora_target_modules, Strategy.from_environment()
     missing = set() if targets in (None, "all-linear", ["all-linear"]) else {*PROJECTIONS} - {*targets}
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -325,8 +327,8 @@ def fp8_problems(
         "fused_lora: false (true would do)": not script_args.fused_lora,
         "use_dora: true (false would do)": model_args.use_dora,
         f"lora_target_modules without {', '.join(sorted(missing))} (all-linear would do)": bool(missing),
-        f"a launch by {strategy()}, where weights come and go ({CONFIGS}/ddp.yaml or deepspeed_zero2.yaml would do)": (
-            weights_are_divided()
+        f"a launch by {launch}, where weights come and go ({CONFIGS}/ddp.yaml or deepspeed_zero2.yaml would do)": (
+            launch.shards_weights
         ),
         f"a model of type {text.model_type} ({' or '.join(kinds)} would do)": text.model_type not in kinds,
         f"layers of width {', '.join(map(str, uneven))} (multiples of 16 would do)": bool(uneven),
@@ -370,21 +372,12 @@ def describe_job(
     return Job(
         **count_numbers(placed),
         is_lora="lora" in script_args.placement.values(),
-        strategy=strategy(),
-        processes=training_args.world_size,
+        strategy=replace(Strategy.from_environment(), num_processes=training_args.world_size),
         bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
         dtype=model_args.dtype,
         # Pages of the optimizer's state may lie in main memory.
         optimizer_bytes=0 if optim.startswith("paged") else bytes_of_optimizer(optim),
-        offloads=tuple(name for name in ("optimizer", "weights") if is_offloaded(name)),
     )
-
-
-def is_offloaded(what: str) -> bool:
-    """Whether this launch keeps the `optimizer`, or the `weights`, in main memory; FSDP does so with both or none."""
-    name = {"optimizer": "OPTIMIZER", "weights": "PARAM"}[what]
-    by_deepspeed = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE", "none") != "none"
-    return by_deepspeed or parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
 
 
 def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, int]], num_rows: int) -> list[str]:
@@ -432,17 +425,16 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
     `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it gathers frozen layers only
     (`finetuning.gathered`), which is divided like ZeRO-2.
     """
-    how, processes = strategy(), PartialState().num_processes
+    how, processes = Strategy.from_environment(), PartialState().num_processes
     names = {path.name for path in checkpoint.iterdir()}
     began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
-    now = "DeepSpeed" if how.startswith("ZeRO") else "FSDP2" if how == "FSDP2" else "one process or DDP"
-    if began != now:
-        return [f"it was written under {began}, this launch is {now}: its optimizer state is laid out otherwise"]
+    if began != how.layout:
+        return [f"it was written under {began}, this launch is {how.layout}: its optimizer state is laid out otherwise"]
     was_divided = weights_were_divided(checkpoint)
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
-    offloads = is_offloaded("weights")
-    divides = how == "ZeRO-3" and (offloads or not may_gather)
-    if began == "DeepSpeed" and ((was_divided and how != "ZeRO-3") or (divides and not was_divided)):
+    offloads = "weights" in how.offloads
+    divides = how.shards_weights and (offloads or not may_gather)
+    if how.is_deepspeed and ((was_divided and not how.shards_weights) or (divides and not was_divided)):
         was = "divided, by ZeRO-3" if was_divided else "whole"
         return [
             f"its weights are {was}, and this launch is {how}{' with offload' if offloads else ''}: laid out otherwise"
@@ -450,7 +442,7 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
     before = max(sum(name.startswith("rng_state_") for name in names), 1)
     if before == processes:
         return []
-    if began == "DeepSpeed":
+    if how.is_deepspeed:
         return [
             f"it was written by {before} processes, these are {processes}: DeepSpeed's state is divided by {before}"
         ]

@@ -10,15 +10,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from finetuning.models.trainable import count_parameters, part_of
-from finetuning.strategy import CONFIGS
+from finetuning.strategy import CONFIGS, Strategy
 
 GIB = 2**30
-DIVIDED = {
-    "ZeRO-1": ["optimizer"],
-    "ZeRO-2": ["optimizer", "gradients"],
-    "ZeRO-3": ["optimizer", "gradients", "weights"],
-    "FSDP2": ["optimizer", "gradients", "weights"],
-}
 MOST_PROCESSES = 64  # of the launches that are proposed
 
 
@@ -30,12 +24,10 @@ class Job:
     frozen: int  # numbers, of which `quantisable` can be quantised
     quantisable: int
     is_lora: bool
-    strategy: str
-    processes: int
+    strategy: Strategy
     bits: int | None = None  # 4 or 8: of what can be quantised, where it is
     dtype: str = "auto"  # of the other weights, as the recipe has it
     optimizer_bytes: int = 8  # per trained number, on the GPU
-    offloads: tuple[str, ...] = ()  # "optimizer", "weights"
 
 
 def count_numbers(model: nn.Module) -> dict[str, int]:
@@ -62,7 +54,7 @@ def bytes_of_optimizer(name: str) -> int:
 
 def least_memory(job: Job) -> dict[str, float]:
     """Bytes on each GPU of `weights`, `gradients` and `optimizer`."""
-    deepspeed = job.strategy.startswith("ZeRO")
+    deepspeed = job.strategy.is_deepspeed
     # Without LoRA all weights are loaded in fp32, unless DeepSpeed keeps masters of those that are trained.
     in_fp32 = job.dtype == "float32" or (job.dtype == "auto" and not job.is_lora and not deepspeed)
     width = 4 if in_fp32 else 2
@@ -74,10 +66,11 @@ def least_memory(job: Job) -> dict[str, float]:
         "gradients": job.trained * (2 if deepspeed else 4),
         "optimizer": job.trained * (job.optimizer_bytes + (4 if deepspeed else 0)),
     }
-    for name in DIVIDED.get(job.strategy, []):
-        needs[name] /= job.processes
+    for name in job.strategy.shards:
+        needs[name] /= job.strategy.num_processes
     # Gradients go where the optimizer is.
-    away = [*job.offloads, *(["gradients"] if "optimizer" in job.offloads else [])]
+    offloads = job.strategy.offloads
+    away = [*offloads, *(["gradients"] if "optimizer" in offloads else [])]
     return needs | dict.fromkeys(away, 0.0)
 
 
@@ -96,17 +89,20 @@ def memory_problems(job: Job, gpu_memory: int | None) -> list[str]:
 def ways_out(job: Job, gpu_memory: int) -> list[str]:
     """What would fit, the least change first."""
     ways = []
-    if job.is_lora and job.bits != 4 and fits(replace(job, bits=4, strategy="DDP", offloads=()), gpu_memory):
+    if job.is_lora and job.bits != 4 and fits(replace(job, bits=4, strategy=Strategy("DDP")), gpu_memory):
         ways.append("set load_in_4bit: true")
     # What is quantised is divided by FSDP2 alone, and only in 4 bits; anything else DeepSpeed does faster.
-    files = {4: {"FSDP2": "fsdp2"}, None: {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}}
-    for strategy, file in files.get(job.bits, {}).items():
-        divided = replace(job, strategy=strategy, offloads=())
-        numbers = range(max(job.processes, 2), MOST_PROCESSES + 1)
-        enough = [number for number in numbers if fits(replace(divided, processes=number), gpu_memory)]
+    for file in {4: ["fsdp2"], None: ["deepspeed_zero2", "deepspeed_zero3"]}.get(job.bits, []):
+        sharded = Strategy.from_file(file)
+        numbers = range(max(job.strategy.num_processes, 2), MOST_PROCESSES + 1)
+        enough = [
+            number
+            for number in numbers
+            if fits(replace(job, strategy=replace(sharded, num_processes=number)), gpu_memory)
+        ]
         if enough:
             ways.append(f"launch with {CONFIGS}/{file}.yaml on {enough[0]} GPUs")
-    if job.bits is None and len(job.offloads) < 2:
+    if job.bits is None and len(job.strategy.offloads) < 2:
         ways.append(f"launch with {CONFIGS}/deepspeed_zero3_offload.yaml")
     return ways or ["take larger GPUs"]
 

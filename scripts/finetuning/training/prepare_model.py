@@ -7,13 +7,13 @@ from transformers.activations import QuickGELUActivation
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.data.shared_prefix import share_prefix
-from finetuning.device import weights_are_divided
 from finetuning.distributed.divided import name_layers, set_up_deepspeed
 from finetuning.kernels import packed_attention
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.fused_lora import fuse_lora, without_autocast
 from finetuning.kernels.layer_kernels import quick_gelu
 from finetuning.models.loading import base_model_of, frozen_tower_of
+from finetuning.strategy import Strategy
 
 
 def shares_image_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
@@ -27,7 +27,7 @@ def speed_up(
     model: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, *, shares_prefix: bool = False
 ) -> str:
     """Fused LoRA, FP8 and the shared prefix, as the recipe says. One line for people."""
-    fused = fuse_lora(model, divided=weights_are_divided()) if script_args.fused_lora else 0
+    fused = fuse_lora(model, divided=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
     name_layers(model)
     in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision == "fp8_backward" else 0
     if training_args.deepspeed_plugin is not None:

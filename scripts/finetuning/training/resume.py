@@ -10,7 +10,6 @@ from accelerate import PartialState
 
 from finetuning import run_folder as progress
 from finetuning import tracking
-from finetuning.device import strategy
 from finetuning.preflight.checks import continuation_problems
 from finetuning.training.checkpoints import last_whole_checkpoint
 
@@ -112,7 +111,7 @@ def describe_run(trainer: Any) -> str:
     return (
         f"  {len(trainer.train_dataset):,} rows to train on{validation}\n"
         f"  batch of {batch}: {args.per_device_train_batch_size} a process x {processes} process{'es' if processes > 1 else ''} x "
-        f"{args.gradient_accumulation_steps} accumulated; {precision} on {trainer.accelerator.device.type}, {strategy()}"
+        f"{args.gradient_accumulation_steps} accumulated; {precision} on {trainer.accelerator.device.type}, {trainer.strategy}"
     )
 
 

@@ -15,7 +15,6 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
-from finetuning.device import strategy, weights_are_divided
 from finetuning.distributed.barrier import no_time_out
 from finetuning.distributed.divided import (
     end_steps_in_few_launches,
@@ -28,6 +27,7 @@ from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import CollateSupervisedRows, score_supervised_rows
 from finetuning.models.loading import base_model_of
+from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.checkpoints import InterruptibleTrainer
 
@@ -76,11 +76,12 @@ class FineTuningTrainer(InterruptibleTrainer):
         **kwargs,
     ):
         model, training_args = kwargs["model"], kwargs["args"]
+        self.strategy = Strategy.from_environment()
         # Without divided weights the layers are chosen here, and TRL need not make the embeddings ask for gradients.
         chooses_layers = (
             training_args.gradient_checkpointing
             and not training_args.gradient_checkpointing_kwargs
-            and not weights_are_divided()
+            and not self.strategy.shards_weights
         )
         if chooses_layers:
             # Both names of one switch: transformers would checkpoint the vision tower too, and have it asked for
@@ -163,7 +164,7 @@ class FineTuningTrainer(InterruptibleTrainer):
 
     def _clip_grad_norm(self, model):
         # DeepSpeed's engine has clipped; accelerate would wait for its whole step to hand out a number for the log.
-        return model.get_global_grad_norm() if strategy().startswith("ZeRO") else super()._clip_grad_norm(model)
+        return model.get_global_grad_norm() if self.strategy.is_deepspeed else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The log reads a tensor when it comes to it; transformers would read DeepSpeed's at every step.
@@ -314,8 +315,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        divided = strategy() not in ("one process", "DDP")
-        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and divided:
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and not self.strategy.replicates:
             self._save(output_dir, state_dict=trained_weights(self.model))
         elif self.accelerator.is_fsdp2 and not _internal_call:
             # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
@@ -339,9 +339,9 @@ class SpareTheHost(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         # Now, because until here a checkpoint may have been read. FSDP2 replaces its parameters as it goes.
-        if strategy() in ("one process", "DDP"):
+        if self.trainer.strategy.replicates:
             remember_parameters(self.trainer.model_wrapped)
-        elif strategy().startswith("ZeRO"):
+        elif self.trainer.strategy.is_deepspeed:
             end_steps_in_few_launches(self.trainer.model_wrapped)
 
 
