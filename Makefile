@@ -70,7 +70,7 @@ test: .venv/installed-dev
 
 # What only a GPU can show: kernels, CUDA graphs, small updates in 16 bits.
 test-gpu: .venv/installed-dev
-	$(BIN)/python -m pytest tests/kernels/test_fused_lora.py tests/kernels/test_cuda_graphs.py
+	$(BIN)/python -m pytest tests/kernels/test_lora_layers.py tests/kernels/test_lora_projections.py tests/kernels/test_cuda_graphs.py
 
 test-cluster: .venv/installed-dev
 	tests/cluster/cluster.sh install

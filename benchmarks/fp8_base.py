@@ -8,9 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetuning.kernels.fp8_backward import pass_gradients_in_fp8, scaled_product
-from finetuning.kernels.fused_lora import FusedDecoderLayer, Projections, projections
-from finetuning.kernels.layer_kernels import drop, quantize_rows
+from finetuning.kernels.dropout import drop
+from finetuning.kernels.fp8 import quantize_rows, scaled_product
+from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
+from finetuning.kernels.lora_layers import FusedDecoderLayer, projections
+from finetuning.kernels.lora_projections import Projections
 
 
 def hold_base_in_fp8(model: nn.Module) -> int:

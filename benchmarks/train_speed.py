@@ -39,13 +39,18 @@ from clock import Clock
 from fp8_base import hold_base_in_fp8
 
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, share_prefix
+from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
-from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.kernels.model_patches import (
+    count_image_tokens_once,
+    ignore_right_padding,
+    vision_tower_without_autocast,
+)
 from finetuning.kernels.packed_attention import register_packed_attention
+from finetuning.kernels.shared_prefix_attention import share_prefix
 from finetuning.models.loading import is_vision, load_config, load_processing_class
-from finetuning.training.activation_checkpointing import decoder_layers
-from finetuning.training.prepare_model import count_image_tokens_once, ignore_right_padding, see_as_in_inference
+from finetuning.models.parts import decoder_layers
 from finetuning.training.trainer import FineTuningTrainer
 
 
@@ -249,7 +254,7 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
         model = get_peft_model(model, lora)
         fused = fuse_lora(model)
         ignore_right_padding(model)
-        see_as_in_inference(model)
+        vision_tower_without_autocast(model)
         count_image_tokens_once(model)
         if variant.shared:
             share_prefix(model)

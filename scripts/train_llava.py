@@ -18,13 +18,13 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.dataset import open_dataset, open_split, open_validation, spread
 from finetuning.data.label_audit import check_first_rows
-from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_placement, place
 from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.tasks.questions import counting_questions, image_counts, score_counting_answers
 from finetuning.training.activation_checkpointing import kept_choice
-from finetuning.training.prepare_model import shares_image_prefix, speed_up
+from finetuning.training.prepare_model import speed_up
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -60,7 +60,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = place(model, script_args, model_args)
-    shares_prefix = shares_image_prefix(script_args, train_rows)
+    shares_prefix = uses_shared_prefix(script_args, train_rows)
     speed = speed_up(model, script_args, training_args, shares_prefix=shares_prefix)
 
     # Train

@@ -20,7 +20,8 @@ from finetuning.arguments import parse_arguments
 from finetuning.data.collator import stop_tokens
 from finetuning.evaluation.perplexity import answer_losses
 from finetuning.models.loading import CHAT_TEMPLATES, load_base_model, load_for_inference, load_processing_class
-from finetuning.models.trainable import count_parameters, describe_placement, place
+from finetuning.models.parts import count_parameters
+from finetuning.models.trainable import describe_placement, place
 from finetuning.training.trainer import FineTuningTrainer
 
 CONFIGS = ROOT / "scripts" / "configs"

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoProcessor
 from finetuning.arguments import ScriptArguments, parse_arguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.device import choose_precision
-from finetuning.models.loading import base_model_of, load_for_inference, load_processing_class
+from finetuning.models.loading import load_for_inference, load_processing_class
+from finetuning.models.parts import base_model_of, decoder_layers
 from finetuning.models.trainable import place, without_gradient
-from finetuning.training.activation_checkpointing import decoder_layers
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 from support.training import SAMPLE, build, train
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from finetuning.distributed.sharded_layers import can_be_gathered, frozen_weights, gather_layers
-from finetuning.kernels.fused_lora import fuse_lora
-from finetuning.training.activation_checkpointing import decoder_layers
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.models.parts import decoder_layers
 from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, tiny_gemma, tiny_llava, with_lora
 
 

@@ -16,16 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import train_llava
-from accelerate import FullyShardedDataParallelPlugin
 from conftest import ROOT
 from safetensors.torch import load_file
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
-from finetuning.distributed.divided import keep_exact, name_layers, refuse_other_layout
-from finetuning.kernels.fused_lora import fuse_lora
-from support.tiny_models import LANGUAGE_MODEL, tiny_llava, with_lora
+from finetuning.distributed.deepspeed_zero import refuse_other_layout
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -190,26 +186,6 @@ def test_checkpoint_whose_weights_are_whole_is_not_read_as_one_that_is_divided(t
     refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 2}})
     with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
         refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 3}})
-
-
-def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
-    # On a CPU the launches above train in fp32.
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
-    assert plugin.mixed_precision_policy.reduce_dtype == plugin.mixed_precision_policy.output_dtype == torch.bfloat16
-    keep_exact(plugin, quantised=False)
-    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
-    keep_exact(plugin, quantised=True)
-    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
-
-
-def test_fsdp2_gathers_decoder_layers_one_by_one_and_a_frozen_tower_at_once():
-    model = with_lora(tiny_llava(), LANGUAGE_MODEL)
-    fuse_lora(model, divided=True)
-    name_layers(model)
-    assert model.base_model.model._no_split_modules == ["CLIPEncoder", "FusedLlamaDecoderLayer"]
-    model = with_lora(tiny_llava(), "all-linear")
-    name_layers(model)
-    assert model.base_model.model._no_split_modules == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]
 
 
 def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from finetuning.kernels.cuda_graphs import MULTIPLE, GraphedModel, padded
-from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.kernels.model_patches import ignore_right_padding
 from finetuning.kernels.packed_attention import register_packed_attention
-from finetuning.training.prepare_model import ignore_right_padding
 from support.tiny_models import DECODER, VOCABULARY, relative_error, tiny_gemma, with_lora
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph is recorded on a CUDA GPU only")

@@ -6,9 +6,9 @@ from conftest import ROOT
 from torch import nn
 
 from finetuning.arguments import parse_arguments
+from finetuning.kernels.fp8 import quantize_rows
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
-from finetuning.kernels.fused_lora import fuse_lora
-from finetuning.kernels.layer_kernels import quantize_rows
+from finetuning.kernels.lora_layers import fuse_lora
 from support.tiny_models import (
     DECODER,
     LANGUAGE_MODEL,

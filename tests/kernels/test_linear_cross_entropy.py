@@ -10,8 +10,8 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from finetuning.arguments import parse_arguments
-from finetuning.data.collator import LlavaDataCollator
-from finetuning.kernels.linear_cross_entropy import CollateSupervisedRows, score_supervised_rows
+from finetuning.data.collator import CollateSupervisedRows, LlavaDataCollator
+from finetuning.kernels.linear_cross_entropy import score_supervised_rows
 from finetuning.models.loading import load_processing_class
 from finetuning.models.trainable import place
 from finetuning.training.prepare_model import speed_up

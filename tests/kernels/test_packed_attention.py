@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.packed_attention import register_packed_attention
 from support.tiny_models import DECODER, VOCABULARY, lora_grads, relative_error, tiny_gemma, with_lora
 

@@ -36,7 +36,7 @@ from finetuning.device import (
     refuse_more_processes_than_gpus,
     weight_dtype,
 )
-from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.models import loading as models
 from finetuning.models.loading import load_base_model, load_config, quantization_config, this_device
 from finetuning.models.trainable import place, without_gradient

@@ -1,5 +1,6 @@
 """Two-layer models of the real classes with random weights, for the tests of speed."""
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -82,3 +83,23 @@ def loss_and_grads(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tu
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
     return float((given - expected).norm() / expected.norm())
+
+
+def text_batch() -> dict[str, torch.Tensor]:
+    """Two rows of 20 tokens, the second of which ends with seven of padding."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, VOCABULARY, (2, 20))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 13:] = 0
+    labels = torch.where(attention_mask == 1, input_ids, -100)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def assert_same(given, expected, tolerance=1e-5):
+    loss, grads = given
+    expected_loss, expected_grads = expected
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    assert grads.keys() == expected_grads.keys()
+    assert {name: round(relative_error(g, expected_grads[name]), 9) for name, g in grads.items()} == pytest.approx(
+        dict.fromkeys(grads, 0.0), abs=tolerance
+    )

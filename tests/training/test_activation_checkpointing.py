@@ -7,10 +7,10 @@ import torch
 import yaml
 from datasets import Dataset
 
-from finetuning.kernels.fused_lora import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.models.parts import decoder_layers
 from finetuning.training.activation_checkpointing import (
     checkpoint_first,
-    decoder_layers,
     fewest_that_fit,
     keep_choice,
     kept_choice,

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BatchFeature, DataCollator, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -81,3 +83,20 @@ def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> l
     return [
         number for number in tokenizer.convert_tokens_to_ids(tokens) if number not in (None, tokenizer.unk_token_id)
     ]
+
+
+class CollateSupervisedRows:
+    """A collator's batch, and `supervised_rows`: positions in the flattened (rows * tokens) whose next is supervised."""
+
+    def __init__(self, collate: DataCollator):
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(examples)
+        batch["supervised_rows"] = (next_labels(batch["labels"]) != -100).nonzero().flatten()
+        return batch
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """(rows, tokens) -> (rows * tokens): the label that each position predicts."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100).flatten()

@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetuning.kernels.fused_lora import FusedDecoderLayer, Projections, projections, refresh
-from finetuning.models.loading import base_model_of
+from finetuning.kernels.lora_layers import FusedDecoderLayer, projections
+from finetuning.kernels.lora_projections import Projections, refresh
+from finetuning.models.parts import base_model_of
 
 
 def can_be_gathered(layers: list[nn.Module]) -> bool:

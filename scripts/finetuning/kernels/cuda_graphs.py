@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from finetuning.kernels.fused_lora import FusedDecoderLayer, projections
-from finetuning.models.loading import base_model_of
-from finetuning.training.activation_checkpointing import decoder_layers
-from finetuning.training.prepare_model import NO_MASK
+from finetuning.kernels.lora_layers import FusedDecoderLayer, projections
+from finetuning.kernels.model_patches import NO_MASK
+from finetuning.models.parts import base_model_of, decoder_layers
 
 MULTIPLE = 64  # tokens
 # Follow from the others, or are for the host.

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from finetuning.kernels.fused_lora import FusedDecoderLayer, Projections, projections
-from finetuning.kernels.layer_kernels import quantize_rows
-from finetuning.models.loading import base_model_of
+from finetuning.kernels.fp8 import quantize_rows, scaled_product
+from finetuning.kernels.lora_layers import FusedDecoderLayer, projections
+from finetuning.kernels.lora_projections import Projections
+from finetuning.models.parts import base_model_of
 
 
 class Fp8Weight:
@@ -35,14 +36,6 @@ class Fp8Weight:
     def add_transposed_product(self, grad_x: Tensor, grad: Tensor) -> Tensor:
         """grad_x (tokens, in) + grad W, in place; grad is (tokens, out)."""
         return grad_x.add_(scaled_product(grad, self.values, self.scale, out_dtype=grad.dtype))
-
-
-def scaled_product(left: Tensor, values: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """left (rows, shared) times the transpose of `quantize_rows`' values and scale, (columns, shared) and (columns, 1)."""
-    left_values, left_scale = quantize_rows(left.contiguous())
-    return torch._scaled_mm(
-        left_values, values.T, scale_a=left_scale, scale_b=scale.T, out_dtype=out_dtype, use_fast_accum=True
-    )
 
 
 def pass_gradients_in_fp8(model: nn.Module) -> int:

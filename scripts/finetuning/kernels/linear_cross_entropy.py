@@ -6,38 +6,20 @@ for the whole forward pass, twice, and the GPU then for the host. Batches carry 
 
 from functools import wraps
 from types import MethodType
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
-from transformers import DataCollator
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from finetuning.data.collator import next_labels
 
 VOCABULARY_CHUNK = 32768  # logits of so many words at a time, as TRL has it
 # Settings of models whose logits or loss are more than a product: TRL's code knows them.
 MORE_THAN_A_PRODUCT = (
     "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "output_router_logits",
 )  # fmt: skip
-
-
-class CollateSupervisedRows:
-    """A collator's batch, and `supervised_rows`: positions in the flattened (rows * tokens) whose next is supervised."""
-
-    def __init__(self, collate: DataCollator):
-        self.collate = collate
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(examples)
-        batch["supervised_rows"] = (next_labels(batch["labels"]) != -100).nonzero().flatten()
-        return batch
-
-
-def next_labels(labels: Tensor) -> Tensor:
-    """(rows, tokens) -> (rows * tokens): the label that each position predicts."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
 
 
 def score_supervised_rows(model: nn.Module) -> None:

@@ -72,17 +72,6 @@ def is_vision(config: PreTrainedConfig) -> bool:
     return hasattr(config, "vision_config")
 
 
-def base_model_of(model: nn.Module) -> nn.Module:
-    """transformers' model inside PEFT's; without PEFT the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def frozen_tower_of(model: nn.Module) -> nn.Module | None:
-    """The vision tower, if there is one and nothing of it is trained."""
-    tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
-    return None if tower is None or any(parameter.requires_grad for parameter in tower.parameters()) else tower
-
-
 def load_processing_class(
     name: str, *, image_aspect_ratio: str = "pad", chat_template_path: str | None = None, revision: str = "main"
 ) -> ProcessorMixin | PreTrainedTokenizerBase:

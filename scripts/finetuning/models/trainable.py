@@ -1,7 +1,6 @@
 """Which weights are trained: the recipe says it per part, the model is changed so, and what came out is checked."""
 
 import re
-from collections import Counter
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -9,20 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
 from finetuning.arguments import ScriptArguments
+from finetuning.models.parts import MODULE_OF, count_parameters, part_of, parts_of
 from finetuning.strategy import Strategy
-
-# Part of the model -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
-MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
-
-
-def part_of(name: str) -> str:
-    """Part of the model that a parameter or module belongs to, by its full name."""
-    return next((part for part, module in MODULE_OF.items() if module in name.split(".")), "language_model")
-
-
-def parts_of(model: nn.Module) -> list[str]:
-    present = {part_of(name) for name, _ in model.named_parameters()}
-    return [part for part in ("language_model", "projector", "vision_tower") if part in present]
 
 
 def without_gradient(name: str, config: PreTrainedConfig) -> bool:
@@ -121,25 +108,6 @@ def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] |
             name if part_of(name) == "vision_tower" else re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear
         }
     return "|".join(re.escape(pattern).replace(r"\#", r"\d+") for pattern in sorted(patterns))
-
-
-def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Part -> `{"trainable": n, "lora": n, "total": n}`; a 4-bit weight counts as the numbers it stands for."""
-    counts: dict[str, Counter] = {part: Counter(trainable=0, lora=0, total=0) for part in parts_of(model)}
-    for name, parameter in model.named_parameters():
-        if ".original_module." in name:  # PEFT keeps what was there before a part was trained in full
-            continue
-        # bitsandbytes packs two 4-bit numbers into a byte, and says so in `quant_state` once it has quantised.
-        quant_state = getattr(parameter, "quant_state", None)
-        # ZeRO-3 leaves an empty tensor where a divided weight was, and says how large it is in `ds_numel`.
-        size = (
-            quant_state.shape.numel() if quant_state is not None else getattr(parameter, "ds_numel", parameter.numel())
-        )
-        part = counts[part_of(name)]
-        part["total"] += size
-        part["trainable"] += size if parameter.requires_grad else 0
-        part["lora"] += size if parameter.requires_grad and "lora_" in name else 0
-    return {part: dict(count) for part, count in counts.items()}
 
 
 def check_placement(model: nn.Module, wanted: dict[str, str]) -> None:

@@ -19,14 +19,15 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_kernels_available
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.data.shared_prefix import uses_shared_prefix
 from finetuning.device import compute_capability, smallest_gpu, weight_dtype
-from finetuning.distributed.divided import weights_were_divided
-from finetuning.kernels.fused_lora import FUSED_LAYERS, PROJECTIONS
+from finetuning.distributed.deepspeed_zero import weights_were_divided
+from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
 from finetuning.models.loading import is_vision
-from finetuning.models.trainable import count_parameters, place
+from finetuning.models.parts import count_parameters
+from finetuning.models.trainable import place
 from finetuning.preflight.memory import Job, bytes_of_optimizer, count_numbers, memory_problems
 from finetuning.strategy import CONFIGS, Strategy
-from finetuning.training.prepare_model import shares_image_prefix
 
 # What the names of transformers' optimizers that come from bitsandbytes begin with.
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
@@ -204,7 +205,7 @@ def precision_problems(
     if (
         attention.startswith("flash_attention")
         and "images" in rows.column_names
-        and shares_image_prefix(script_args, rows)
+        and uses_shared_prefix(script_args, rows)
     ):
         problems.append(
             f"attn_implementation: {attention} takes no mask, which dialogues that share their image need: set "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from finetuning.models.trainable import count_parameters, part_of
+from finetuning.models.parts import count_parameters, part_of
 from finetuning.strategy import CONFIGS, Strategy
 
 GIB = 2**30

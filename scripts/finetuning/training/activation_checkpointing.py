@@ -16,19 +16,11 @@ import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from finetuning.models.parts import decoder_layers
 
 # Left free for what a probe cannot see: fragments between allocations, the libraries' own buffers.
 SPARE = 0.05
-
-
-def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The language model's layers, first to last; those of a vision tower are no part of it."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and "vision_tower" not in name
-    ]
 
 
 def parse_checkpoint_layers(value: str, num_layers: int) -> int | None:

@@ -15,18 +15,15 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking
+from finetuning.data.collator import CollateSupervisedRows
 from finetuning.distributed.barrier import no_time_out
-from finetuning.distributed.divided import (
-    end_steps_in_few_launches,
-    keep_exact,
-    refuse_other_layout,
-    remember_parameters,
-    trained_weights,
-)
+from finetuning.distributed.deepspeed_zero import end_steps_in_few_launches, refuse_other_layout
+from finetuning.distributed.fsdp2 import keep_exact
+from finetuning.distributed.full_weights import trained_weights
 from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
-from finetuning.kernels.linear_cross_entropy import CollateSupervisedRows, score_supervised_rows
-from finetuning.models.loading import base_model_of
+from finetuning.kernels.linear_cross_entropy import score_supervised_rows
+from finetuning.models.parts import base_model_of, remember_parameters, switch_only_on_change
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.checkpoints import InterruptibleTrainer
@@ -343,18 +340,3 @@ class SpareTheHost(TrainerCallback):
             remember_parameters(self.trainer.model_wrapped)
         elif self.trainer.strategy.is_deepspeed:
             end_steps_in_few_launches(self.trainer.model_wrapped)
-
-
-def switch_only_on_change(model: torch.nn.Module) -> None:
-    """Let `model.train()`, which transformers calls at every step, visit thousands of modules only when it must."""
-    switch, switched_to = model.train, None
-
-    def train(mode: bool = True) -> torch.nn.Module:
-        # The model's own `training` says nothing of its parts: a loaded base in a new PeftModel is still evaluating.
-        nonlocal switched_to
-        if mode != switched_to:
-            switched_to = mode
-            switch(mode)
-        return model
-
-    model.train = train

@@ -1,6 +1,5 @@
-"""Weights that a strategy divides between the processes: gathered fast to compute with, and whole to be saved."""
+"""DeepSpeed ZeRO: what its configuration cannot say, and steps that do not wait for the host."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from finetuning.distributed.sharded_layers import can_be_gathered, gather_layers
-from finetuning.models.loading import base_model_of, frozen_tower_of
-from finetuning.strategy import Strategy
-from finetuning.training.activation_checkpointing import decoder_layers
+from finetuning.models.parts import decoder_layers, frozen_tower_of, remember_parameters
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
@@ -91,14 +87,13 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     zero["stage3_param_persistence_threshold"] = 0
 
 
-def remember_parameters(module: nn.Module) -> None:
-    """Whoever asks for all parameters walks through no modules: DeepSpeed asks several times a step, transformers twice."""
-    walk, parameters = module.named_parameters, list(module.named_parameters())
-
-    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
-        return walk(prefix, recurse, remove_duplicate) if prefix or not recurse else iter(parameters)
-
-    module.named_parameters = named_parameters
+def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # DeepSpeed takes a layer's gradients when that of its input is there, so that the first layer's input must have one.
+    # (transformers' `enable_input_require_grads` would also send one through the whole vision tower.)
+    hidden_states, *others = args
+    if torch.is_grad_enabled() and not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return hidden_states, *others
 
 
 def end_steps_in_few_launches(engine: Any) -> None:
@@ -123,76 +118,3 @@ def norm_of_gradients(optimizer: Any) -> torch.Tensor:
     total = torch.stack(torch._foreach_norm(parts, 2, torch.float32)).square().sum()
     dist.all_reduce(total, group=optimizer.dp_process_group)
     return total.sqrt()
-
-
-def name_layers(model: nn.Module) -> None:
-    """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has.
-
-    All layers of a vision tower that is frozen are one piece: they run once a step, and each piece keeps the host for
-    milliseconds. (The tower itself as a piece would lose the hidden states that transformers hands out beside its output.)
-    """
-    base = base_model_of(model)
-    tower = frozen_tower_of(model)
-    within_tower = set() if tower is None else set(tower.modules())
-    pieces = {
-        type(module).__name__
-        for module in base.modules()
-        if module not in within_tower and any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
-    }
-    holders = (module for module in within_tower if any(isinstance(part, nn.ModuleList) for part in module.children()))
-    base._no_split_modules = sorted(pieces | {type(holder).__name__ for holder in holders})
-
-
-def keep_exact(plugin: Any, *, quantised: bool) -> None:
-    """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; 4-bit weights arrive as they were sent.
-
-    accelerate has all of it in the run's 16 bits. Pairs of bytes of a 4-bit weight that say NaN in bf16, one in a
-    thousand, then arrive as 7FFF, which are other weights (bitsandbytes#1945, pytorch#159333). They arrive whole when they
-    are stored as fp32, as `preflight` demands, and nothing is cast before it is sent.
-    """
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        sent = None if quantised else policy.param_dtype
-        plugin.mixed_precision_policy = replace(policy, param_dtype=sent, reduce_dtype=torch.float32, output_dtype=None)
-
-
-def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # DeepSpeed takes a layer's gradients when that of its input is there, so that the first layer's input must have one.
-    # (transformers' `enable_input_require_grads` would also send one through the whole vision tower.)
-    hidden_states, *others = args
-    if torch.is_grad_enabled() and not hidden_states.requires_grad:
-        hidden_states = hidden_states.detach().requires_grad_()
-    return hidden_states, *others
-
-
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> whole weight on the CPU, for the trainable weights only: the frozen base is never gathered.
-
-    Of a part that is trained in full beside LoRA also the layers that no gradient reaches (the last of a vision tower):
-    PEFT saves such a part as a whole.
-
-    Called by all processes together. Under DeepSpeed these are the fp32 masters that the optimizer steps, not the
-    16-bit copies that the model computes with, so that an adapter is saved alike under every strategy.
-    """
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if Strategy.from_environment().is_deepspeed and parameter.requires_grad:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            whole = safe_get_full_fp32_param(parameter)
-        elif parameter.requires_grad or ".modules_to_save." in name:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else gathered(parameter)
-        else:
-            continue
-        weights[name] = whole.detach().cpu().clone()
-    return weights
-
-
-def gathered(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter that the optimizer does not know, whole also under ZeRO-3, which leaves each process a share."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()

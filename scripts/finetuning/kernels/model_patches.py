@@ -1,0 +1,83 @@
+"""Changes to transformers' models that save host waits and passes over memory, and compute the same."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
+
+from finetuning.kernels import packed_attention
+from finetuning.kernels.lora_layers import without_autocast
+from finetuning.kernels.quick_gelu import quick_gelu
+from finetuning.models.parts import base_model_of, frozen_tower_of
+
+# transformers hands a mask of four dimensions on as it is: this one stands for none until a layer is reached. To be asked
+# for one, transformers would first look whether rows are packed, and the host would wait for the GPU to see.
+NO_MASK = torch.empty(0, 0, 0, 0)
+
+
+def ignore_right_padding(model: nn.Module) -> None:
+    """Drop the padding mask of training batches, so that attention takes the kernels that know no mask.
+
+    Training batches are padded on the right, where no real token looks: what padding computes reaches neither the loss
+    nor a gradient.
+    """
+    base_model = base_model_of(model)
+    language_model = getattr(base_model.model, "language_model", base_model.model)
+
+    def drop_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mask = kwargs.get("attention_mask")
+        padded = mask is not None and mask.dim() == 2
+        packed = mask is None and module.config._attn_implementation == packed_attention.NAME
+        if module.training and (padded or packed) and kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = NO_MASK
+        return args, kwargs
+
+    def show_no_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.numel():  # it, or a copy: FSDP2 moves what a layer is given to its GPU
+            kwargs["attention_mask"] = None
+        return args, kwargs
+
+    language_model.register_forward_pre_hook(drop_mask, with_kwargs=True)
+    for layer in language_model.layers:
+        layer.register_forward_pre_hook(show_no_mask, with_kwargs=True)
+
+
+def count_image_tokens_once(model: nn.Module) -> None:
+    """Let the first training pass only compare the number of image tokens with that of the features.
+
+    A processor makes as many for each picture, and `LlavaDataCollator` refuses what is not one mark for each. To compare
+    them the host waits for the GPU to have finished the step before.
+    """
+    llava = base_model_of(model).model
+    if not hasattr(llava, "get_placeholder_mask"):
+        return
+    with_check, checked = llava.get_placeholder_mask, False
+
+    def get_placeholder_mask(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        nonlocal checked
+        if llava.training and checked:
+            return (input_ids == llava.config.image_token_id).unsqueeze(-1)
+        checked = llava.training
+        return with_check(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+    llava.get_placeholder_mask = get_placeholder_mask
+
+
+def vision_tower_without_autocast(model: nn.Module) -> None:
+    """Run a frozen 16-bit vision tower in its own type, as inference does, and its activation in one pass over memory.
+
+    Mixed precision would widen its activations to fp32 between the products, which is for what is trained.
+    """
+    tower = frozen_tower_of(model)
+    if tower is None or tower.dtype == torch.float32:
+        return
+    forward = tower.forward
+
+    def forward_without_autocast(pixel_values: Tensor, *args, **kwargs):
+        with without_autocast(pixel_values):
+            return forward(pixel_values, *args, **kwargs)
+
+    tower.forward = forward_without_autocast
+    for module in tower.modules():
+        if isinstance(module, QuickGELUActivation):
+            module.forward = quick_gelu

@@ -1,0 +1,31 @@
+"""CLIP's activation, for a vision tower that is frozen: forward only, in one pass over memory."""
+
+import torch
+from torch import Tensor
+
+from finetuning.kernels.dispatch import has_kernel, tl, triton
+
+
+def quick_gelu(hidden: Tensor) -> Tensor:
+    """hidden * sigmoid(1.702 hidden), the activation of CLIP, rounded after each of its three steps as inference rounds it.
+
+    No gradient passes: it is for a vision tower that is frozen.
+    """
+    if has_kernel(hidden):
+        hidden = hidden.contiguous()
+        activated = torch.empty_like(hidden)
+        quick_gelu_kernel[(triton.cdiv(hidden.numel(), 2048),)](hidden, activated, hidden.numel(), BLOCK=2048)
+        return activated
+    return hidden * torch.sigmoid(1.702 * hidden)
+
+
+if triton is not None:
+
+    @triton.jit
+    def quick_gelu_kernel(hidden_ptr, activated_ptr, size, BLOCK: tl.constexpr):
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        hidden = tl.load(hidden_ptr + places, mask=inside, other=0.0)
+        scaled = (1.702 * hidden.to(tl.float32)).to(hidden.dtype)
+        sigmoid = tl.sigmoid(scaled.to(tl.float32)).to(hidden.dtype)
+        tl.store(activated_ptr + places, hidden.to(tl.float32) * sigmoid.to(tl.float32), mask=inside)

@@ -1,0 +1,110 @@
+"""Rotary position embedding of stacked queries, keys and values, and its gradient.
+
+Not Liger-Kernel's: the output goes into rows that have room for the low-rank columns of LoRA behind them.
+"""
+
+import torch
+from torch import Tensor
+
+from finetuning.kernels.dispatch import has_kernel, tl, triton, widen
+
+
+def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, tokens, q + k + v) -> queries and keys turned to their positions, values: (batch, tokens, heads, width).
+
+    `cos` and `sin` are (batch or 1, tokens, width), `heads` the numbers of query heads and of key heads.
+    """
+    batch, tokens, _ = qkv.shape
+    num_heads, num_kv_heads = heads
+    width = cos.shape[-1]
+    if has_kernel(qkv):
+        query = qkv.new_empty(batch, tokens, num_heads, width)
+        key, value = (qkv.new_empty(batch, tokens, num_kv_heads, width) for _ in range(2))
+        launch_rotate(qkv.view(batch * tokens, -1), query, key, value, cos, sin, backward=False)
+        return query, key, value
+    stacked = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, width))
+    first, second = widen(stacked[:, :, : num_heads + num_kv_heads]).chunk(2, dim=-1)
+    cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
+    sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
+    turned = [first * cos_first - second * sin_first, second * cos_second + first * sin_second]
+    query, key = torch.cat(turned, dim=-1).to(qkv.dtype).split(heads, dim=2)
+    return query, key, stacked[:, :, num_heads + num_kv_heads :].contiguous()
+
+
+def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Gradients of queries, keys and values -> gradient of the stacked ones, written into `out`.
+
+    `out` is (batch * tokens, q + k + v); its rows may lie apart (stride (any, 1)).
+    """
+    if has_kernel(query):
+        launch_rotate(out, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, backward=True)
+        return
+    first, second = widen(torch.cat([query, key], dim=2)).chunk(2, dim=-1)
+    cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
+    sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
+    turned = [first * cos_first + second * sin_second, second * cos_second - first * sin_first]
+    out.copy_(torch.cat([torch.cat(turned, dim=-1).to(query.dtype), value], dim=2).flatten(0, 1).flatten(1))
+
+
+def launch_rotate(
+    qkv: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *, backward: bool
+) -> None:
+    batch, tokens, num_heads, width = query.shape
+    num_kv_heads = key.shape[2]
+    rotate_kernel[(batch * tokens, 3)](
+        qkv, query, key, value, cos, sin, qkv.stride(0), cos.shape[0] * tokens, num_heads, num_kv_heads,
+        HALF=width // 2, BLOCK_HALF=triton.next_power_of_2(width // 2), BACKWARD=backward,
+        BLOCK_HEADS=triton.next_power_of_2(num_heads), num_warps=8 if num_heads * width > 2048 else 4,
+    )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def rotate_kernel(
+        qkv_ptr, query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, qkv_stride, positions, num_heads, num_kv_heads,
+        HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(1)  # queries, keys, values
+        heads = num_heads
+        before = 0
+        part_ptr = query_ptr
+        if part == 1:
+            heads = num_kv_heads
+            before = num_heads
+            part_ptr = key_ptr
+        if part == 2:
+            heads = num_kv_heads
+            before = num_heads + num_kv_heads
+            part_ptr = value_ptr
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        column = tl.arange(0, BLOCK_HALF)[None, :]
+        inside = (head < heads) & (column < HALF)
+        stacked = qkv_ptr + row * qkv_stride + (before + head) * 2 * HALF + column
+        alone = part_ptr + (row * heads + head) * 2 * HALF + column
+        if BACKWARD:
+            first = tl.load(alone, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(alone + HALF, mask=inside, other=0.0).to(tl.float32)
+        else:
+            first = tl.load(stacked, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(stacked + HALF, mask=inside, other=0.0).to(tl.float32)
+        if part < 2:
+            angle = (row % positions) * 2 * HALF + column
+            cos_first = tl.load(cos_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
+            cos_second = tl.load(cos_ptr + angle + HALF, mask=column < HALF, other=0.0).to(tl.float32)
+            sin_first = tl.load(sin_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
+            sin_second = tl.load(sin_ptr + angle + HALF, mask=column < HALF, other=0.0).to(tl.float32)
+            if BACKWARD:
+                turned = first * cos_first + second * sin_second
+                second = second * cos_second - first * sin_first
+            else:
+                turned = first * cos_first - second * sin_first
+                second = second * cos_second + first * sin_second
+            first = turned
+        if BACKWARD:
+            tl.store(stacked, first, mask=inside)
+            tl.store(stacked + HALF, second, mask=inside)
+        else:
+            tl.store(alone, first, mask=inside)
+            tl.store(alone + HALF, second, mask=inside)
