@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from preparing.conversations import RESERVED_COLUMNS, read_turns
-from preparing.images import SUFFIXES, find_inside, inspect_images, is_inside
+from preparing.images import find_inside, inspect_images, is_inside
 from preparing.ledger import Ledger
 from preparing.text_files import csv_rows, json_items, normalise_name, read_text
 
 # Data preparation imports nothing else of training: a label must be read by the very function that scores answers.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+from finetuning.data.pictures import SUFFIXES
 from finetuning.tasks.counting import parse_count
 
 TEXT_TURN = re.compile(

@@ -2,12 +2,9 @@
 
 import argparse
 import hashlib
-import io
 import os
-import struct
+import sys
 import unicodedata
-import warnings
-import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,15 +15,11 @@ from typing import Any, NamedTuple
 
 import imagehash
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-# Of Pillow's decoders only these are offered a file; some of the others start programs (EPS: Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 50_000_000
-# What Pillow's decoders raise for damaged files.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+# The pictures that are checked here are opened by the very function that training opens them with.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+from finetuning.data.pictures import MAX_PIXELS, PictureError, open_picture
 
 # Difference hash of 16x16 = 256 bits. On a fixed camera the background makes all frames alike to a coarse hash: on the
 # mall frames, 64-bit hashes cannot tell the next frame from one a minute later. Of 256 bits neighbours differ in a
@@ -65,27 +58,16 @@ class Inspection(NamedTuple):
 
 
 def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Inspection:
-    """Decodes one image fully. Size is read from the header first, so a decompression bomb is never unpacked."""
+    """Opens one picture as training will. Its size is read from the header, so a decompression bomb is never unpacked."""
     digest = hashlib.sha256(data).hexdigest()
-    Image.MAX_IMAGE_PIXELS = max_pixels  # so that Pillow's own guard agrees with ours
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise Image.DecompressionBombError(f"{width}x{height} pixels")
-                image.load()
-                # Averaging pixels first drops camera noise from the hash, and is four times as fast.
-                grey = image.convert("L").reduce(max(1, min(image.size) // (4 * HASH_SIDE)))
-                bits = imagehash.dhash(grey, hash_size=HASH_SIDE).hash
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return Inspection(
-            digest, b"", ("oversized_image", f"{error}; at most {max_pixels:,} are allowed (--max_pixels)")
-        )
-    except DECODING_ERRORS as error:
-        return Inspection(digest, b"", ("corrupt_image", f"it does not decode: {error}".replace("\n", " ")))
-    return Inspection(digest, np.packbits(bits).tobytes(), None)
+        picture = open_picture(data, max_pixels=max_pixels)
+    except PictureError as error:
+        advice = " (--max_pixels)" if error.reason == "oversized_image" else ""
+        return Inspection(digest, b"", (error.reason, f"{error}{advice}"))
+    # Averaging pixels first drops camera noise from the hash, and is four times as fast.
+    grey = picture.convert("L").reduce(max(1, min(picture.size) // (4 * HASH_SIDE)))
+    return Inspection(digest, np.packbits(imagehash.dhash(grey, hash_size=HASH_SIDE).hash).tobytes(), None)
 
 
 def read_and_inspect(read: Callable[[Any], bytes], max_pixels: int, source: Any) -> Inspection:

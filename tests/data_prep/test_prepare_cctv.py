@@ -106,7 +106,7 @@ def test_every_frame_that_cannot_be_used_is_in_the_ledger_with_its_reason(raw, p
     _, manifest, rejects = prepare(raw, *NO_GAP, "--max_pixels", "100000")
     assert rejects == {
         ("seq_000021.jpg", "", "corrupt_image"),
-        ("seq_000022.jpg", "", "corrupt_image"),
+        ("seq_000022.jpg", "", "not_an_image"),
         ("seq_000023.jpg", "", "duplicate_image"),
         ("seq_000024.png", "", "oversized_image"),
         ("seq_000025.jpg", "", "outside_folder"),
