@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from finetuning import run_folder as progress
-from finetuning import tracking
+from finetuning import tracking, upstream
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not failed, run it again
 UNFINISHED = "unfinished"  # folder that checkpoints are written in before they get their place
@@ -162,6 +162,7 @@ class ShowProgress(TrainerCallback):
         progress.write_progress(folder, known)
 
 
+@upstream.overrides
 class InterruptibleTrainer(SFTTrainer):
     """SFTTrainer that can be asked to stop, and whose checkpoints are moved into place only when they are whole."""
 

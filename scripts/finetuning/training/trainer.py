@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from finetuning import tracking
+from finetuning import tracking, upstream
 from finetuning.data.collator import CollateSupervisedRows
 from finetuning.distributed.barrier import no_time_out
 from finetuning.distributed.deepspeed_zero import end_steps_in_few_launches, refuse_other_layout
@@ -47,6 +47,7 @@ class Watched:
     arrived: torch.cuda.Event | None  # None on a CPU
 
 
+@upstream.overrides
 class FineTuningTrainer(InterruptibleTrainer):
     """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
 

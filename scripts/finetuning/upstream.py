@@ -1,0 +1,156 @@
+"""Every name of another library that this project replaces or overrides, and the versions it was tested with.
+
+A release may rename what is private. Python would then set an attribute that nobody reads, or define a method that
+nobody calls, without a word: the project would go on, slower or wrong. So each such name stands in ENTRIES, modules
+change it through `replace` and `overrides`, and both raise UpstreamChanged where the name is gone or takes other
+arguments. tests/test_upstream.py shows for each entry what is lost without it.
+"""
+
+import inspect
+import warnings
+from functools import cache
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any, NamedTuple
+
+# The first of each is the pin of requirements.txt.
+TESTED = {
+    "accelerate": ["1.15.0"],
+    "bitsandbytes": ["0.50.2"],
+    "deepspeed": ["0.19.8"],
+    "peft": ["0.21.2"],
+    "torch": ["2.13.0"],
+    "transformers": ["5.23.0", "5.24.0"],
+    "trl": ["1.16.0"],
+}
+
+
+class UpstreamChanged(ValueError):
+    """A library no longer has what this project replaces; the message names the tested and the installed version."""
+
+
+class Entry(NamedTuple):
+    """A module or class of a library, a name in it, why it is changed, and of a function the arguments as tested."""
+
+    owner: str
+    name: str
+    why: str
+    arguments: tuple[str, ...] = ()  # any of these, `self` left out; empty where they do not matter
+
+    @property
+    def library(self) -> str:
+        return self.owner.partition(".")[0]
+
+
+TRAINER = "transformers.trainer.Trainer"
+DECODER_LAYER = tuple(
+    f"hidden_states, attention_mask, position_ids, {cache}, use_cache, position_embeddings, **kwargs"
+    for cache in ("past_key_values", "cache")  # transformers 5.23, 5.24
+)
+
+ENTRIES = [
+    # Overridden in training/
+    Entry(TRAINER, "get_batch_samples", "times the wait for data", ("epoch_iterator, num_batches, device",)),
+    Entry(TRAINER, "_get_num_items_in_batch", "counts supervised tokens on the GPU", ("batch_samples, device",)),
+    Entry(TRAINER, "_clip_grad_norm", "leaves DeepSpeed's norm on the GPU", ("model",)),
+    Entry(TRAINER, "_get_grad_norm", "leaves DeepSpeed's norm on the GPU", ("model, grad_norm",)),
+    Entry(TRAINER, "_build_accelerator_args", "lets DDP average gradients where they lie", ("**kwargs",)),
+    Entry(TRAINER, "floating_point_ops", "counts the parameters once, not at every step", ("inputs",)),
+    Entry(TRAINER, "_get_dataloader", "lets loader workers outlive Slurm's signals", (
+        "dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
+    )),
+    Entry(TRAINER, "_get_output_dir", "writes checkpoints aside until they are whole", ("trial",)),
+    Entry(TRAINER, "_save_checkpoint", "moves whole checkpoints into place", ("model, trial",)),
+    Entry(TRAINER, "train", "continues the count of tokens, and ends well when a signal comes"),
+    Entry(TRAINER, "training_step", "repeats a step that ran out of memory with more layers checkpointed"),
+    Entry(TRAINER, "compute_loss", "reads loss and metrics when the GPU has come so far"),
+    Entry(TRAINER, "log", "adds speed, waiting and memory"),
+    Entry(TRAINER, "evaluate", "asks questions"),
+    Entry(TRAINER, "save_model", "saves sharded weights whole"),
+    Entry(TRAINER, "create_model_card", "writes none: TRL's is of a model named None"),
+    Entry("torch.nn.modules.module.Module", "train", "visits all modules only when the mode changes", ("mode",)),
+    Entry("torch.nn.modules.module.Module", "named_parameters", "walks through all modules once", (
+        "prefix, recurse, remove_duplicate",
+    )),
+]  # fmt: skip
+
+
+def replace(owner: Any, name: str, new: Any) -> Any:
+    """Set `owner.name` (of a module, a class or an instance) to `new`; what was there before is returned.
+
+    Raises UpstreamChanged where the name is gone, or a function's arguments are not those that were tested.
+    """
+    entry = entry_of(owner, name)
+    check(entry, owner)
+    before = getattr(owner, name)
+    setattr(owner, name, new)
+    return before
+
+
+def overrides(cls: type) -> type:
+    """Class decorator: what `cls` overrides of a library is there to be overridden.
+
+    Raises UpstreamChanged as `replace` does, and TypeError for an overridden method that ENTRIES lacks.
+    """
+    bases = [base for base in cls.__mro__[1:] if base.__module__.partition(".")[0] in TESTED]
+    owners = {path_of(base) for base in bases}
+    entries = {entry.name: entry for entry in ENTRIES if entry.owner in owners}
+    for name, value in vars(cls).items():
+        if name in entries:
+            check(entries[name], bases[0])
+        elif inspect.isfunction(value) and not name.endswith("__") and any(name in vars(base) for base in bases):
+            raise TypeError(f"{cls.__qualname__}.{name} overrides a library's method: add it to upstream.ENTRIES")
+    return cls
+
+
+def entry_of(owner: Any, name: str) -> Entry:
+    """The entry that covers `owner.name`. Raises TypeError where there is none."""
+    if isinstance(owner, ModuleType):
+        owners = [owner.__name__]
+    else:
+        owners = list(map(path_of, (owner if isinstance(owner, type) else type(owner)).__mro__))
+    for entry in ENTRIES:
+        if entry.name == name and entry.owner in owners:
+            return entry
+    raise TypeError(f"{owners[0]}.{name} is replaced: add it to upstream.ENTRIES")
+
+
+def path_of(cls: type) -> str:
+    """Module and name, as `transformers.trainer.Trainer`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check(entry: Entry, owner: Any) -> None:
+    """Raise UpstreamChanged where `owner` lacks the entry's name, or its arguments are none of those tested."""
+    if not hasattr(owner, entry.name):
+        raise UpstreamChanged(f"{entry.owner}.{entry.name} is gone. {versions(entry.library)}")
+    if entry.arguments:
+        found = arguments_of(getattr(owner, entry.name))
+        if found not in entry.arguments:
+            raise UpstreamChanged(
+                f"{entry.owner}.{entry.name} takes ({found}), expected ({') or ('.join(entry.arguments)}). "
+                f"{versions(entry.library)}"
+            )
+    warn_if_untested(entry.library)
+
+
+def arguments_of(function: Any) -> str:
+    """Names of a function's arguments, as `model, *args, **kwargs`; without `self`."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(stars.get(each.kind, "") + each.name for each in parameters if each.name != "self")
+
+
+def versions(library: str) -> str:
+    """What is installed, what was tested, and what to do."""
+    return (
+        f"Installed is {library} {version(library)}, tested was {' and '.join(TESTED[library])}: "
+        "pip install -r requirements.txt, or raise the pin as CONTRIBUTING.md says"
+    )
+
+
+@cache
+def warn_if_untested(library: str) -> None:
+    """One warning for each library whose installed version is not a tested one."""
+    if version(library).partition("+")[0] not in TESTED[library]:
+        warnings.warn(versions(library), stacklevel=4)
