@@ -48,7 +48,7 @@ from finetuning.kernels.model_patches import (
     vision_tower_without_autocast,
 )
 from finetuning.kernels.packed_attention import register_packed_attention
-from finetuning.kernels.shared_prefix_attention import share_prefix
+from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.models.loading import is_vision, load_config, load_processing_class
 from finetuning.models.parts import decoder_layers
 from finetuning.training.trainer import FineTuningTrainer
@@ -257,7 +257,7 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
         vision_tower_without_autocast(model)
         count_image_tokens_once(model)
         if variant.shared:
-            share_prefix(model)
+            enable_shared_prefix(model)
         if variant.fp8:
             (hold_base_in_fp8 if variant.fp8 == "both" else pass_gradients_in_fp8)(model)
         if vision:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from finetuning.inference.generation import answer_batch
-from finetuning.models.loading import base_name, is_vision, load_config, load_for_inference
+from finetuning.models.loading import base_model_name, is_vision, load_config, load_for_inference
 
 Item = tuple[str | None, str]  # (path of the picture, question)
 
@@ -182,7 +182,7 @@ def main(options: argparse.Namespace) -> None:
     problems: list[str] = []
     questions = read_questions(options.question, problems)
     images = find_images(options.image, problems)
-    if images and not is_vision(load_config(base_name(options.model))):
+    if images and not is_vision(load_config(base_model_name(options.model))):
         problems.append(f"--image: {options.model} reads text only")
     if not questions and not options.chat:
         problems.append("--question: ask something, or use --chat")

@@ -26,18 +26,18 @@ from finetuning.export.merging import (
     LARGEST_SHARE,
     TOLERANCE,
     check_proof,
-    compare,
+    compare_observations,
     dtype_of_run,
     make_probes,
     merge_in_place,
     num_weights,
     observe,
     without_training_marks,
-    write_report,
+    write_merge_report,
 )
 from finetuning.export.model_card import write_model_card
 from finetuning.models.loading import (
-    check_adapter_is_whole,
+    check_adapter_is_complete,
     is_vision,
     load_base_model,
     load_config,
@@ -85,7 +85,7 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
     # What will be merged, and whether it can be: before any weights are loaded
     arguments = check_inputs(run, output)
     adapter = PeftConfig.from_pretrained(run)
-    check_adapter_is_whole(run, adapter.modules_to_save or [])
+    check_adapter_is_complete(run, adapter.modules_to_save or [])
     base, revision = adapter.base_model_name_or_path, arguments.get("model_revision", "main")
     config = load_config(base, revision)
     if getattr(config, "quantization_config", None):
@@ -143,8 +143,8 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
                 "mean_kl": TOLERANCE[str(dtype).removeprefix("torch.")],
                 "share_of_training": LARGEST_SHARE,
             },
-            "base_against_tuned": compare(tuned, untuned),
-            "merged_against_tuned": compare(tuned, merged),
+            "base_against_tuned": compare_observations(tuned, untuned),
+            "merged_against_tuned": compare_observations(tuned, merged),
             "answers": [
                 {
                     "source": probe["source"],
@@ -160,8 +160,8 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
         if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
             model, _ = load_for_inference(str(run), dtype=dtype)
             trained = observe(model, processing_class, probes, description="Asking as trained (4 bits)", follow=tuned)
-            report["quantised_run_against_merged"] = compare(merged, trained)
-        write_report(unfinished, report)
+            report["quantised_run_against_merged"] = compare_observations(merged, trained)
+        write_merge_report(unfinished, report)
         write_model_card(unfinished, run, arguments, report)
         unfinished.rename(output)
     finally:

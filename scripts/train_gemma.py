@@ -18,11 +18,11 @@ from finetuning.data.dataset import open_dataset, open_split, open_validation, s
 from finetuning.data.label_audit import check_first_rows
 from finetuning.kernels.packed_attention import register_packed_attention
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
-from finetuning.models.trainable import describe_placement, place
+from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.tasks.anime_facts import FactReader, load_wording
 from finetuning.training.activation_checkpointing import kept_choice
-from finetuning.training.prepare_model import speed_up
+from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -57,8 +57,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
-    model = place(model, script_args, model_args)
-    speed = speed_up(model, script_args, training_args)
+    model = set_trainable(model, script_args, model_args)
+    speed = prepare_model(model, script_args, training_args)
 
     # Train
     wording = load_wording(script_args.dataset_name)
@@ -76,7 +76,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         checkpoint_layers=script_args.checkpoint_layers,
         cuda_graphs=script_args.cuda_graphs,
     )
-    trainer.accelerator.print(describe_placement(model), speed, sep="\n")
+    trainer.accelerator.print(describe_trainable(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
 

@@ -20,11 +20,11 @@ from finetuning.data.dataset import open_dataset, open_split, open_validation, s
 from finetuning.data.label_audit import check_first_rows
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
-from finetuning.models.trainable import describe_placement, place
+from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
 from finetuning.tasks.questions import counting_questions, image_counts, score_counting_answers
 from finetuning.training.activation_checkpointing import kept_choice
-from finetuning.training.prepare_model import speed_up
+from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -59,9 +59,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
-    model = place(model, script_args, model_args)
+    model = set_trainable(model, script_args, model_args)
     shares_prefix = uses_shared_prefix(script_args, train_rows)
-    speed = speed_up(model, script_args, training_args, shares_prefix=shares_prefix)
+    speed = prepare_model(model, script_args, training_args, shares_prefix=shares_prefix)
 
     # Train
     training_args.remove_unused_columns = False  # the collator takes what it needs, and keeps the row's number
@@ -79,7 +79,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
     )
-    trainer.accelerator.print(describe_placement(model), speed, sep="\n")
+    trainer.accelerator.print(describe_trainable(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
 

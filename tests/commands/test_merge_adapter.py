@@ -10,8 +10,13 @@ from merge_adapter import main as merge
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from finetuning.export.merging import check_proof, compare, make_probes, observe
-from finetuning.models.loading import check_adapter_is_whole, load_base_model, load_for_inference, load_processing_class
+from finetuning.export.merging import check_proof, compare_observations, make_probes, observe
+from finetuning.models.loading import (
+    check_adapter_is_complete,
+    load_base_model,
+    load_for_inference,
+    load_processing_class,
+)
 
 DTYPE = torch.float32
 
@@ -99,7 +104,9 @@ def test_a_merge_without_its_projector_is_not_proven(merged, llava_run, tiny_lla
     model, processor = load_for_inference(str(llava_run))
     reference = observe(model, processor, probes, description="tuned")
     model, processor = load_for_inference(str(broken))
-    distance = compare(reference, observe(model, processor, probes, description="broken", follow=reference))
+    distance = compare_observations(
+        reference, observe(model, processor, probes, description="broken", follow=reference)
+    )
     assert distance["mean_kl"] > 1e-6
     with pytest.raises(ValueError, match=r"not proven: the merged model's next tokens differ"):
         check_proof(report | {"merged_against_tuned": distance})
@@ -111,7 +118,7 @@ def test_an_adapter_file_without_the_projector_is_refused(llava_run, tmp_path):
     kept = {name: tensor for name, tensor in adapter.items() if "multi_modal_projector" not in name}
     assert len(adapter) - len(kept) == 4
     save_file(kept, run / "adapter_model.safetensors", metadata={"format": "pt"})
-    check_adapter_is_whole(llava_run, ["multi_modal_projector"])
+    check_adapter_is_complete(llava_run, ["multi_modal_projector"])
     with pytest.raises(ValueError, match="multi_modal_projector was trained in full"):
         merge(run, tmp_path / "merged", None, 0, "5GB")
     with pytest.raises(ValueError, match="multi_modal_projector was trained in full"):

@@ -21,7 +21,7 @@ from finetuning.data.collator import stop_tokens
 from finetuning.evaluation.perplexity import answer_losses
 from finetuning.models.loading import CHAT_TEMPLATES, load_base_model, load_for_inference, load_processing_class
 from finetuning.models.parts import count_parameters
-from finetuning.models.trainable import describe_placement, place
+from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.training.trainer import FineTuningTrainer
 
 CONFIGS = ROOT / "scripts" / "configs"
@@ -58,11 +58,11 @@ def arguments(recipe: str, model: Path, dataset: Path, output: Path, *flags: str
 def test_published_parameter_counts():
     script_args, _, model_args = parse_arguments(CONFIGS / "gemma_qlora.yaml", [])
     with torch.device("meta"):
-        model = place(GemmaForCausalLM(GemmaConfig(**GEMMA_2B)), script_args, model_args)
+        model = set_trainable(GemmaForCausalLM(GemmaConfig(**GEMMA_2B)), script_args, model_args)
     assert count_parameters(model) == {
         "language_model": {"trainable": 78_446_592, "lora": 78_446_592, "total": 2_584_619_008}
     }
-    assert "78,446,592 of   2,584,619,008 (3.0351%)" in describe_placement(model)
+    assert "78,446,592 of   2,584,619,008 (3.0351%)" in describe_trainable(model)
 
 
 def test_the_known_recipe():

@@ -25,7 +25,7 @@ from finetuning.data.collator import LlavaDataCollator
 from finetuning.device import choose_precision
 from finetuning.models.loading import load_for_inference, load_processing_class
 from finetuning.models.parts import base_model_of, decoder_layers
-from finetuning.models.trainable import place, without_gradient
+from finetuning.models.trainable import gets_no_gradient, set_trainable
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 from support.training import SAMPLE, build, train
 
@@ -106,7 +106,7 @@ def model_args(**flags):
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "v_proj"], None])
 def test_lora_on_the_language_model_never_reaches_the_vision_tower(tiny_llava, target):
     args = model_args(**({"lora_target_modules": target} if target else {}))
-    model = place(build(tiny_llava), ScriptArguments(dataset_name="x"), args)
+    model = set_trainable(build(tiny_llava), ScriptArguments(dataset_name="x"), args)
     adapted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert adapted and all(".language_model.layers." in name and ".lora_" in name for name in adapted)
     layers = 2 * (2 if isinstance(target, list) else 7)
@@ -116,15 +116,15 @@ def test_lora_on_the_language_model_never_reaches_the_vision_tower(tiny_llava, t
 def test_parts_that_no_gradient_reaches_are_left_out(tiny_llava):
     """LLaVA-1.5 reads hidden_states[-2]: of 4 CLIP layers the last one, and the final norm, see no gradient."""
     script_args = ScriptArguments(dataset_name="x", vision_tower="full", projector="full", language_model="frozen")
-    model = place(build(tiny_llava), script_args, model_args())
+    model = set_trainable(build(tiny_llava), script_args, model_args())
     processor = load_processing_class(str(tiny_llava))
     row = {"messages": dialogue("a?", "b"), "images": [Image.new("RGB", (64, 64))]}
     model(**LlavaDataCollator(processor)([row])).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
     config = AutoConfig.from_pretrained(tiny_llava)
-    assert without_gradient("model.vision_tower.encoder.layers.3.mlp.fc1.weight", config)
-    assert not without_gradient("model.vision_tower.encoder.layers.2.mlp.fc1.weight", config)
+    assert gets_no_gradient("model.vision_tower.encoder.layers.3.mlp.fc1.weight", config)
+    assert not gets_no_gradient("model.vision_tower.encoder.layers.2.mlp.fc1.weight", config)
 
 
 def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cctv_dataset, tmp_path):
@@ -137,7 +137,7 @@ def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cc
     args.remove_unused_columns = False
     processor = load_processing_class(str(tiny_llava))
     base = build(tiny_llava).eval()  # as it is when it has been loaded
-    model = place(base, script_args, lora_args)
+    model = set_trainable(base, script_args, lora_args)
     tower, projector = model.get_base_model().model.vision_tower, model.get_base_model().model.multi_modal_projector
     features = []
     projector.register_forward_hook(lambda module, inputs, output: features.append(output))
@@ -166,7 +166,7 @@ def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cc
 )
 def test_a_placement_that_cannot_be_had_is_refused(tiny_llava, placement, flags, message):
     with pytest.raises(ValueError, match=message):
-        place(build(tiny_llava), ScriptArguments(dataset_name="x", **placement), model_args(**flags))
+        set_trainable(build(tiny_llava), ScriptArguments(dataset_name="x", **placement), model_args(**flags))
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-from finetuning.distributed.barrier import no_time_out
+from finetuning.distributed.barrier import barriers_without_timeout
 
 state = PartialState(cpu=True, timeout=timedelta(seconds=1))
 prepared = []
 for part in range(2):
-    with no_time_out(), state.main_process_first():
+    with barriers_without_timeout(), state.main_process_first():
         if state.is_main_process:
             time.sleep(2)
         prepared.append(part)

@@ -4,7 +4,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from finetuning.distributed.fsdp2 import keep_exact, name_layers
+from finetuning.distributed.fsdp2 import keep_fp32_reductions, set_wrap_classes
 from finetuning.kernels.lora_layers import fuse_lora
 from support.tiny_models import LANGUAGE_MODEL, tiny_llava, with_lora
 
@@ -13,17 +13,17 @@ def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
     # On a CPU the launches above train in fp32.
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
     assert plugin.mixed_precision_policy.reduce_dtype == plugin.mixed_precision_policy.output_dtype == torch.bfloat16
-    keep_exact(plugin, quantised=False)
+    keep_fp32_reductions(plugin, quantised=False)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
-    keep_exact(plugin, quantised=True)
+    keep_fp32_reductions(plugin, quantised=True)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
 
 
 def test_fsdp2_gathers_decoder_layers_one_by_one_and_a_frozen_tower_at_once():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
-    fuse_lora(model, divided=True)
-    name_layers(model)
+    fuse_lora(model, sharded=True)
+    set_wrap_classes(model)
     assert model.base_model.model._no_split_modules == ["CLIPEncoder", "FusedLlamaDecoderLayer"]
     model = with_lora(tiny_llava(), "all-linear")
-    name_layers(model)
+    set_wrap_classes(model)
     assert model.base_model.model._no_split_modules == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]

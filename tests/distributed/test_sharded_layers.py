@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from finetuning.distributed.sharded_layers import can_be_gathered, frozen_weights, gather_layers
+from finetuning.distributed.sharded_layers import can_shard_layers, frozen_weights, shard_layers
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.models.parts import decoder_layers
 from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, tiny_gemma, tiny_llava, with_lora
@@ -51,7 +51,7 @@ def test_gathered_layers_compute_what_whole_ones_do(make, targets, checkpointing
         assert fuse_lora(model) == 21
     layers = decoder_layers(models[1])
     sizes = {name: weight.shape for name, weight in models[1].named_parameters()}
-    gather_layers(models[1], layers)
+    shard_layers(models[1], layers)
     assert {name: weight.shape for name, weight in models[1].named_parameters()} == sizes
     # Three layers, and memory for two.
     assert len({weight.untyped_storage().data_ptr() for layer in layers for weight in frozen_weights(layer)}) == 2
@@ -63,6 +63,6 @@ def test_gathered_layers_compute_what_whole_ones_do(make, targets, checkpointing
 
 def test_layers_whose_weights_pytorch_keeps_are_left_alone():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
-    assert not can_be_gathered(decoder_layers(model))
+    assert not can_shard_layers(decoder_layers(model))
     fuse_lora(model)
-    assert can_be_gathered(decoder_layers(model))
+    assert can_shard_layers(decoder_layers(model))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
-from finetuning.distributed.deepspeed_zero import refuse_other_layout
+from finetuning.distributed.deepspeed_zero import refuse_other_sharding
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -183,9 +183,9 @@ def test_divided_run_continues_where_it_stopped(train, trained, tmp_path, strate
 
 def test_checkpoint_whose_weights_are_whole_is_not_read_as_one_that_is_divided(trained):
     checkpoint = trained("deepspeed_zero3") / "checkpoint-4"
-    refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 2}})
+    refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 2}})
     with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
-        refuse_other_layout(checkpoint, {"zero_optimization": {"stage": 3}})
+        refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 3}})
 
 
 def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetuning.kernels.cuda_graphs import MULTIPLE, GraphedModel, padded
+from finetuning.kernels.cuda_graphs import PAD_MULTIPLE, GraphedModel, pad_batch
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import ignore_right_padding
 from finetuning.kernels.packed_attention import register_packed_attention
@@ -69,10 +69,10 @@ def test_what_is_padded_changes_no_real_token(attention, make):
     model = model_for(attention)
     batch = make([5, 9, 3])
     tokens = batch["input_ids"].shape[1]
-    longer = padded(batch)
-    assert longer["input_ids"].shape[1] == MULTIPLE
+    longer = pad_batch(batch)
+    assert longer["input_ids"].shape[1] == PAD_MULTIPLE
     if attention == "packed":
-        assert longer["cu_seq_lens_q"].tolist() == [0, 5, 14, 17, MULTIPLE]
+        assert longer["cu_seq_lens_q"].tolist() == [0, 5, 14, 17, PAD_MULTIPLE]
     expected = pass_through(model, batch)
     given = pass_through(model, longer)
     torch.testing.assert_close(given[:, :tokens], expected, rtol=1e-5, atol=1e-5)

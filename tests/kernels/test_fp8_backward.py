@@ -6,7 +6,7 @@ from conftest import ROOT
 from torch import nn
 
 from finetuning.arguments import parse_arguments
-from finetuning.kernels.fp8 import quantize_rows
+from finetuning.kernels.fp8 import quantize_rows_to_fp8
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.lora_layers import fuse_lora
 from support.tiny_models import (
@@ -66,7 +66,9 @@ def test_what_is_multiplied():
     torch.manual_seed(0)
     grad, grad_x = torch.randn(7, 96).bfloat16(), torch.randn(7, 32).bfloat16()
     given = stack.add_transposed_product(grad_x.clone(), grad)
-    rounded = [values.float() * scale for values, scale in map(quantize_rows, (grad, stack.weight().T.contiguous()))]
+    rounded = [
+        values.float() * scale for values, scale in map(quantize_rows_to_fp8, (grad, stack.weight().T.contiguous()))
+    ]
     torch.testing.assert_close(given, grad_x + (rounded[0] @ rounded[1].T).bfloat16(), rtol=2**-7, atol=0.02)
     # Four bits of precision in each factor: 2.6 % of each number, on average.
     product = grad.float() @ stack.weight().float()

@@ -11,10 +11,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import CollateSupervisedRows, LlavaDataCollator
-from finetuning.kernels.linear_cross_entropy import score_supervised_rows
+from finetuning.kernels.linear_cross_entropy import use_supervised_rows
 from finetuning.models.loading import load_processing_class
-from finetuning.models.trainable import place
-from finetuning.training.prepare_model import speed_up
+from finetuning.models.trainable import set_trainable
+from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer
 from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, relative_error, tiny_gemma, with_lora
 from support.tiny_models import tiny_llava as random_llava
@@ -50,7 +50,7 @@ def test_named_positions_are_scored_as_trl_scores_masked_ones(make, targets, mak
     model = with_lora(model, targets)
     add_fused_lm_head(model.get_base_model(), outputs=OUTPUTS)
     expected, expected_grads = scored(model, batch), lora_grads(model)
-    score_supervised_rows(model.get_base_model())
+    use_supervised_rows(model.get_base_model())
     assert scored(model, batch) == expected  # nothing named: TRL's own code
     found = scored(model, named)
     assert found == pytest.approx(expected, rel=1e-6)
@@ -62,7 +62,7 @@ def test_named_positions_are_scored_as_trl_scores_masked_ones(make, targets, mak
 def test_a_batch_without_an_answer_has_a_loss_of_zero_and_a_gradient():
     model = with_lora(tiny_gemma(), DECODER)
     add_fused_lm_head(model.get_base_model(), outputs=OUTPUTS)
-    score_supervised_rows(model.get_base_model())
+    use_supervised_rows(model.get_base_model())
     batch = gemma_batch()
     batch["labels"][:] = -100
     assert scored(model, CollateSupervisedRows(lambda examples: batch)([]))["loss"] == 0
@@ -79,7 +79,7 @@ def test_a_model_that_scales_its_logits_keeps_the_code_that_knows_it():
     batch = gemma_batch()
     expected = float(model(**batch).loss)
     add_fused_lm_head(model, outputs=OUTPUTS)
-    score_supervised_rows(model)
+    use_supervised_rows(model)
     named = CollateSupervisedRows(lambda examples: batch)([])
     assert scored(model, named)["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -109,8 +109,8 @@ def test_a_training_step_asks_nothing(tiny_llava, cctv_dataset, tmp_path):
     ])  # fmt: skip
     args.remove_unused_columns = False
     processor = load_processing_class(str(tiny_llava))
-    model = place(build(tiny_llava), script_args, lora_args)
-    speed_up(model, script_args, args)
+    model = set_trainable(build(tiny_llava), script_args, lora_args)
+    prepare_model(model, script_args, args)
     trainer = FineTuningTrainer(
         model=model, args=args, train_dataset=load_from_disk(cctv_dataset)["train"], processing_class=processor,
         data_collator=LlavaDataCollator(processor), checkpoint_layers=script_args.checkpoint_layers,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetuning.kernels.dropout import drop
+from finetuning.kernels.dropout import hashed_dropout
 from finetuning.kernels.lora_layers import FusedLoraLinear, fuse_lora
 from support.tiny_models import (
     DECODER,
@@ -108,11 +108,11 @@ def test_only_supervised_rows_are_computed_after_the_last_attention():
 def test_dropout_drops_as_often_as_asked_and_backward_drops_the_same():
     seed = torch.tensor([5, 9])
     ones = torch.ones(400, 500)
-    dropped = drop(ones, seed, 0.05)
+    dropped = hashed_dropout(ones, seed, 0.05)
     assert dropped.unique().tolist() == [0, pytest.approx(1 / 0.95)]
     assert (dropped == 0).double().mean().item() == pytest.approx(0.05, abs=0.002)  # 4 standard deviations
-    assert torch.equal(dropped, drop(ones, seed, 0.05))
-    assert ((dropped == 0) & (drop(ones, seed + 1, 0.05) == 0)).double().mean().item() == pytest.approx(
+    assert torch.equal(dropped, hashed_dropout(ones, seed, 0.05))
+    assert ((dropped == 0) & (hashed_dropout(ones, seed + 1, 0.05) == 0)).double().mean().item() == pytest.approx(
         0.0025, abs=0.0005
     )
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from finetuning.kernels.lora_projections import Projections, follow_adapters
+from finetuning.kernels.lora_projections import ProjectionStack, refresh_stacks
 from support.tiny_models import (
     LANGUAGE_MODEL,
     tiny_llava,
@@ -33,9 +33,9 @@ def test_small_updates_are_not_lost_to_16_bits(kept, device):
     x = torch.randn(512, 512, device=device).to(torch.bfloat16)
     a, b = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
     taught = 0.5 * x.float() @ a.T @ b.T
-    projections = Projections([layer], divided="divided" in kept)
+    projections = ProjectionStack([layer], sharded="divided" in kept)
     with torch.autocast(device, torch.bfloat16):
-        follow_adapters([projections])
+        refresh_stacks([projections])
     weight = projections.weight()
     base = x.float() @ weight.float().T
     assert 5e-4 < taught.std() / base.std() < 2e-3
@@ -45,13 +45,13 @@ def test_small_updates_are_not_lost_to_16_bits(kept, device):
 
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         as_peft = layer(x)
-    room, wide = projections.new_input(len(x))
+    room, wide = projections.allocate_input(len(x))
     assert share_that_shows(projections.forward(x, None)[0]) == pytest.approx(1, abs=0.05)
     assert share_that_shows(projections.forward(room.copy_(x), None, wide)[0]) == pytest.approx(1, abs=0.05)
     assert share_that_shows(as_peft) < 0.7
     grad = x[:, :256]
     of_gradient = grad.float() @ weight.float(), 0.5 * grad.float() @ b @ a
-    room, wide = projections.new_grad(len(x), None)
+    room, wide = projections.allocate_grad(len(x), None)
     for given in (
         projections.backward(room.copy_(grad), x[:, :64], None, True, wide),
         projections.backward(grad, x[:, :64], None, True),
@@ -73,7 +73,7 @@ def test_weights_quantised_twice_are_unpacked_as_one_stack_and_stay_quantised_tw
         base.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
         layers.append(get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"])).base_model.model[0])
     expected = torch.cat([functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in layers])
-    stack = Projections(layers)
+    stack = ProjectionStack(layers)
     stack.refresh(None)
     assert torch.equal(stack.weight(), expected)
     assert torch.equal(stack.weight_and_b()[:, :128], expected)
@@ -88,7 +88,7 @@ def test_stack_follows_weights_that_are_replaced():
     layers = [model.get_submodule(f"base_model.model.model.language_model.layers.0.self_attn.{n}_proj") for n in "qkv"]
     weights = [layer.get_base_layer().weight for layer in layers]
     before = [weight.clone() for weight in weights]
-    projections = Projections(layers)
+    projections = ProjectionStack(layers)
     projections.refresh(None)
     assert projections.weight().data_ptr() == weights[0].data_ptr()
     assert all(map(torch.equal, weights, before))

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetuning.data.shared_prefix import join
+from finetuning.data.shared_prefix import join_dialogues
 from finetuning.kernels.lora_layers import fuse_lora
-from finetuning.kernels.shared_prefix_attention import branch_mask, merges, share_prefix, shared_prefix_attention
+from finetuning.kernels.shared_prefix_attention import (
+    branch_mask,
+    can_merge_attention,
+    enable_shared_prefix,
+    shared_prefix_attention,
+)
 from support.tiny_models import (
     LANGUAGE_MODEL,
     llava_batch,
@@ -51,7 +56,7 @@ def separate_batch(pixel_values: torch.Tensor) -> dict:
 
 
 def shared_batch(pixel_values: torch.Tensor) -> dict:
-    sequences = [join(dialogues_of(image), PREFIX_TOKENS, image) for image in range(2)]
+    sequences = [join_dialogues(dialogues_of(image), PREFIX_TOKENS, image) for image in range(2)]
     padding = {"labels": -100}
     batch = {name: right_pad([s[name] for s in sequences], padding.get(name, 0)) for name in sequences[0]}
     return batch | {"pixel_values": pixel_values}
@@ -77,7 +82,7 @@ def test_loss_and_gradients_equal_separate_rows(checkpointing, fused, way):
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     model = with_lora(tiny_llava("eager" if way == "eager" else "sdpa"), LANGUAGE_MODEL).train()
     loss, grads = loss_and_grads(model, separate_batch(pixel_values))
-    share_prefix(model)
+    enable_shared_prefix(model)
     if fused:
         fuse_lora(model)
     if checkpointing:
@@ -98,7 +103,9 @@ def without_flash():
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_merged_attention_is_masked_attention(key_heads):
-    branch_ids = right_pad([join(dialogues_of(image), PREFIX_TOKENS, image)["branch_ids"] for image in range(2)], 0)
+    branch_ids = right_pad(
+        [join_dialogues(dialogues_of(image), PREFIX_TOKENS, image)["branch_ids"] for image in range(2)], 0
+    )
     mask = branch_mask(branch_ids, "sdpa", torch.float64)
     generator = torch.Generator().manual_seed(5)
     # (batch, heads, tokens, width), as views of (batch, tokens, heads, width)
@@ -107,10 +114,10 @@ def test_merged_attention_is_masked_attention(key_heads):
     states = [state.transpose(1, 2).requires_grad_() for state in (query * 3, key, value)]
     module = torch.nn.Module()
     module.num_key_value_groups = 4 // key_heads
-    assert merges(*states)
-    assert not merges(*states, dropout=0.1)
+    assert can_merge_attention(*states)
+    assert not can_merge_attention(*states, dropout=0.1)
     with without_flash():
-        assert not merges(*states)
+        assert not can_merge_attention(*states)
     results = []
     for length in (None, PREFIX_TOKENS):
         out, _ = shared_prefix_attention(module, *states, mask, prefix_length=length, scaling=0.3)
@@ -120,7 +127,9 @@ def test_merged_attention_is_masked_attention(key_heads):
 
 
 def test_flex_attention_and_eager_get_the_same_mask():
-    branch_ids = right_pad([join(dialogues_of(image), PREFIX_TOKENS, image)["branch_ids"] for image in range(2)], 0)
+    branch_ids = right_pad(
+        [join_dialogues(dialogues_of(image), PREFIX_TOKENS, image)["branch_ids"] for image in range(2)], 0
+    )
     expected = branch_mask(branch_ids, "sdpa", torch.float32)
     flex = branch_mask(branch_ids, "flex_attention", torch.float32)
     tokens = torch.arange(branch_ids.shape[1])
@@ -136,13 +145,15 @@ def test_flex_attention_gives_the_loss_of_separate_rows():
     with torch.no_grad():
         expected = mean_loss(model, separate_batch(pixel_values))
         model.model.language_model.set_attn_implementation("flex_attention")
-        share_prefix(model)
+        enable_shared_prefix(model)
         shared = mean_loss(model, shared_batch(pixel_values))
     assert shared.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_dialogue_does_not_see_another():
-    mask = branch_mask(join(dialogues_of(0), PREFIX_TOKENS, 0)["branch_ids"][None], "sdpa", torch.float32)[0, 0]
+    mask = branch_mask(join_dialogues(dialogues_of(0), PREFIX_TOKENS, 0)["branch_ids"][None], "sdpa", torch.float32)[
+        0, 0
+    ]
     # Of 7, 3 and 5 tokens; what the first and the second end with is only predicted.
     first, second, third = (slice(20, 26), slice(26, 28), slice(28, 33))
     assert mask.shape == (33, 33)
@@ -158,15 +169,15 @@ def test_dialogues_that_begin_differently_are_refused():
     dialogues = dialogues_of(0)
     dialogues[1][0][1] += 1
     with pytest.raises(ValueError, match="row 5: dialogues about one image begin differently"):
-        join(dialogues, PREFIX_TOKENS, 5)
+        join_dialogues(dialogues, PREFIX_TOKENS, 5)
     dialogues = dialogues_of(0)
     dialogues[1][1][PREFIX_TOKENS] = 7
     with pytest.raises(ValueError, match="directly after the image"):
-        join(dialogues, PREFIX_TOKENS, 5)
+        join_dialogues(dialogues, PREFIX_TOKENS, 5)
 
 
 def test_an_attention_without_masks_is_refused():
     model = tiny_llava()
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="set attn_implementation to sdpa"):
-        share_prefix(model)
+        enable_shared_prefix(model)

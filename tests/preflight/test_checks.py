@@ -38,8 +38,8 @@ from finetuning.device import (
 )
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.models import loading as models
-from finetuning.models.loading import load_base_model, load_config, quantization_config, this_device
-from finetuning.models.trainable import place, without_gradient
+from finetuning.models.loading import device_map_of_this_process, load_base_model, load_config, quantization_config
+from finetuning.models.trainable import gets_no_gradient, set_trainable
 from finetuning.preflight import checks as preflight
 from finetuning.preflight import memory
 from finetuning.strategy import Strategy, divide_batch
@@ -469,14 +469,14 @@ def test_every_trained_parameter_gets_a_gradient(tiny_llava):
     model = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
     script_args = script_arguments(language_model="lora", projector="full", vision_tower="full")
     last = model.config.vision_config.num_hidden_layers - 1
-    model = place(model, script_args, ModelArguments(lora_r=4))
+    model = set_trainable(model, script_args, ModelArguments(lora_r=4))
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "7 people."}]
     batch = LlavaDataCollator(processor)([{"messages": messages, "images": [Picture.new("RGB", (64, 64), "red")]}])
     model(**batch).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
     assert any(f"layers.{last - 1}." in name for name in trained if "vision_tower" in name)
-    behind = [name for name, _ in model.named_parameters() if without_gradient(name, model.config)]
+    behind = [name for name, _ in model.named_parameters() if gets_no_gradient(name, model.config)]
     assert any(f"layers.{last}." in name for name in behind) and not trained & set(behind)
 
 
@@ -485,7 +485,7 @@ def test_checkpointed_qlora_trains_under_ddp(tiny_llava, searches):
     """'Marked ready twice' (trl#921, peft#313, accelerate#3536): not so with the checkpointing that is applied here."""
     quantization = quantization_config(ModelArguments(load_in_4bit=True), torch.float32)
     model = load_base_model(str(tiny_llava), dtype=torch.float32, quantization=quantization)
-    model = place(model, script_arguments(projector="full"), ModelArguments(lora_r=4, lora_dropout=0.0)).train()
+    model = set_trainable(model, script_arguments(projector="full"), ModelArguments(lora_r=4, lora_dropout=0.0)).train()
     assert fuse_lora(model) == 14
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "7 people."}]
     collate = LlavaDataCollator(LlavaProcessor.from_pretrained(tiny_llava))
@@ -514,7 +514,7 @@ def test_trained_weights_are_fp32_masters_unless_deepspeed_holds_them(monkeypatc
     """fp16 masters end in `Attempting to unscale FP16 gradients` (LLaVA#294, transformers#30559)."""
     model = LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float16)
     launch_by(monkeypatch, how)
-    model = place(model, script_arguments(projector="full"), ModelArguments(lora_r=4))
+    model = set_trainable(model, script_arguments(projector="full"), ModelArguments(lora_r=4))
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {dtype}
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.float16}
 
@@ -853,4 +853,4 @@ def test_device_map_is_no_flag_and_a_model_goes_to_its_own_process_s_gpu(monkeyp
         parse_arguments(ROOT / "scripts" / "configs" / "llava_qlora.yaml", ["--device_map", "auto"])
     second = SimpleNamespace(local_process_index=1, device=torch.device("cuda", 1))
     monkeypatch.setattr(models, "PartialState", lambda: second)
-    assert this_device() == {"": 1}
+    assert device_map_of_this_process() == {"": 1}

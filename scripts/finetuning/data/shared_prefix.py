@@ -48,7 +48,7 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     sizes = [sum(len(message["content"]) for message in messages) for messages in texts]
     characters = [sum(sizes[row] for row in rows) for rows in groups]
     grouped = Dataset.from_dict({"rows": groups, "characters": characters})
-    grouped.set_transform(partial(read_groups, dataset))
+    grouped.set_transform(partial(read_grouped_rows, dataset))
     return grouped
 
 
@@ -57,7 +57,7 @@ def images_as_stored(dataset: Dataset) -> list[list]:
     return dataset.with_format("arrow")["images"].to_pylist()
 
 
-def read_groups(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
+def read_grouped_rows(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
     texts = dataset.select_columns([name for name in dataset.column_names if name != "images"])
     dialogues = [texts[rows]["messages"] for rows in batch["rows"]]
     return {
@@ -88,7 +88,7 @@ class SharedPrefixCollator(LlavaDataCollator):
             dialogues = [(tokens, labels)]
             for messages in example.get("other_messages", []):
                 dialogues.append(self.tokenize(messages, example["images"], len(image_places)))
-            sequences.append(join(dialogues, prefix, example.get("row")))
+            sequences.append(join_dialogues(dialogues, prefix, example.get("row")))
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(sequence["input_ids"]) for sequence in sequences) // multiple) * multiple
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
@@ -119,7 +119,7 @@ class SharedPrefixCollator(LlavaDataCollator):
         return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
-def join(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -> dict[str, Tensor]:
+def join_dialogues(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -> dict[str, Tensor]:
     """(token ids, labels) of each dialogue, `prefix` tokens of which are common -> one sequence with branches.
 
     The last token of a dialogue predicts nothing, and no other dialogue sees it. Its label takes the place of the next

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from accelerate import PartialState
 
-MEETINGS = itertools.count()
+BARRIER_NUMBERS = itertools.count()
 
 
 @contextmanager
-def no_time_out() -> Iterator[None]:
+def barriers_without_timeout() -> Iterator[None]:
     """Inside, `PartialState().wait_for_everyone()`, and with it `main_process_first()`, waits without a time-out.
 
     accelerate waits by a collective, which NCCL ends after `ddp_timeout` seconds, and the run with it, though the first
@@ -25,7 +25,7 @@ def no_time_out() -> Iterator[None]:
     store, processes = dist.distributed_c10d._get_default_store(), dist.get_world_size()
 
     def wait_for_everyone(state: PartialState) -> None:
-        meeting = f"finetuning.waiting/{next(MEETINGS)}"
+        meeting = f"finetuning.waiting/{next(BARRIER_NUMBERS)}"
         arrived = store.add(meeting, 1)
         while arrived < processes:
             time.sleep(0.1)

@@ -8,38 +8,38 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from finetuning.distributed.sharded_layers import can_be_gathered, gather_layers
-from finetuning.models.parts import decoder_layers, frozen_tower_of, remember_parameters
+from finetuning.distributed.sharded_layers import can_shard_layers, shard_layers
+from finetuning.models.parts import cache_named_parameters, decoder_layers, frozen_tower_of
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
     """What a strategy's file cannot say because it follows from the model; changes DeepSpeed's `config` in place."""
     zero = config["zero_optimization"]
-    spare_the_host(config)
+    disable_host_syncs(config)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # PyTorch's own AdamW steps on the CPU too. DeepSpeed's would be compiled at first use, by a CUDA toolkit that
         # few machines have (DeepSpeed#2772).
         config["zero_force_ds_cpu_optimizer"] = False
     if zero["stage"] == 3:
         layers = decoder_layers(model)
-        if zero.get("offload_param", {}).get("device", "none") == "none" and can_be_gathered(layers):
+        if zero.get("offload_param", {}).get("device", "none") == "none" and can_shard_layers(layers):
             # What is left to DeepSpeed is trained: its optimizer and its gradients are divided.
-            gather_layers(model, layers)
+            shard_layers(model, layers)
             zero["stage"] = 2
         else:
-            gather_whole_layers(model, zero)
+            all_gather_whole_layers(model, zero)
     if zero["stage"] < 3:
         # Averaged where they lie: DeepSpeed's way of scattering them sends as much, and copies them before and after.
         zero["reduce_scatter"] = False
-    remember_parameters(model)
+    cache_named_parameters(model)
 
 
-def refuse_other_layout(checkpoint: Path, config: dict[str, Any]) -> None:
+def refuse_other_sharding(checkpoint: Path, config: dict[str, Any]) -> None:
     """Raise ValueError if DeepSpeed's `config`, as `set_up_deepspeed` left it, divides weights and `checkpoint` does not.
 
     Or the other way round. Whether ZeRO-3 divides them or `gathered` does is known when the model is there.
     """
-    was_divided, is_divided = weights_were_divided(checkpoint), config["zero_optimization"]["stage"] == 3
+    was_divided, is_divided = weights_were_sharded(checkpoint), config["zero_optimization"]["stage"] == 3
     if was_divided != is_divided:
         words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
         raise ValueError(
@@ -48,12 +48,12 @@ def refuse_other_layout(checkpoint: Path, config: dict[str, Any]) -> None:
         )
 
 
-def weights_were_divided(checkpoint: Path) -> bool:
+def weights_were_sharded(checkpoint: Path) -> bool:
     """Whether DeepSpeed itself divided the weights: it then writes a file of them for each process."""
     return any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
 
 
-def spare_the_host(config: dict[str, Any]) -> None:
+def disable_host_syncs(config: dict[str, Any]) -> None:
     """Nothing in a step that waits for the GPU, or walks through the whole model, to no end."""
     # DeepSpeed times each forward pass and each step for a report that nobody asked for, and waits for the GPU to do so.
     config["timers"] = {"throughput": {"enabled": False}}
@@ -66,7 +66,7 @@ def spare_the_host(config: dict[str, Any]) -> None:
         stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: False
 
 
-def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
+def all_gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     """ZeRO-3: gather a decoder layer, and a frozen vision tower, in one piece each, the next one during this one.
 
     Left alone, DeepSpeed gathers each linear layer and each adapter by a call of its own, from hooks that take longer
@@ -78,8 +78,8 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     layers, tower = decoder_layers(model), frozen_tower_of(model)
     for module in layers if tower is None else [*layers, tower]:
         set_z3_leaf_module(module, True)
-        remember_parameters(module)
-    layers[0].register_forward_pre_hook(ask_for_gradient)
+        cache_named_parameters(module)
+    layers[0].register_forward_pre_hook(require_input_grad)
     zero["stage3_prefetch_bucket_size"] = max(
         sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters()) for layer in layers
     )
@@ -87,7 +87,7 @@ def gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
     zero["stage3_param_persistence_threshold"] = 0
 
 
-def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def require_input_grad(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     # DeepSpeed takes a layer's gradients when that of its input is there, so that the first layer's input must have one.
     # (transformers' `enable_input_require_grads` would also send one through the whole vision tower.)
     hidden_states, *others = args
@@ -96,7 +96,7 @@ def ask_for_gradient(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[
     return hidden_states, *others
 
 
-def end_steps_in_few_launches(engine: Any) -> None:
+def shorten_optimizer_step(engine: Any) -> None:
     """ZeRO-1 and 2, once training has begun: nothing at the end of a step waits for the GPU, or is done per parameter.
 
     The 16-bit parameters stay the views of one flat tensor that they are: DeepSpeed makes all of them anew after each step,
@@ -109,10 +109,10 @@ def end_steps_in_few_launches(engine: Any) -> None:
         return
     optimizer._update_model_bit16_weights = lambda group: None
     if optimizer.dtype != torch.float16 and not optimizer.cpu_offload:
-        optimizer.scaled_global_norm = partial(norm_of_gradients, optimizer)
+        optimizer.scaled_global_norm = partial(sharded_grad_norm, optimizer)
 
 
-def norm_of_gradients(optimizer: Any) -> torch.Tensor:
+def sharded_grad_norm(optimizer: Any) -> torch.Tensor:
     """The L2 norm (fp32 scalar) of the averaged gradients, of which each process has a part."""
     parts = [part for group in optimizer.averaged_gradients.values() for part in group]
     total = torch.stack(torch._foreach_norm(parts, 2, torch.float32)).square().sum()

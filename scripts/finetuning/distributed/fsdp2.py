@@ -9,7 +9,7 @@ from torch import nn
 from finetuning.models.parts import base_model_of, frozen_tower_of
 
 
-def name_layers(model: nn.Module) -> None:
+def set_wrap_classes(model: nn.Module) -> None:
     """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has.
 
     All layers of a vision tower that is frozen are one piece: they run once a step, and each piece keeps the host for
@@ -27,7 +27,7 @@ def name_layers(model: nn.Module) -> None:
     base._no_split_modules = sorted(pieces | {type(holder).__name__ for holder in holders})
 
 
-def keep_exact(plugin: Any, *, quantised: bool) -> None:
+def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
     """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; 4-bit weights arrive as they were sent.
 
     accelerate has all of it in the run's 16 bits. Pairs of bytes of a 4-bit weight that say NaN in bf16, one in a

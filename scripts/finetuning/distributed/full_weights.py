@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from finetuning.strategy import Strategy
 
 
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> whole weight on the CPU, for the trainable weights only: the frozen base is never gathered.
 
     Of a part that is trained in full beside LoRA also the layers that no gradient reaches (the last of a vision tower):
@@ -21,16 +21,16 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         if Strategy.from_environment().is_deepspeed and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            whole = safe_get_full_fp32_param(parameter)
+            full = safe_get_full_fp32_param(parameter)
         elif parameter.requires_grad or ".modules_to_save." in name:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else gathered(parameter)
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else all_gather_parameter(parameter)
         else:
             continue
-        weights[name] = whole.detach().cpu().clone()
+        weights[name] = full.detach().cpu().clone()
     return weights
 
 
-def gathered(parameter: nn.Parameter) -> torch.Tensor:
+def all_gather_parameter(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter that the optimizer does not know, whole also under ZeRO-3, which leaves each process a share."""
     if not hasattr(parameter, "ds_id"):
         return parameter

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from finetuning import tracking
 from finetuning.evaluation.report import Item, Plot, Table
 from finetuning.inference.generation import generate_answers
-from finetuning.models.loading import base_name, load_for_inference
+from finetuning.models.loading import base_model_name, load_for_inference
 from finetuning.training.resume import read_metrics
 
 CHUNK = 16  # batches answered between two writes to disk
@@ -40,7 +40,7 @@ def open_run(name: str) -> tuple[Path, dict[str, Any]]:
 
 def untuned_name(run: Path, arguments: dict[str, Any]) -> str:
     """What the run began with: its adapter's base, or for a run trained in full the model that its arguments name."""
-    base = base_name(str(run))
+    base = base_model_name(str(run))
     return base if base != str(run) else arguments["model_name_or_path"]
 
 

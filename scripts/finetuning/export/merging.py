@@ -125,7 +125,7 @@ def observe(
     return observations
 
 
-def compare(reference: Sequence[Observation], other: Sequence[Observation]) -> dict[str, float | int]:
+def compare_observations(reference: Sequence[Observation], other: Sequence[Observation]) -> dict[str, float | int]:
     """How far `other` is from `reference`, over all positions of all probes.
 
     Returns `mean_kl` (nats a token, KL(reference || other) of the next-token distributions), `largest_logit_difference`
@@ -206,5 +206,5 @@ def without_training_marks(template: str) -> str:
     return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+def write_merge_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / "merge_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

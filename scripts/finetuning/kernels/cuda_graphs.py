@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from finetuning.kernels.lora_layers import FusedDecoderLayer, projections
+from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.model_patches import NO_MASK
 from finetuning.models.parts import base_model_of, decoder_layers
 
-MULTIPLE = 64  # tokens
+PAD_MULTIPLE = 64  # tokens
 # Follow from the others, or are for the host.
-NOT_RECORDED = {
+UNRECORDED_INPUTS = {
     "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k", "past_key_values", "seq_idx", "supervised_rows",
     "use_cache",
 }  # fmt: skip
@@ -32,7 +32,9 @@ class CudaGraphs(TrainerCallback):
         self.trainer = trainer
         layers = decoder_layers(trainer.model)
         fused = [layer for layer in layers if isinstance(layer, FusedDecoderLayer)]
-        adapters = {id(adapter) for layer in fused for stack in projections(layer) for adapter in stack.adapters()}
+        adapters = {
+            id(adapter) for layer in fused for stack in projection_stacks(layer) for adapter in stack.adapters()
+        }
         trained = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
         if len(fused) < len(layers) or trained != adapters:
             raise ValueError(
@@ -60,32 +62,32 @@ class GraphedModel:
 
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
         self.model, self.parameters = model, parameters
-        self.as_is = model.forward
+        self.eager_forward = model.forward
         self.layers = decoder_layers(model)
-        self.stacks = [stack for layer in self.layers for stack in projections(layer)]
+        self.stacks = [stack for layer in self.layers for stack in projection_stacks(layer)]
         self.passes: dict[tuple, GraphedPasses] = {}
         self.copies: list[int] = []
-        self.memory = torch.cuda.graph_pool_handle()
+        self.memory_pool = torch.cuda.graph_pool_handle()
         sizes = [parameter.numel() for parameter in parameters]
-        self.all_grads = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        views = zip(self.all_grads.split(sizes), parameters, strict=True)
+        self.flat_grads = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        views = zip(self.flat_grads.split(sizes), parameters, strict=True)
         self.grads = [view.view_as(parameter) for view, parameter in views]
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs) -> Any:
         if not (self.model.training and torch.is_grad_enabled()) or kwargs.get("past_key_values") is not None:
-            return self.as_is(input_ids=input_ids, **kwargs)
+            return self.eager_forward(input_ids=input_ids, **kwargs)
         if self.layers[0].gradient_checkpointing:
             # A step did not fit, and layers are checkpointed from here on, which cannot be recorded.
             self.passes.clear()
-            return self.as_is(input_ids=input_ids, **kwargs)
+            return self.eager_forward(input_ids=input_ids, **kwargs)
         batch = {"input_ids": input_ids, "position_ids": kwargs.pop("position_ids", None)}
         batch["cu_seq_lens_q"] = kwargs.pop("cu_seq_lens_q", None)
         batch = {name: tensor for name, tensor in batch.items() if tensor is not None}
-        if unknown := {name for name, value in kwargs.items() if value is not None} - NOT_RECORDED:
+        if unknown := {name for name, value in kwargs.items() if value is not None} - UNRECORDED_INPUTS:
             raise ValueError(
                 f"cuda_graphs: the model is given {sorted(unknown)}, which no graph knows: set it to false"
             )
-        hidden = Replay.apply(self.passes_for(batch), batch, self.parameters[0])
+        hidden = ReplayGraphs.apply(self.passes_for(batch), batch, self.parameters[0])
         return BaseModelOutputWithPast(last_hidden_state=hidden[:, : input_ids.shape[1]])
 
     def passes_for(self, batch: dict[str, Tensor]) -> "GraphedPasses":
@@ -99,16 +101,16 @@ class GraphedModel:
             self.passes[shape] = GraphedPasses(self, batch)
         return self.passes[shape]
 
-    def compute(self, inputs: dict[str, Tensor]) -> Tensor:
+    def run_eager(self, inputs: dict[str, Tensor]) -> Tensor:
         packed = {}
         if "cu_seq_lens_q" in inputs:
             tokens = inputs["input_ids"].shape[1]
             packed = {"cu_seq_lens_k": inputs["cu_seq_lens_q"], "max_length_q": tokens, "max_length_k": tokens}
-        return self.as_is(**inputs, **packed, attention_mask=NO_MASK, use_cache=False).last_hidden_state
+        return self.eager_forward(**inputs, **packed, attention_mask=NO_MASK, use_cache=False).last_hidden_state
 
-    def hand_out_grads(self) -> None:
+    def assign_grads(self) -> None:
         if self.parameters[0].grad is None:
-            self.all_grads.zero_()
+            self.flat_grads.zero_()
             for parameter, grad in zip(self.parameters, self.grads, strict=True):
                 parameter.grad = grad
 
@@ -118,57 +120,57 @@ class GraphedPasses:
 
     def __init__(self, model: GraphedModel, batch: dict[str, Tensor]):
         self.model = model
-        self.inputs = padded(batch)
+        self.inputs = pad_batch(batch)
         device = batch["input_ids"].device
         with torch.random.fork_rng(devices=[device]):
             # Once as it is: kernels are compiled, and libraries make ready what cannot be made while recording.
             aside = torch.cuda.Stream(device)
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
-                hidden = model.compute(self.inputs)
+                hidden = model.run_eager(self.inputs)
                 torch.autograd.grad(hidden, model.parameters, torch.zeros_like(hidden))
                 del hidden
             torch.cuda.current_stream(device).wait_stream(aside)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads (the loader's) may go on calling CUDA meanwhile.
-        record = {"pool": model.memory, "capture_error_mode": "thread_local"}
+        record = {"pool": model.memory_pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **record):
-            hidden = model.compute(self.inputs)
+            hidden = model.run_eager(self.inputs)
         self.hidden, self.grad = hidden.detach(), torch.empty_like(hidden)
         with torch.cuda.graph(self.backward, **record):
             grads = torch.autograd.grad(hidden, model.parameters, self.grad)
             torch._foreach_add_(model.grads, grads)
         # What the forward pass keeps for the backward pass is free again for the next shape: two never run at once.
 
-    def fill(self, batch: dict[str, Tensor]) -> None:
+    def copy_inputs(self, batch: dict[str, Tensor]) -> None:
         # Behind them stays what an earlier batch left: no real token looks there, and nothing of it is supervised.
         for name, tensor in batch.items():
             self.inputs[name][..., : tensor.shape[-1]].copy_(tensor)
 
 
-class Replay(torch.autograd.Function):
+class ReplayGraphs(torch.autograd.Function):
     """Runs the recorded passes in autograd's place; `parameter` is one that is trained, so that backward is called."""
 
     @staticmethod
     def forward(ctx, passes: GraphedPasses, batch: dict[str, Tensor], parameter: nn.Parameter) -> Tensor:
         ctx.passes = passes
-        passes.fill(batch)
+        passes.copy_inputs(batch)
         passes.forward.replay()
         return passes.hidden.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
-        ctx.passes.model.hand_out_grads()
+        ctx.passes.model.assign_grads()
         ctx.passes.grad.copy_(grad)
         ctx.passes.backward.replay()
         return None, None, None
 
 
 def padded_length(batch: dict[str, Tensor]) -> int:
-    return -(-batch["input_ids"].shape[1] // MULTIPLE) * MULTIPLE
+    return -(-batch["input_ids"].shape[1] // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def pad_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy of the batch, padded on the right; of packed rows what is added is one row more."""
     tokens = padded_length(batch)
     copies = {}

@@ -16,9 +16,9 @@ except ImportError:
     triton = tl = None
 
 
-def has_kernel(tensor: Tensor) -> bool:
+def runs_triton(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-def widen(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

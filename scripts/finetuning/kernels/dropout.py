@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from finetuning.kernels.dispatch import has_kernel, tl, triton
+from finetuning.kernels.dispatch import runs_triton, tl, triton
 
 MIX = 0x45D9F3B  # multiplier of Thomas Mueller's 32-bit integer hash
 
 
-def drop(tensor: Tensor, seeds: Tensor, probability: float) -> Tensor:
+def hashed_dropout(tensor: Tensor, seeds: Tensor, probability: float) -> Tensor:
     """Zero each element with `probability` and scale the others by 1 / (1 - probability).
 
     `tensor` is (rows, width), its rows may lie apart (stride (any, 1)). The mask is a hash of the element's row and
     column and two 31-bit `seeds`, so it costs no memory: the same seeds give the same mask in the backward pass.
     """
-    if has_kernel(tensor):
+    if runs_triton(tensor):
         rows, width = tensor.shape
         dropped = tensor.new_empty(rows, width)
         threshold = int(probability * 2**31)
-        drop_kernel[(rows, triton.cdiv(width, 1024))](
+        hashed_dropout_kernel[(rows, triton.cdiv(width, 1024))](
             tensor, seeds, dropped, width, tensor.stride(0), threshold, 1 / (1 - probability), BLOCK=1024
         )
         return dropped
@@ -35,7 +35,7 @@ def drop(tensor: Tensor, seeds: Tensor, probability: float) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def drop_kernel(tensor_ptr, seeds_ptr, dropped_ptr, width, stride, threshold, scale, BLOCK: tl.constexpr):
+    def hashed_dropout_kernel(tensor_ptr, seeds_ptr, dropped_ptr, width, stride, threshold, scale, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width

@@ -6,7 +6,7 @@ Not Liger-Kernel's: the output goes into rows that have room for the low-rank co
 import torch
 from torch import Tensor
 
-from finetuning.kernels.dispatch import has_kernel, tl, triton, widen
+from finetuning.kernels.dispatch import runs_triton, tl, triton, upcast
 
 GELU_TANH = 0.7978845608028654  # sqrt(2 / pi)
 
@@ -16,13 +16,13 @@ def gated_activation(gate_up: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
 
     Written into `out` (rows, width), whose rows may lie apart (stride (any, 1)).
     """
-    if has_kernel(gate_up):
+    if runs_triton(gate_up):
         rows, width = out.shape
         gated_activation_kernel[(rows, triton.cdiv(width, 1024))](
             gate_up, out, width, out.stride(0), IS_GELU=is_gelu, BLOCK=1024
         )
         return out
-    gate, up = widen(gate_up).chunk(2, dim=-1)
+    gate, up = upcast(gate_up).chunk(2, dim=-1)
     if is_gelu:
         activated = 0.5 * gate * (1 + torch.tanh(GELU_TANH * (gate + 0.044715 * gate * gate * gate)))
     else:
@@ -35,14 +35,14 @@ def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out:
 
     The rows of `out` may lie apart (stride (any, 1)).
     """
-    if has_kernel(gate_up):
+    if runs_triton(gate_up):
         rows, width = grad.shape
         activated = torch.empty_like(grad)
         gated_activation_backward_kernel[(rows, triton.cdiv(width, 1024))](
             gate_up, grad, out, activated, width, out.stride(0), IS_GELU=is_gelu, BLOCK=1024
         )
         return activated
-    gate, up = widen(gate_up).chunk(2, dim=-1)
+    gate, up = upcast(gate_up).chunk(2, dim=-1)
     if is_gelu:
         tanh = torch.tanh(GELU_TANH * (gate + 0.044715 * gate * gate * gate))
         activated = 0.5 * gate * (1 + tanh)
@@ -51,7 +51,7 @@ def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out:
         sigmoid = torch.sigmoid(gate)
         activated = gate * sigmoid
         slope = sigmoid * (1 + gate * (1 - sigmoid))
-    wide = widen(grad)
+    wide = upcast(grad)
     out.copy_(torch.cat([wide * up * slope, wide * activated], dim=-1))
     return (activated * up).to(gate_up.dtype)
 

@@ -22,7 +22,7 @@ MORE_THAN_A_PRODUCT = (
 )  # fmt: skip
 
 
-def score_supervised_rows(model: nn.Module) -> None:
+def use_supervised_rows(model: nn.Module) -> None:
     """Let `model(**batch, fused_lm_head=True)` follow the batch's `supervised_rows`, in place.
 
     Call it on the model (inside PEFT's) that TRL's `add_fused_lm_head` has patched; without `supervised_rows` TRL's own
@@ -42,7 +42,7 @@ def score_supervised_rows(model: nn.Module) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, supervised_rows=supervised_rows, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        weight, bias = whole(head.weight), whole(head.bias)
+        weight, bias = full_parameter(head.weight), full_parameter(head.bias)
         with maybe_gather_lm_head_ctx(weight, bias):
             log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden.flatten(0, 1).index_select(0, supervised_rows),
@@ -67,7 +67,7 @@ def score_supervised_rows(model: nn.Module) -> None:
     model.forward = MethodType(forward, model)
 
 
-def whole(parameter: nn.Parameter | None) -> Tensor | None:
+def full_parameter(parameter: nn.Parameter | None) -> Tensor | None:
     """What FSDP2 divides in one piece; its gradient is the mean over all processes, as FSDP2 itself averages.
 
     TRL's `full_tensor()` alone would leave each process with its own gradient of its part.
@@ -75,7 +75,7 @@ def whole(parameter: nn.Parameter | None) -> Tensor | None:
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    together = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if together.requires_grad:
-        together.register_hook(lambda grad: grad / mesh.size())
-    return together
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda grad: grad / mesh.size())
+    return full

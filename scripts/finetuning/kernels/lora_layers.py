@@ -24,7 +24,7 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 
 from finetuning.kernels.gated_mlp import gated_activation, gated_activation_backward
-from finetuning.kernels.lora_projections import Projections, follow_adapters, refresh
+from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward, refresh_stacks
 from finetuning.kernels.rms_norm import rms_norm, rms_norm_backward
 from finetuning.kernels.rotary import split_and_rotate, split_and_rotate_backward
 from finetuning.models.parts import base_model_of
@@ -46,7 +46,7 @@ class NormQkvRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, cos, sin, projections, norm, heads, *adapters):
         ctx.projections, ctx.seeds, ctx.norm = projections, projections.draw_seeds(), norm_arguments(norm)
-        x, wide = projections.new_input(len(hidden))
+        x, wide = projections.allocate_input(len(hidden))
         qkv, x_a = projections.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, wide)
         ctx.save_for_backward(hidden, x_a, cos, sin)
         tokens = cos.shape[1]
@@ -55,11 +55,11 @@ class NormQkvRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_residual, *grad_states):
         hidden, x_a, cos, sin = ctx.saved_tensors
-        grad, wide = ctx.projections.new_grad(len(hidden), ctx.seeds)
+        grad, wide = ctx.projections.allocate_grad(len(hidden), ctx.seeds)
         split_and_rotate_backward(*grad_states, cos, sin, grad)
         needs_grad = ctx.needs_input_grad[0]
         grad_x, grad_a, grads_b = ctx.projections.backward(grad, x_a, ctx.seeds, needs_grad, wide)
-        grad_hidden, x = through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
+        grad_hidden, x = backward_through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
         return grad_hidden, None, None, None, None, None, *ctx.projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
 
 
@@ -89,9 +89,9 @@ class NormMlp(torch.autograd.Function):
     def forward(ctx, hidden, gate_up, down, norm, is_gelu, *adapters):
         ctx.gate_up, ctx.down, ctx.norm, ctx.is_gelu = gate_up, down, norm_arguments(norm), is_gelu
         ctx.seeds = gate_up.draw_seeds(), down.draw_seeds()
-        x, wide = gate_up.new_input(len(hidden))
+        x, wide = gate_up.allocate_input(len(hidden))
         stacked, x_a = gate_up.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds[0], wide)
-        x, wide = down.new_input(len(hidden))
+        x, wide = down.allocate_input(len(hidden))
         y, activated_a = down.forward(gated_activation(stacked, is_gelu, x), ctx.seeds[1], wide)
         ctx.save_for_backward(hidden, x_a, stacked, activated_a)
         return add_residual(y, hidden)
@@ -102,12 +102,12 @@ class NormMlp(torch.autograd.Function):
         gate_up, down, seeds = ctx.gate_up, ctx.down, ctx.seeds
         grad_y = grad_residual.to(stacked.dtype)
         grad_x, grad_a, down_grads_b = down.backward(grad_y, activated_a, seeds[1], True)
-        grad, wide = gate_up.new_grad(len(hidden), seeds[0])
+        grad, wide = gate_up.allocate_grad(len(hidden), seeds[0])
         activated = gated_activation_backward(stacked, grad_x, ctx.is_gelu, grad)
         down_grads = *down.grads_of_a(activated, grad_a, seeds[1]), *down_grads_b
         del grad_x, activated
         grad_x, grad_a, grads_b = gate_up.backward(grad, x_a, seeds[0], ctx.needs_input_grad[0], wide)
-        grad_hidden, x = through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
+        grad_hidden, x = backward_through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
         return grad_hidden, None, None, None, None, *gate_up.grads_of_a(x, grad_a, seeds[0]), *grads_b, *down_grads
 
 
@@ -116,7 +116,7 @@ def norm_arguments(norm: nn.Module) -> tuple[Tensor, float, float]:
     return (norm.weight, 1.0, norm.eps) if isinstance(norm, GemmaRMSNorm) else (norm.weight, 0.0, norm.variance_epsilon)
 
 
-def through_norm(
+def backward_through_norm(
     hidden: Tensor, norm: tuple, grad_x: Tensor | None, grad_residual: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
     """Gradient of `hidden` through the norm and past it (None without `grad_x`), and the norm's output once more."""
@@ -147,10 +147,10 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         supervised_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        if self.fused_qkv.is_divided and past_key_values is None:
+        if self.fused_qkv.is_sharded and past_key_values is None:
             # Here and not before the whole model: this layer's weights have just been gathered.
-            follow_adapters(projections(self))
-        if past_key_values is not None or not self.fused_qkv.in_use:
+            refresh_stacks(projection_stacks(self))
+        if past_key_values is not None or not self.fused_qkv.is_active:
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -211,7 +211,7 @@ class FusedLoraLinear(LoraLinear):
     """A single LoRA layer outside of a decoder, such as one of the vision tower's."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or not self.fused.in_use:
+        if args or kwargs or not self.fused.is_active:
             return super().forward(x, *args, **kwargs)
         with without_autocast(x):
             flat = x.reshape(-1, x.shape[-1]).to(self.fused.dtype)
@@ -221,7 +221,7 @@ class FusedLoraLinear(LoraLinear):
         return y.view(*x.shape[:-1], -1)
 
 
-def projections(layer: FusedDecoderLayer) -> list[Projections]:
+def projection_stacks(layer: FusedDecoderLayer) -> list[ProjectionStack]:
     return [layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down]
 
 
@@ -239,13 +239,13 @@ IS_GELU = {SiLUActivation: False, nn.SiLU: False, GELUTanh: True}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def fuse_lora(model: nn.Module, *, divided: bool = False) -> int:
+def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     """Switch PEFT's LoRA layers of `model` to the fused computation, in place. Returns how many were switched.
 
     What is not plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps PEFT's
     own code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
-    code too. Where weights are `divided`, whole decoder layers must be gathered (ZeRO-3: `divided.gather_whole_layers`;
-    FSDP2: `divided.name_layers`); what is not in a decoder keeps PEFT's code there.
+    code too. Where weights are `sharded`, whole decoder layers must be gathered (ZeRO-3: `deepspeed_zero.all_gather_whole_layers`;
+    FSDP2: `fsdp2.set_wrap_classes`); what is not in a decoder keeps PEFT's code there.
     """
     fused = 0
     decoders = [module for module in model.modules() if type(module) in FUSED_LAYERS]
@@ -258,10 +258,10 @@ def fuse_lora(model: nn.Module, *, divided: bool = False) -> int:
         if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
             continue
         query, key, value, output, gate, up, down = linear_layers
-        layer.fused_qkv = Projections([query, key, value], divided=divided)
-        layer.fused_o = Projections([output], divided=divided)
-        layer.fused_gate_up = Projections([gate, up], divided=divided)
-        layer.fused_down = Projections([down], divided=divided)
+        layer.fused_qkv = ProjectionStack([query, key, value], sharded=sharded)
+        layer.fused_o = ProjectionStack([output], sharded=sharded)
+        layer.fused_gate_up = ProjectionStack([gate, up], sharded=sharded)
+        layer.fused_down = ProjectionStack([down], sharded=sharded)
         layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
         layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
         layer.is_last = index == len(decoders) - 1
@@ -271,13 +271,15 @@ def fuse_lora(model: nn.Module, *, divided: bool = False) -> int:
         id(module) for layer in decoders if isinstance(layer, FusedDecoderLayer) for module in layer.modules()
     }
     for module in model.modules():
-        if type(module) is LoraLinear and id(module) not in in_decoders and is_plain_lora(module) and not divided:
-            module.fused = Projections([module])
+        if type(module) is LoraLinear and id(module) not in in_decoders and is_plain_lora(module) and not sharded:
+            module.fused = ProjectionStack([module])
             module.__class__ = FusedLoraLinear
             fused += 1
-    if fused and not divided:
-        stacks = [value for module in model.modules() for value in vars(module).values() if type(value) is Projections]
-        base_model_of(model).register_forward_pre_hook(partial(refresh, stacks), with_kwargs=True)
+    if fused and not sharded:
+        stacks = [
+            value for module in model.modules() for value in vars(module).values() if type(value) is ProjectionStack
+        ]
+        base_model_of(model).register_forward_pre_hook(partial(refresh_before_forward, stacks), with_kwargs=True)
     return fused
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from finetuning.kernels.dropout import drop
-from finetuning.kernels.nf4 import unpack_4bit
+from finetuning.kernels.dropout import hashed_dropout
+from finetuning.kernels.nf4 import dequantize_4bit
 
 try:
     from bitsandbytes.functional import QuantState, dequantize_blockwise
@@ -16,16 +16,16 @@ except ImportError:
     QuantState = dequantize_blockwise = None
 
 
-class Projections:
+class ProjectionStack:
     """LoRA layers of PEFT that read the same activation, as one product: y = [x, s A x] [W, B]^T, W = [W_1; W_2; ...].
 
     The gradient of x is one product too: [g, g B] [W; s A], where nothing is dropped.
 
     Base weights are stacked in memory once, with columns for B behind them and rows for s A below, and the layers' own
     weights become views of the stack; 4-bit ones are stacked as they are and unpacked in one call at each use, in front of
-    B or above s A. Weights that ZeRO-3 or FSDP2 divides (`divided`) come and go, and are copied there. The adapters are
-    stacked as s A and as B, block-diagonal. What writes x leaves room for s A x behind each row (`new_input`), what writes
-    g for g B (`new_grad`).
+    B or above s A. Weights that ZeRO-3 or FSDP2 divides (`sharded`) come and go, and are copied there. The adapters are
+    stacked as s A and as B, block-diagonal. What writes x leaves room for s A x behind each row (`allocate_input`), what writes
+    g for g B (`allocate_grad`).
 
     One product, because then the sum is rounded to 16 bits once. PEFT adds the low-rank part to a product that is rounded
     already, where most of what is less than half a unit in its last place is lost: at a learning rate of 1.4e-5 and a
@@ -37,7 +37,7 @@ class Projections:
     divided, of each decoder layer.
     """
 
-    def __init__(self, layers: list[nn.Module], *, divided: bool = False):
+    def __init__(self, layers: list[nn.Module], *, sharded: bool = False):
         self.layers = layers
         self.bases = [layer.get_base_layer() for layer in layers]
         self.adapter = layers[0].active_adapters[0]
@@ -54,9 +54,9 @@ class Projections:
         self.is_quantized = hasattr(self.bases[0].weight, "quant_state")
         # FSDP2 makes plain parameters of 4-bit ones, which do not say how they are to be unpacked.
         self.states = [base.weight.quant_state for base in self.bases] if self.is_quantized else []
-        self.is_divided = divided
+        self.is_sharded = sharded
         self.gradient_in_one = True
-        self.in_use = True
+        self.is_active = True
         self.types: tuple | None = None
 
     def adapters(self) -> list[Tensor]:
@@ -71,7 +71,7 @@ class Projections:
         unpack to).
         """
         first = self.layers[0]
-        self.in_use = not first.disable_adapters and not first.merged and first.active_adapters == [self.adapter]
+        self.is_active = not first.disable_adapters and not first.merged and first.active_adapters == [self.adapter]
         self.parameters = self.adapters()
         self.drops = self.dropout > 0 and first.training
         weights = [base.weight for base in self.bases]
@@ -83,21 +83,21 @@ class Projections:
             self.scale = torch.cat([torch.full((rank, 1), s) for rank, s in zip(self.ranks, self.scales, strict=True)])
             self.scale = self.scale.to(types[2])
             self.joined, self.stacked = None, []
-            self.hold_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=types[2]))
-        if self.is_divided:
+            self.bind_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=types[2]))
+        if self.is_sharded:
             return
         if self.is_quantized:
             self.stack_quantized(weights)
         else:
             self.stack_weights(weights, joins=self.dtype == own_dtype)
 
-    def hold_b(self, b: Tensor) -> None:
+    def bind_b(self, b: Tensor) -> None:
         self.b = b
         self.copies = [*self.a.split(self.ranks), *(b[place] for place in self.diagonal)]
         if self.is_batch:
             layers = len(self.layers)
             blocks = b.unflatten(0, (layers, -1)).unflatten(2, (layers, -1))
-            self.each_b = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (layers, out, rank)
+            self.b_per_layer = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (layers, out, rank)
 
     def stack_weights(self, weights: list[nn.Parameter], *, joins: bool) -> None:
         if self.stacked and all(map(Tensor.is_set_to, weights, self.stacked)):
@@ -105,10 +105,10 @@ class Projections:
         # First use, or somebody moved or replaced the weights.
         if joins:
             rows = sum(self.sizes)
-            self.joined = self.new_rows(rows + sum(self.ranks), self.in_features)
+            self.joined = self.allocate_rows(rows + sum(self.ranks), self.in_features)
             self.stack, b = self.joined[:rows].split([self.in_features, sum(self.ranks)], 1)
             torch.cat([weight.data for weight in weights], out=self.stack)
-            self.hold_b(b.zero_())
+            self.bind_b(b.zero_())
         else:
             self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
         # Each a storage of its own: transformers, saving a merged model, cannot compare rows that lie apart in a shared one.
@@ -125,14 +125,14 @@ class Projections:
         # Scales that are quantised too stay so where blocks of them end with a weight, as they do at every real size.
         if first.nested and any(length % first.state2.blocksize for length in self.lengths[:-1]):
             for state in states:
-                state.absmax = scales_of(state)
+                state.absmax = block_scales(state)
                 state.nested, state.state2, state.offset = False, None, None
         of_scales = [state.state2 for state in states] if first.nested else []
         # One memory for the stack and for the weights, so that none is added.
-        self.stack = in_one([weight.data for weight in weights], weights, "data")
-        self.absmax = in_one([state.absmax for state in states], states, "absmax")
+        self.stack = concatenate_and_rebind([weight.data for weight in weights], weights, "data")
+        self.absmax = concatenate_and_rebind([state.absmax for state in states], states, "absmax")
         if of_scales:
-            in_one_of_scales = in_one([state.absmax for state in of_scales], of_scales, "absmax")
+            in_one_of_scales = concatenate_and_rebind([state.absmax for state in of_scales], of_scales, "absmax")
             self.state_of_scales = QuantState(
                 in_one_of_scales, code=of_scales[0].code, blocksize=of_scales[0].blocksize, dtype=of_scales[0].dtype
             )
@@ -149,54 +149,54 @@ class Projections:
         """Numbers from one row to the next, of `width` and the low-rank ones: products are fast at multiples of 64."""
         return -(-(width + sum(self.ranks)) // 64) * 64
 
-    def new_rows(self, rows: int, width: int) -> Tensor:
+    def allocate_rows(self, rows: int, width: int) -> Tensor:
         """Memory for (rows, width + sum of ranks)."""
         # oneDNN's AMX kernels read what lies behind a row, times zero, which is NaN if that is.
         allocate = self.a.new_empty if self.a.is_cuda else self.a.new_zeros
         return allocate(rows, self.row_length(width))[:, : width + sum(self.ranks)]
 
-    def new_input(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def allocate_input(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Memory for x (tokens, in), and the same with room behind its rows, (tokens, in + sum of ranks)."""
-        wide = self.new_rows(tokens, self.in_features)
+        wide = self.allocate_rows(tokens, self.in_features)
         return wide[:, : self.in_features], wide
 
-    def side_by_side(self, first: Tensor, low_rank: Tensor) -> Tensor:
+    def concatenate_low_rank(self, first: Tensor, low_rank: Tensor) -> Tensor:
         """A copy of both, (tokens, width + sum of ranks)."""
         rows, width = first.shape
         if self.row_length(width) == width + sum(self.ranks):
             return torch.cat([first, low_rank], dim=1)  # in half the time of two copies
-        wide = self.new_rows(rows, width)
+        wide = self.allocate_rows(rows, width)
         wide[:, :width], wide[:, width:] = first, low_rank
         return wide
 
-    def has_one_product(self, seeds: Tensor | None) -> bool:
+    def gradient_is_one_product(self, seeds: Tensor | None) -> bool:
         """Whether the gradient of x is one product."""
         return self.gradient_in_one and seeds is None
 
-    def new_grad(self, tokens: int, seeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def allocate_grad(self, tokens: int, seeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Memory for the gradient of y (tokens, sum of out), and the same with room, where x's will be one product."""
-        if not self.has_one_product(seeds):
+        if not self.gradient_is_one_product(seeds):
             return self.a.new_empty(tokens, sum(self.sizes)), None
-        wide = self.new_rows(tokens, sum(self.sizes))
+        wide = self.allocate_rows(tokens, sum(self.sizes))
         return wide[:, : sum(self.sizes)], wide
 
     def write_weight(self, rows: Tensor) -> None:
         """Stacked base weights into `rows` (sum of out, in), which may lie apart."""
-        if self.is_divided and self.is_quantized:
+        if self.is_sharded and self.is_quantized:
             for part, base, state in zip(rows.split(self.sizes), self.bases, self.states, strict=True):
-                unpack_4bit(base.weight.detach(), scales_of(state), state.code, state.blocksize, part)
-        elif self.is_divided:
+                dequantize_4bit(base.weight.detach(), block_scales(state), state.code, state.blocksize, part)
+        elif self.is_sharded:
             for part, base in zip(rows.split(self.sizes), self.bases, strict=True):
                 part.copy_(base.weight.detach())
         elif self.is_quantized:
             state = self.states[0]
-            unpack_4bit(self.stack, self.scales_of_blocks(), state.code, state.blocksize, rows)
+            dequantize_4bit(self.stack, self.scales_of_blocks(), state.code, state.blocksize, rows)
         else:
             rows.copy_(self.stack)
 
     def weight(self) -> Tensor:
         """Stacked base weights, (sum of out, in)."""
-        if not self.is_quantized and not self.is_divided:
+        if not self.is_quantized and not self.is_sharded:
             return self.stack.to(self.dtype)
         weight = self.a.new_empty(sum(self.sizes), self.in_features)
         self.write_weight(weight)
@@ -206,7 +206,7 @@ class Projections:
         """[W, B], (sum of out, in + sum of ranks): kept where the weights are in the products' type, else made anew."""
         if self.joined is not None:
             return self.joined[: sum(self.sizes)]
-        joined = self.new_rows(sum(self.sizes), self.in_features)
+        joined = self.allocate_rows(sum(self.sizes), self.in_features)
         weight, b = joined.split([self.in_features, sum(self.ranks)], 1)
         self.write_weight(weight)
         b.copy_(self.b)
@@ -233,11 +233,11 @@ class Projections:
     def forward(self, x: Tensor, seeds: Tensor | None, wide: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (tokens, in) -> y (tokens, sum of out), and x_a = s A x (tokens, sum of ranks).
 
-        `wide` is what `new_input` gave with x; without it x is copied.
+        `wide` is what `allocate_input` gave with x; without it x is copied.
         """
-        x_a = torch.mm(x if seeds is None else drop(x, seeds, self.dropout), self.a.T)
+        x_a = torch.mm(x if seeds is None else hashed_dropout(x, seeds, self.dropout), self.a.T)
         if wide is None:
-            wide = self.side_by_side(x, x_a)
+            wide = self.concatenate_low_rank(x, x_a)
         else:
             wide[:, self.in_features :] = x_a
         return torch.mm(wide, self.weight_and_b().T), x_a
@@ -247,20 +247,20 @@ class Projections:
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Gradient of x (None when nothing below is trained), of x_a, and of every B.
 
-        `wide` is what `new_grad` gave with grad; without it grad is copied, where that is less than x to write twice.
+        `wide` is what `allocate_grad` gave with grad; without it grad is copied, where that is less than x to write twice.
         """
         grads_b = self.grads_of_b(grad, x_a)
         room = grad.new_empty(len(grad), sum(self.ranks)) if wide is None else wide[:, grad.shape[1] :]
         grad_a = self.grad_of_x_a(grad, room)
         if not needs_grad:
             return None, grad_a, grads_b
-        if wide is None and grad.shape[1] < self.in_features and self.has_one_product(seeds):
-            wide = self.side_by_side(grad, grad_a)
+        if wide is None and grad.shape[1] < self.in_features and self.gradient_is_one_product(seeds):
+            wide = self.concatenate_low_rank(grad, grad_a)
         if wide is not None:
             return torch.mm(wide, self.weight_and_a()), grad_a, grads_b
         grad_x = torch.mm(grad_a, self.a)
         if seeds is not None:
-            grad_x = drop(grad_x, seeds, self.dropout)
+            grad_x = hashed_dropout(grad_x, seeds, self.dropout)
         return self.add_transposed_product(grad_x, grad), grad_a, grads_b
 
     def by_layer(self, stacked: Tensor) -> Tensor:
@@ -270,28 +270,28 @@ class Projections:
     def grad_of_x_a(self, grad: Tensor, out: Tensor) -> Tensor:
         """g B, written into `out` (tokens, sum of ranks)."""
         if self.is_batch:
-            torch.bmm(self.by_layer(grad), self.each_b, out=self.by_layer(out))
+            torch.bmm(self.by_layer(grad), self.b_per_layer, out=self.by_layer(out))
             return out
         return torch.mm(grad, self.b, out=out)
 
     def grads_of_b(self, grad: Tensor, x_a: Tensor) -> list[Tensor]:
         dtype = self.parameters[-1].dtype
         if self.is_batch:
-            return list(product(self.by_layer(grad).transpose(1, 2), self.by_layer(x_a), dtype))
-        whole = product(grad.T, x_a, dtype)
+            return list(matmul_to_dtype(self.by_layer(grad).transpose(1, 2), self.by_layer(x_a), dtype))
+        whole = matmul_to_dtype(grad.T, x_a, dtype)
         return [whole[place] for place in self.diagonal]
 
     def grads_of_a(self, x: Tensor, grad_a: Tensor, seeds: Tensor | None) -> tuple[Tensor, ...]:
-        dropped = x if seeds is None else drop(x, seeds, self.dropout)
-        return product(grad_a.T, dropped, self.parameters[0].dtype).mul_(self.scale).split(self.ranks)
+        dropped = x if seeds is None else hashed_dropout(x, seeds, self.dropout)
+        return matmul_to_dtype(grad_a.T, dropped, self.parameters[0].dtype).mul_(self.scale).split(self.ranks)
 
 
-def scales_of(state: "QuantState") -> Tensor:
+def block_scales(state: "QuantState") -> Tensor:
     """Of the blocks of one 4-bit weight."""
     return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul_to_dtype(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrix product, or a batch of them, whose sums are rounded to `dtype`: on a GPU once, without a pass to widen them."""
     multiply = torch.mm if left.dim() == 2 else torch.bmm
     if left.is_cuda and left.dtype != dtype:
@@ -299,7 +299,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return multiply(left, right).to(dtype)
 
 
-def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
+def concatenate_and_rebind(parts: list[Tensor], owners: list, name: str) -> Tensor:
     """The parts one after the other in one tensor; `name` of each owner becomes its part of it."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     for owner, part in zip(owners, whole.split([len(part) for part in parts]), strict=True):
@@ -307,16 +307,16 @@ def in_one(parts: list[Tensor], owners: list, name: str) -> Tensor:
     return whole
 
 
-def refresh(stacks: list[Projections], model: nn.Module, args: tuple, kwargs: dict) -> None:
+def refresh_before_forward(stacks: list[ProjectionStack], model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before each pass: the adapters' 16-bit copies follow the fp32 masters, all of them in a few launches."""
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         return  # a next token of a generation: nothing was trained since the prompt
-    follow_adapters(stacks)
+    refresh_stacks(stacks)
 
 
 @torch.no_grad()
-def follow_adapters(stacks: list[Projections]) -> None:
+def refresh_stacks(stacks: list[ProjectionStack]) -> None:
     device_type = stacks[0].bases[0].weight.device.type
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     for stack in stacks:

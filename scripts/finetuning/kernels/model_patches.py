@@ -23,7 +23,7 @@ def ignore_right_padding(model: nn.Module) -> None:
     base_model = base_model_of(model)
     language_model = getattr(base_model.model, "language_model", base_model.model)
 
-    def drop_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def replace_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2
         packed = mask is None and module.config._attn_implementation == packed_attention.NAME
@@ -31,15 +31,15 @@ def ignore_right_padding(model: nn.Module) -> None:
             kwargs["attention_mask"] = NO_MASK
         return args, kwargs
 
-    def show_no_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def remove_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
         if mask is not None and not mask.numel():  # it, or a copy: FSDP2 moves what a layer is given to its GPU
             kwargs["attention_mask"] = None
         return args, kwargs
 
-    language_model.register_forward_pre_hook(drop_mask, with_kwargs=True)
+    language_model.register_forward_pre_hook(replace_mask, with_kwargs=True)
     for layer in language_model.layers:
-        layer.register_forward_pre_hook(show_no_mask, with_kwargs=True)
+        layer.register_forward_pre_hook(remove_mask, with_kwargs=True)
 
 
 def count_image_tokens_once(model: nn.Module) -> None:

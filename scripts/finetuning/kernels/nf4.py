@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-from finetuning.kernels.dispatch import has_kernel, tl, triton
+from finetuning.kernels.dispatch import runs_triton, tl, triton
 
 
-def unpack_4bit(packed: Tensor, scales: Tensor, code: Tensor, block_size: int, out: Tensor) -> Tensor:
+def dequantize_4bit(packed: Tensor, scales: Tensor, code: Tensor, block_size: int, out: Tensor) -> Tensor:
     """bitsandbytes' 4-bit numbers, two a byte, the first in the upper half -> `out` (rows, even width).
 
     Number i is code[...] (16 values) * scales[i // block_size]. The rows of `out` may lie apart (stride (any, 1)), which
     bitsandbytes' own kernel cannot do; its values are these.
     """
     packed = packed.flatten().view(torch.uint8)
-    if has_kernel(packed):
+    if runs_triton(packed):
         rows, width = out.shape
-        unpack_4bit_kernel[(rows, triton.cdiv(width, 2048))](
+        dequantize_4bit_kernel[(rows, triton.cdiv(width, 2048))](
             packed, scales, code, out, width, out.stride(0), BLOCK_SIZE=block_size, BLOCK=1024
         )
         return out
@@ -26,7 +26,7 @@ def unpack_4bit(packed: Tensor, scales: Tensor, code: Tensor, block_size: int, o
 if triton is not None:
 
     @triton.jit
-    def unpack_4bit_kernel(
+    def dequantize_4bit_kernel(
         packed_ptr, scales_ptr, code_ptr, out_ptr, width, out_stride, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from finetuning.kernels.dispatch import has_kernel, tl, triton
+from finetuning.kernels.dispatch import runs_triton, tl, triton
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
@@ -11,7 +11,7 @@ def quick_gelu(hidden: Tensor) -> Tensor:
 
     No gradient passes: it is for a vision tower that is frozen.
     """
-    if has_kernel(hidden):
+    if runs_triton(hidden):
         hidden = hidden.contiguous()
         activated = torch.empty_like(hidden)
         quick_gelu_kernel[(triton.cdiv(hidden.numel(), 2048),)](hidden, activated, hidden.numel(), BLOCK=2048)

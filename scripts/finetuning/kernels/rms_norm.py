@@ -6,7 +6,7 @@ Not Liger-Kernel's: the output goes into rows that have room for the low-rank co
 import torch
 from torch import Tensor
 
-from finetuning.kernels.dispatch import has_kernel, tl, triton, widen
+from finetuning.kernels.dispatch import runs_triton, tl, triton, upcast
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, out: Tensor) -> Tensor:
@@ -14,21 +14,21 @@ def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, out: Ten
 
     Written into `out` of the same shape, whose rows may lie apart (stride (any, 1)), in its type.
     """
-    if has_kernel(hidden):
+    if runs_triton(hidden):
         rows, width = hidden.shape
         block = triton.next_power_of_2(width)
         rms_norm_kernel[(rows,)](hidden, weight, out, width, out.stride(0), offset, eps, BLOCK=block, num_warps=8)
         return out
-    wide = widen(hidden)
+    wide = upcast(hidden)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return out.copy_(normed * (offset + widen(weight)))
+    return out.copy_(normed * (offset + upcast(weight)))
 
 
 def rms_norm_backward(
     hidden: Tensor, weight: Tensor, offset: float, eps: float, grad: Tensor, grad_residual: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `hidden` through the norm and past it, and the norm's output once more (in the type of `grad`)."""
-    if has_kernel(hidden):
+    if runs_triton(hidden):
         rows, width = hidden.shape
         grad_hidden, normed = torch.empty_like(hidden), torch.empty_like(grad)
         rms_norm_backward_kernel[(rows,)](
@@ -36,13 +36,13 @@ def rms_norm_backward(
             BLOCK=triton.next_power_of_2(width), num_warps=8,
         )  # fmt: skip
         return grad_hidden, normed
-    wide = widen(hidden)
-    scale = offset + widen(weight)
+    wide = upcast(hidden)
+    scale = offset + upcast(weight)
     inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed = wide * inverse_rms
-    scaled = widen(grad) * scale
+    scaled = upcast(grad) * scale
     through = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return (through + widen(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
+    return (through + upcast(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
 
 
 if triton is not None:

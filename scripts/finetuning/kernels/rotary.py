@@ -6,7 +6,7 @@ Not Liger-Kernel's: the output goes into rows that have room for the low-rank co
 import torch
 from torch import Tensor
 
-from finetuning.kernels.dispatch import has_kernel, tl, triton, widen
+from finetuning.kernels.dispatch import runs_triton, tl, triton, upcast
 
 
 def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,15 +17,15 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, in
     batch, tokens, _ = qkv.shape
     num_heads, num_kv_heads = heads
     width = cos.shape[-1]
-    if has_kernel(qkv):
+    if runs_triton(qkv):
         query = qkv.new_empty(batch, tokens, num_heads, width)
         key, value = (qkv.new_empty(batch, tokens, num_kv_heads, width) for _ in range(2))
         launch_rotate(qkv.view(batch * tokens, -1), query, key, value, cos, sin, backward=False)
         return query, key, value
     stacked = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, width))
-    first, second = widen(stacked[:, :, : num_heads + num_kv_heads]).chunk(2, dim=-1)
-    cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
-    sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
+    first, second = upcast(stacked[:, :, : num_heads + num_kv_heads]).chunk(2, dim=-1)
+    cos_first, cos_second = upcast(cos)[:, :, None].chunk(2, dim=-1)
+    sin_first, sin_second = upcast(sin)[:, :, None].chunk(2, dim=-1)
     turned = [first * cos_first - second * sin_first, second * cos_second + first * sin_second]
     query, key = torch.cat(turned, dim=-1).to(qkv.dtype).split(heads, dim=2)
     return query, key, stacked[:, :, num_heads + num_kv_heads :].contiguous()
@@ -36,12 +36,12 @@ def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Te
 
     `out` is (batch * tokens, q + k + v); its rows may lie apart (stride (any, 1)).
     """
-    if has_kernel(query):
+    if runs_triton(query):
         launch_rotate(out, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, backward=True)
         return
-    first, second = widen(torch.cat([query, key], dim=2)).chunk(2, dim=-1)
-    cos_first, cos_second = widen(cos)[:, :, None].chunk(2, dim=-1)
-    sin_first, sin_second = widen(sin)[:, :, None].chunk(2, dim=-1)
+    first, second = upcast(torch.cat([query, key], dim=2)).chunk(2, dim=-1)
+    cos_first, cos_second = upcast(cos)[:, :, None].chunk(2, dim=-1)
+    sin_first, sin_second = upcast(sin)[:, :, None].chunk(2, dim=-1)
     turned = [first * cos_first + second * sin_second, second * cos_second - first * sin_first]
     out.copy_(torch.cat([torch.cat(turned, dim=-1).to(query.dtype), value], dim=2).flatten(0, 1).flatten(1))
 

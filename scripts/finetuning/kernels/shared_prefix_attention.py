@@ -17,7 +17,7 @@ if is_torch_flex_attn_available():
 NAME = "shared_prefix"
 
 
-def share_prefix(model: nn.Module) -> None:
+def enable_shared_prefix(model: nn.Module) -> None:
     """Let the language model of `model` read `branch_ids` and, where it is given, `prefix_length`.
 
     Works with eager, sdpa and flex_attention. Raises ValueError for another attention, which takes no mask.
@@ -33,10 +33,10 @@ def share_prefix(model: nn.Module) -> None:
         AttentionInterface.register(NAME, shared_prefix_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         language_model.set_attn_implementation(NAME)
-    language_model.register_forward_pre_hook(mask_branches, with_kwargs=True)
+    language_model.register_forward_pre_hook(mask_branches_hook, with_kwargs=True)
 
 
-def mask_branches(language_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def mask_branches_hook(language_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     branch_ids = kwargs.pop("branch_ids", None)
     if branch_ids is not None:
         attention = language_model.config._attn_implementation
@@ -56,7 +56,7 @@ def shared_prefix_attention(
     """sdpa; with `prefix_length` the prefix's keys need no mask, and only the rest, a tenth of a sequence, has one."""
     if prefix_length is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if merges(query, key, value, **kwargs):
+    if can_merge_attention(query, key, value, **kwargs):
         of_rest = attention_mask[:, :, prefix_length:, prefix_length:]
         # Not -inf, which cuDNN takes badly; exp() of it is 0 all the same.
         bias = torch.where(of_rest, 0.0, -65504.0).to(query.dtype)
@@ -68,7 +68,7 @@ def shared_prefix_attention(
     return torch.cat([prefix, rest], dim=1), None
 
 
-def merges(
+def can_merge_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, softcap: float | None = None, **kwargs
 ) -> bool:
     """Whether `MergedAttention` can compute this: where torch itself takes cuDNN (Hopper on, 16 bits), or on a CPU."""
@@ -93,32 +93,34 @@ class MergedAttention(torch.autograd.Function):
     def forward(
         ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, length: int, scale: float | None
     ) -> Tensor:
-        out, log_sum = attend(query, key[:, :, :length], value[:, :, :length], None, scale)
-        rest_out, rest_log_sum = attend(*(state[:, :, length:] for state in (query, key, value)), bias, scale)
-        prefix_out, prefix_log_sum = out[:, :, length:], log_sum[:, :, length:]
-        rest_share = torch.sigmoid(rest_log_sum - prefix_log_sum).view(*rest_out.shape[:3], 1)
+        out, logsumexp = attention_with_logsumexp(query, key[:, :, :length], value[:, :, :length], None, scale)
+        rest_out, rest_logsumexp = attention_with_logsumexp(
+            *(state[:, :, length:] for state in (query, key, value)), bias, scale
+        )
+        prefix_out, prefix_logsumexp = out[:, :, length:], logsumexp[:, :, length:]
+        rest_share = torch.sigmoid(rest_logsumexp - prefix_logsumexp).view(*rest_out.shape[:3], 1)
         torch.addcmul(prefix_out * (1 - rest_share), rest_out, rest_share, out=prefix_out)
-        torch.logaddexp(prefix_log_sum, rest_log_sum, out=prefix_log_sum)
+        torch.logaddexp(prefix_logsumexp, rest_logsumexp, out=prefix_logsumexp)
         attended = out.transpose(1, 2)
-        ctx.save_for_backward(query, key, value, bias, attended, log_sum)
+        ctx.save_for_backward(query, key, value, bias, attended, logsumexp)
         ctx.length, ctx.scale = length, scale
         return attended
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, attended, log_sum = ctx.saved_tensors
+        query, key, value, bias, attended, logsumexp = ctx.saved_tensors
         length, scale = ctx.length, ctx.scale
         out, grad = attended.transpose(1, 2), grad.contiguous().transpose(1, 2)
         of_prefix = key[:, :, :length], value[:, :, :length]
-        grad_query, *prefix_grads = attend_backward(grad, query, *of_prefix, out, log_sum, None, scale)
+        grad_query, *prefix_grads = attention_backward(grad, query, *of_prefix, out, logsumexp, None, scale)
         of_rest = [state[:, :, length:] for state in (grad, query, key, value, out)]
-        rest_log_sum = log_sum[:, :, length:].contiguous()
-        rest_grad_query, *rest_grads = attend_backward(*of_rest, rest_log_sum, bias, scale)
+        rest_logsumexp = logsumexp[:, :, length:].contiguous()
+        rest_grad_query, *rest_grads = attention_backward(*of_rest, rest_logsumexp, bias, scale)
         grad_query[:, :, length:] += rest_grad_query
-        return grad_query, *map(one_after_the_other, prefix_grads, rest_grads), None, None, None
+        return grad_query, *map(concatenate_tokens, prefix_grads, rest_grads), None, None, None
 
 
-def attend(
+def attention_with_logsumexp(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the natural logarithm of the sum of exponentials: (batch, heads, tokens) or, of cuDNN, (..., 1).
@@ -126,38 +128,38 @@ def attend(
     Without `bias` query i sees the keys up to i.
     """
     if query.is_cuda:
-        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, bias, compute_log_sumexp=True, is_causal=bias is None, scale=scale
         )
-        return out, log_sum
+        return out, logsumexp
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, is_causal=bias is None, attn_mask=bias, scale=scale
     )
 
 
-def attend_backward(
+def attention_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    log_sum: Tensor,
+    logsumexp: Tensor,
     bias: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; `out` and `log_sum` may be of more keys than these."""
     if query.is_cuda:
-        no_dropout = log_sum.new_empty((), dtype=torch.int64)  # in place of its seed and offset
+        no_dropout = logsumexp.new_empty((), dtype=torch.int64)  # in place of its seed and offset
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad, query, key, value, out, log_sum, no_dropout, no_dropout, bias, None, None,
+            grad, query, key, value, out, logsumexp, no_dropout, no_dropout, bias, None, None,
             query.shape[2], key.shape[2], 0.0, bias is None, scale=scale,
         )  # fmt: skip
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, log_sum, 0.0, bias is None, attn_mask=bias, scale=scale
+        grad, query, key, value, out, logsumexp, 0.0, bias is None, attn_mask=bias, scale=scale
     )
 
 
-def one_after_the_other(first: Tensor, second: Tensor) -> Tensor:
+def concatenate_tokens(first: Tensor, second: Tensor) -> Tensor:
     """Along the tokens; (batch, tokens, heads, width) in memory, as the layer below reads it."""
     return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=1).transpose(1, 2)
 
@@ -187,7 +189,7 @@ class SplitPrefix(torch.autograd.Function):
         # Attention has just made these two, and nobody else has them.
         key[:, :, : prefix_key.shape[2]] += prefix_key
         value[:, :, : prefix_value.shape[2]] += prefix_value
-        return one_after_the_other(prefix_query, rest_query), key, value, None
+        return concatenate_tokens(prefix_query, rest_query), key, value, None
 
 
 def branch_mask(branch_ids: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":

@@ -190,18 +190,18 @@ def load_base_for_training(
         quantization=quantization,
         attn_implementation=model_args.attn_implementation,
         # bitsandbytes quantises while it loads: straight onto this process's GPU. The trainer moves any other model.
-        device_map=this_device() if quantization is not None else None,
+        device_map=device_map_of_this_process() if quantization is not None else None,
         revision=model_args.model_revision,
     )
 
 
-def this_device() -> dict[str, int | str]:
+def device_map_of_this_process() -> dict[str, int | str]:
     """A device map that puts everything on this process's device."""
     state = PartialState()
     return {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
 
 
-def base_name(name: str) -> str:
+def base_model_name(name: str) -> str:
     """The model itself; of a run's adapter the base that it was trained on, which its `adapter_config.json` names."""
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter else name
@@ -215,7 +215,7 @@ def run_arguments(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_adapter_is_whole(folder: Path, modules_to_save: Sequence[str]) -> None:
+def check_adapter_is_complete(folder: Path, modules_to_save: Sequence[str]) -> None:
     """Raise ValueError if a part that was trained in full is missing from the adapter's file (LLaVA#844).
 
     PEFT would fall back to the base's own part with a warning.
@@ -240,19 +240,19 @@ def load_for_inference(
     """
     folder = Path(name)
     dtype = dtype or inference_dtype()
-    base, arguments = base_name(name), run_arguments(folder)
+    base, arguments = base_model_name(name), run_arguments(folder)
     is_adapter = base != name
     if is_adapter and arguments is None:
         raise ValueError(f"{name}: an adapter without the arguments.yaml that training writes beside it")
     if is_adapter:
-        check_adapter_is_whole(folder, PeftConfig.from_pretrained(name).modules_to_save or [])
+        check_adapter_is_complete(folder, PeftConfig.from_pretrained(name).modules_to_save or [])
     model_args = ModelConfig(**{key: arguments[key] for key in QUANTISATION_KEYS if key in (arguments or {})})
     model_args.load_in_4bit |= load_in_4bit
     model = load_base_model(
         base,
         dtype=dtype,
         quantization=quantization_config(model_args, dtype),
-        device_map=this_device(),
+        device_map=device_map_of_this_process(),
         revision=arguments.get("model_revision", "main") if is_adapter else "main",
     )
     if is_adapter:

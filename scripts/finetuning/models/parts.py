@@ -58,7 +58,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     return {part: dict(count) for part, count in counts.items()}
 
 
-def remember_parameters(module: nn.Module) -> None:
+def cache_named_parameters(module: nn.Module) -> None:
     """Whoever asks for all parameters walks through no modules: DeepSpeed asks several times a step, transformers twice."""
     walk, parameters = module.named_parameters, list(module.named_parameters())
 
@@ -68,7 +68,7 @@ def remember_parameters(module: nn.Module) -> None:
     module.named_parameters = named_parameters
 
 
-def switch_only_on_change(model: nn.Module) -> None:
+def switch_mode_only_on_change(model: nn.Module) -> None:
     """Let `model.train()`, which transformers calls at every step, visit thousands of modules only when it must."""
     switch, switched_to = model.train, None
 

@@ -12,7 +12,7 @@ from finetuning.models.parts import MODULE_OF, count_parameters, part_of, parts_
 from finetuning.strategy import Strategy
 
 
-def without_gradient(name: str, config: PreTrainedConfig) -> bool:
+def gets_no_gradient(name: str, config: PreTrainedConfig) -> bool:
     """Whether the parameter or module lies behind the vision layer that LLaVA reads, so that no gradient reaches it.
 
     LLaVA-1.5 reads `hidden_states[-2]`: the last CLIP block and the final norm see no gradient, and training them
@@ -30,7 +30,9 @@ def without_gradient(name: str, config: PreTrainedConfig) -> bool:
     return "post_layernorm" in name or (layer is not None and int(layer.group(1)) >= deepest)
 
 
-def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
+def set_trainable(
+    model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelConfig
+) -> PreTrainedModel | PeftModel:
     """Freeze, adapt or open each part as the recipe says; trainable weights become fp32 masters.
 
     Under DeepSpeed they keep the type of the base: it holds fp32 masters of its own, and ZeRO-3 cannot gather weights of
@@ -68,11 +70,11 @@ def place(model: PreTrainedModel, script_args: ScriptArguments, model_args: Mode
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[part_of(name)] == "full")
     for name, parameter in model.named_parameters():
-        if without_gradient(name, model.config):
+        if gets_no_gradient(name, model.config):
             parameter.requires_grad_(False)
         if parameter.requires_grad and not deepspeed:
             parameter.data = parameter.data.float()
-    check_placement(model, wanted)
+    check_trainable(model, wanted)
     return model
 
 
@@ -89,7 +91,7 @@ def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] |
         if isinstance(module, nn.Linear)
         and wanted[part_of(name)] == "lora"
         and name != "lm_head"
-        and not without_gradient(name, model.config)
+        and not gets_no_gradient(name, model.config)
     ]
     if suffixes not in (None, "all-linear"):
         suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
@@ -110,7 +112,7 @@ def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] |
     return "|".join(re.escape(pattern).replace(r"\#", r"\d+") for pattern in sorted(patterns))
 
 
-def check_placement(model: nn.Module, wanted: dict[str, str]) -> None:
+def check_trainable(model: nn.Module, wanted: dict[str, str]) -> None:
     """Raise ValueError unless what is trainable is what the recipe says, part by part."""
     problems = []
     for part, count in count_parameters(model).items():
@@ -123,7 +125,7 @@ def check_placement(model: nn.Module, wanted: dict[str, str]) -> None:
         raise ValueError("what would be trained is not what the recipe says: " + "; ".join(problems))
 
 
-def describe_placement(model: nn.Module) -> str:
+def describe_trainable(model: nn.Module) -> str:
     """One line per part and one for all, for people."""
     counts = count_parameters(model)
     lines = [

@@ -21,11 +21,11 @@ from transformers.utils import is_kernels_available
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.data.shared_prefix import uses_shared_prefix
 from finetuning.device import compute_capability, smallest_gpu, weight_dtype
-from finetuning.distributed.deepspeed_zero import weights_were_divided
+from finetuning.distributed.deepspeed_zero import weights_were_sharded
 from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
 from finetuning.models.loading import is_vision
 from finetuning.models.parts import count_parameters
-from finetuning.models.trainable import place
+from finetuning.models.trainable import set_trainable
 from finetuning.preflight.memory import Job, bytes_of_optimizer, count_numbers, memory_problems
 from finetuning.strategy import CONFIGS, Strategy
 
@@ -359,7 +359,7 @@ def place_without_weights(
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would divide even these weights, which do not exist
     try:
         with torch.device("meta"):
-            return place(auto_class.from_config(config), script_args, model_args)
+            return set_trainable(auto_class.from_config(config), script_args, model_args)
     finally:
         if training_args.deepspeed_plugin is not None:
             training_args.deepspeed_plugin.set_deepspeed_weakref()
@@ -431,7 +431,7 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
     began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
     if began != how.layout:
         return [f"it was written under {began}, this launch is {how.layout}: its optimizer state is laid out otherwise"]
-    was_divided = weights_were_divided(checkpoint)
+    was_divided = weights_were_sharded(checkpoint)
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
     offloads = "weights" in how.offloads
     divides = how.shards_weights and (offloads or not may_gather)

@@ -4,7 +4,7 @@ from torch import nn
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.distributed.deepspeed_zero import set_up_deepspeed
-from finetuning.distributed.fsdp2 import name_layers
+from finetuning.distributed.fsdp2 import set_wrap_classes
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import (
@@ -12,16 +12,16 @@ from finetuning.kernels.model_patches import (
     ignore_right_padding,
     vision_tower_without_autocast,
 )
-from finetuning.kernels.shared_prefix_attention import share_prefix
+from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.strategy import Strategy
 
 
-def speed_up(
+def prepare_model(
     model: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, *, shares_prefix: bool = False
 ) -> str:
     """Fused LoRA, FP8 and the shared prefix, as the recipe says. One line for people."""
-    fused = fuse_lora(model, divided=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
-    name_layers(model)
+    fused = fuse_lora(model, sharded=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
+    set_wrap_classes(model)
     in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision == "fp8_backward" else 0
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
@@ -29,7 +29,7 @@ def speed_up(
     vision_tower_without_autocast(model)
     count_image_tokens_once(model)
     if shares_prefix:
-        share_prefix(model)
+        enable_shared_prefix(model)
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
     passed = f"; gradients pass through the weights of {in_fp8} layers in FP8" if in_fp8 else ""
     return f"  {fused} LoRA layers computed in one piece{passed}{shared}"

@@ -16,14 +16,14 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from finetuning import tracking, upstream
 from finetuning.data.collator import CollateSupervisedRows
-from finetuning.distributed.barrier import no_time_out
-from finetuning.distributed.deepspeed_zero import end_steps_in_few_launches, refuse_other_layout
-from finetuning.distributed.fsdp2 import keep_exact
-from finetuning.distributed.full_weights import trained_weights
+from finetuning.distributed.barrier import barriers_without_timeout
+from finetuning.distributed.deepspeed_zero import refuse_other_sharding, shorten_optimizer_step
+from finetuning.distributed.fsdp2 import keep_fp32_reductions
+from finetuning.distributed.full_weights import full_trained_weights
 from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
-from finetuning.kernels.linear_cross_entropy import score_supervised_rows
-from finetuning.models.parts import base_model_of, remember_parameters, switch_only_on_change
+from finetuning.kernels.linear_cross_entropy import use_supervised_rows
+from finetuning.models.parts import base_model_of, cache_named_parameters, switch_mode_only_on_change
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.checkpoints import InterruptibleTrainer
@@ -88,17 +88,17 @@ class FineTuningTrainer(InterruptibleTrainer):
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-        with no_time_out():  # the first process tokenises text, and the others then read what it stored
+        with barriers_without_timeout():  # the first process tokenises text, and the others then read what it stored
             super().__init__(*args, **kwargs)
         for name, parameter in model.named_parameters():
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
         if self.accelerator.is_fsdp2:
             quantised = getattr(base_model_of(model), "is_loaded_in_4bit", False)
-            keep_exact(self.accelerator.state.fsdp_plugin, quantised=quantised)
+            keep_fp32_reductions(self.accelerator.state.fsdp_plugin, quantised=quantised)
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
-        score_supervised_rows(base_model_of(model))
+        use_supervised_rows(base_model_of(model))
         self._on_its_way: deque[Watched] = deque()
         self._arrived: list[list[float]] = []
         self.questions = questions
@@ -111,13 +111,13 @@ class FineTuningTrainer(InterruptibleTrainer):
             self.add_callback(CudaGraphs(self))
         self.add_callback(SpareTheHost(self))
         self._num_weights: int | None = None
-        switch_only_on_change(model)
+        switch_mode_only_on_change(model)
         self._start_interval()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint is not None:
             if self.args.deepspeed_plugin is not None:
-                refuse_other_layout(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
+                refuse_other_sharding(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
             # TRL would count tokens from zero again.
             history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
             self._total_train_tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
@@ -314,7 +314,7 @@ class FineTuningTrainer(InterruptibleTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and not self.strategy.replicates:
-            self._save(output_dir, state_dict=trained_weights(self.model))
+            self._save(output_dir, state_dict=full_trained_weights(self.model))
         elif self.accelerator.is_fsdp2 and not _internal_call:
             # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
             # Gathered, a head that is tied to the embeddings is a copy of them: it is left out as everywhere else.
@@ -338,6 +338,6 @@ class SpareTheHost(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         # Now, because until here a checkpoint may have been read. FSDP2 replaces its parameters as it goes.
         if self.trainer.strategy.replicates:
-            remember_parameters(self.trainer.model_wrapped)
+            cache_named_parameters(self.trainer.model_wrapped)
         elif self.trainer.strategy.is_deepspeed:
-            end_steps_in_few_launches(self.trainer.model_wrapped)
+            shorten_optimizer_step(self.trainer.model_wrapped)
