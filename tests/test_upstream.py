@@ -1,8 +1,5 @@
 """Each change to another library is noticed when its name goes, and saves what it is there for."""
 
-from importlib import import_module
-from types import ModuleType
-
 import pytest
 from conftest import ROOT
 
@@ -31,18 +28,9 @@ def entries(monkeypatch):
     return of
 
 
-def resolve(path: str) -> ModuleType | type:
-    """The module or class at a dotted path."""
-    try:
-        return import_module(path)
-    except ModuleNotFoundError:
-        module, _, name = path.rpartition(".")
-        return getattr(resolve(module), name)
-
-
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.owner.rpartition('.')[2]}.{entry.name}")
 def test_every_name_is_there_and_takes_what_was_tested(entry):
-    upstream.check(entry, resolve(entry.owner))
+    upstream.check(entry, upstream.resolve(entry.owner))
 
 
 def test_tested_versions_are_the_pinned_ones():

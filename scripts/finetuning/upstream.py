@@ -7,8 +7,10 @@ arguments. tests/test_upstream.py shows for each entry what is lost without it.
 """
 
 import inspect
+import re
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,10 +44,13 @@ class Entry(NamedTuple):
         return self.owner.partition(".")[0]
 
 
+MODULE = "torch.nn.modules.module.Module"
+LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
+ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 TRAINER = "transformers.trainer.Trainer"
+CACHE = ("past_key_values", "cache")  # keys and values of earlier tokens: transformers 5.23, 5.24
 DECODER_LAYER = tuple(
-    f"hidden_states, attention_mask, position_ids, {cache}, use_cache, position_embeddings, **kwargs"
-    for cache in ("past_key_values", "cache")  # transformers 5.23, 5.24
+    f"hidden_states, attention_mask, position_ids, {cache}, use_cache, position_embeddings, **kwargs" for cache in CACHE
 )
 
 ENTRIES = [
@@ -68,10 +73,41 @@ ENTRIES = [
     Entry(TRAINER, "evaluate", "asks questions"),
     Entry(TRAINER, "save_model", "saves sharded weights whole"),
     Entry(TRAINER, "create_model_card", "writes none: TRL's is of a model named None"),
-    Entry("torch.nn.modules.module.Module", "train", "visits all modules only when the mode changes", ("mode",)),
-    Entry("torch.nn.modules.module.Module", "named_parameters", "walks through all modules once", (
-        "prefix, recurse, remove_duplicate",
+    # Replaced in training/
+    Entry("transformers.training_args.TrainingArguments", "gradient_checkpointing", "leaves the choice of layers to us"),
+    Entry("transformers.training_args.TrainingArguments", "activation_checkpointing", "its second name"),
+    Entry(LAYER, "gradient_checkpointing", "checkpoints as few layers as fit"),
+    Entry(LAYER, "_gradient_checkpointing_func", "checkpoints without reentrance"),
+    Entry("trl.trainer.sft_trainer.SFTTrainer", "_total_train_tokens", "goes on counting after an interruption"),
+    Entry("torch.utils.data.dataloader.DataLoader", "worker_init_fn", "lets loader workers outlive Slurm's signals"),
+    # models/
+    Entry(MODULE, "train", "visits all modules only when the mode changes", ("mode",)),
+    Entry(MODULE, "named_parameters", "walks through all modules once", ("prefix, recurse, remove_duplicate",)),
+    Entry("transformers.configuration_utils.PreTrainedConfig", "_attn_implementation", "leaves attention to the recipe"),
+    Entry("transformers.core_model_loading", "_weight_conversions", "saves under the class's own names"),
+    Entry("bitsandbytes.nn.modules.Linear4bit", "support_avx512bf16_for_cpu", "keeps 4-bit weights as loaded"),
+    # kernels/
+    Entry("transformers.models.llama.modeling_llama.LlamaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
+    Entry("transformers.models.gemma.modeling_gemma.GemmaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
+    Entry("peft.tuners.lora.layer.Linear", "forward", "fuses LoRA", ("x, *args, **kwargs",)),
+    Entry("torch.Tensor", "data", "stacks weights"),
+    Entry("bitsandbytes.functional.QuantState", "absmax", "stacks 4-bit weights"),
+    Entry("bitsandbytes.functional.QuantState", "nested", "stacks 4-bit weights"),
+    Entry("bitsandbytes.functional.QuantState", "state2", "stacks 4-bit weights"),
+    Entry("bitsandbytes.functional.QuantState", "offset", "stacks 4-bit weights"),
+    Entry(MODULE, "forward", "loss of supervised rows, frozen tower, its activation, CUDA graphs"),
+    Entry("transformers.models.llava.modeling_llava.LlavaModel", "get_placeholder_mask", "counts image tokens once", (
+        "input_ids, inputs_embeds, image_features",
     )),
+    # distributed/
+    Entry("accelerate.state.PartialState", "wait_for_everyone", "waits without a time-out", ("",)),
+    Entry("accelerate.utils.dataclasses.FullyShardedDataParallelPlugin", "mixed_precision_policy", "averages in fp32"),
+    Entry("transformers.modeling_utils.PreTrainedModel", "_no_split_modules", "names what FSDP2 wraps"),
+    Entry("deepspeed.runtime.zero.stage_1_and_2", "is_invalid_grad_norm", "never waits for the norm", ("norm",)),
+    Entry("deepspeed.runtime.zero.stage3", "is_invalid_grad_norm", "never waits for the norm", ("norm",)),
+    Entry(ZERO, "_update_model_bit16_weights", "keeps the views that there are", ("group_index",)),
+    Entry(ZERO, "scaled_global_norm", "computes the norm in one launch, on the GPU", ("norm_type",)),
+    Entry("deepspeed.runtime.engine", "ds_optim_param", "keeps buffers of frozen layers from being sent"),
 ]  # fmt: skip
 
 
@@ -80,22 +116,28 @@ def replace(owner: Any, name: str, new: Any) -> Any:
 
     Raises UpstreamChanged where the name is gone, or a function's arguments are not those that were tested.
     """
-    entry = entry_of(owner, name)
-    check(entry, owner)
-    before = getattr(owner, name)
+    check(entry_of(owner, name), owner)
+    before = getattr(owner, name, None)
     setattr(owner, name, new)
     return before
 
 
+def check_read(owner: str, name: str) -> None:
+    """Raise UpstreamChanged unless the module `owner` still reads the attribute `name`, which we set on its objects."""
+    entry = next(entry for entry in ENTRIES if entry[:2] == (owner, name))
+    check(entry, resolve(owner))
+
+
 def overrides(cls: type) -> type:
-    """Class decorator: what `cls` overrides of a library is there to be overridden.
+    """Class decorator: what `cls`, or a base of ours, overrides of a library is there to be overridden.
 
     Raises UpstreamChanged as `replace` does, and TypeError for an overridden method that ENTRIES lacks.
     """
-    bases = [base for base in cls.__mro__[1:] if base.__module__.partition(".")[0] in TESTED]
+    bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in TESTED]
     owners = {path_of(base) for base in bases}
     entries = {entry.name: entry for entry in ENTRIES if entry.owner in owners}
-    for name, value in vars(cls).items():
+    ours = {name: value for base in cls.__mro__ if base not in bases for name, value in vars(base).items()}
+    for name, value in ours.items():
         if name in entries:
             check(entries[name], bases[0])
         elif inspect.isfunction(value) and not name.endswith("__") and any(name in vars(base) for base in bases):
@@ -120,9 +162,14 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """The cache among the keyword arguments of a model or a layer, under either name; None without one."""
+    return next((arguments[name] for name in CACHE if arguments.get(name) is not None), None)
+
+
 def check(entry: Entry, owner: Any) -> None:
     """Raise UpstreamChanged where `owner` lacks the entry's name, or its arguments are none of those tested."""
-    if not hasattr(owner, entry.name):
+    if not hasattr(owner, entry.name) and not is_in_source(entry):
         raise UpstreamChanged(f"{entry.owner}.{entry.name} is gone. {versions(entry.library)}")
     if entry.arguments:
         found = arguments_of(getattr(owner, entry.name))
@@ -132,6 +179,25 @@ def check(entry: Entry, owner: Any) -> None:
                 f"{versions(entry.library)}"
             )
     warn_if_untested(entry.library)
+
+
+@cache
+def is_in_source(entry: Entry) -> bool:
+    """Whether the owner's source has the name: of an attribute that the library sets later, or only reads."""
+    try:
+        owner = resolve(entry.owner)
+    except (ImportError, AttributeError):
+        return False
+    return re.search(rf"\b{entry.name}\b", inspect.getsource(owner)) is not None
+
+
+def resolve(path: str) -> ModuleType | type:
+    """The module or class at a dotted path. Raises ImportError or AttributeError where there is none."""
+    try:
+        return import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(resolve(module), name) if module else import_module(path)
 
 
 def arguments_of(function: Any) -> str:

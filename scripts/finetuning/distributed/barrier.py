@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from accelerate import PartialState
 
+from finetuning import upstream
+
 BARRIER_NUMBERS = itertools.count()
 
 
@@ -31,8 +33,7 @@ def barriers_without_timeout() -> Iterator[None]:
             time.sleep(0.1)
             arrived = store.add(meeting, 0)
 
-    by_collective = PartialState.wait_for_everyone
-    PartialState.wait_for_everyone = wait_for_everyone
+    by_collective = upstream.replace(PartialState, "wait_for_everyone", wait_for_everyone)
     try:
         yield
     finally:

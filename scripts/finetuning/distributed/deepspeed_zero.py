@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from finetuning import upstream
 from finetuning.distributed.sharded_layers import can_shard_layers, shard_layers
 from finetuning.models.parts import cache_named_parameters, decoder_layers, frozen_tower_of
 
@@ -19,7 +20,9 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # PyTorch's own AdamW steps on the CPU too. DeepSpeed's would be compiled at first use, by a CUDA toolkit that
         # few machines have (DeepSpeed#2772).
-        config["zero_force_ds_cpu_optimizer"] = False
+        from deepspeed.runtime.constants import ZERO_FORCE_DS_CPU_OPTIMIZER
+
+        config[ZERO_FORCE_DS_CPU_OPTIMIZER] = False
     if zero["stage"] == 3:
         layers = decoder_layers(model)
         if zero.get("offload_param", {}).get("device", "none") == "none" and can_shard_layers(layers):
@@ -56,14 +59,17 @@ def weights_were_sharded(checkpoint: Path) -> bool:
 def disable_host_syncs(config: dict[str, Any]) -> None:
     """Nothing in a step that waits for the GPU, or walks through the whole model, to no end."""
     # DeepSpeed times each forward pass and each step for a report that nobody asked for, and waits for the GPU to do so.
-    config["timers"] = {"throughput": {"enabled": False}}
+    from deepspeed.utils.config import TIMERS, TIMERS_THROUGHPUT
+
+    config[TIMERS] = {TIMERS_THROUGHPUT: {"enabled": False}}
     if config.get("bf16", {}).get("enabled"):
         # What is not finite stops the run by its loss, as under DDP. DeepSpeed would look at every gradient, and at the
         # norm, before each step; a norm that is not finite clips to nothing either way.
         from deepspeed.runtime.zero import stage3, stage_1_and_2
 
         config["bf16"]["check_grad_overflow"] = False
-        stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: False
+        for module in (stage_1_and_2, stage3):
+            upstream.replace(module, "is_invalid_grad_norm", lambda norm: False)
 
 
 def all_gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:
@@ -104,12 +110,14 @@ def shorten_optimizer_step(engine: Any) -> None:
     after the other in fp64, and copies a constant to the GPU to compare it with, which waits for the whole step. In fp16,
     whose loss scale follows that norm, and where the optimizer is on the CPU, DeepSpeed's norm stays.
     """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "_update_model_bit16_weights"):
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
-    optimizer._update_model_bit16_weights = lambda group: None
+    upstream.replace(optimizer, "_update_model_bit16_weights", lambda group_index: None)
     if optimizer.dtype != torch.float16 and not optimizer.cpu_offload:
-        optimizer.scaled_global_norm = partial(sharded_grad_norm, optimizer)
+        upstream.replace(optimizer, "scaled_global_norm", partial(sharded_grad_norm, optimizer))
 
 
 def sharded_grad_norm(optimizer: Any) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetuning import upstream
 from finetuning.models.parts import base_model_of, frozen_tower_of
 
 
@@ -24,7 +25,7 @@ def set_wrap_classes(model: nn.Module) -> None:
         if module not in within_tower and any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
     }
     holders = (module for module in within_tower if any(isinstance(part, nn.ModuleList) for part in module.children()))
-    base._no_split_modules = sorted(pieces | {type(holder).__name__ for holder in holders})
+    upstream.replace(base, "_no_split_modules", sorted(pieces | {type(holder).__name__ for holder in holders}))
 
 
 def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
@@ -37,4 +38,5 @@ def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None:
         sent = None if quantised else policy.param_dtype
-        plugin.mixed_precision_policy = replace(policy, param_dtype=sent, reduce_dtype=torch.float32, output_dtype=None)
+        exact = replace(policy, param_dtype=sent, reduce_dtype=torch.float32, output_dtype=None)
+        upstream.replace(plugin, "mixed_precision_policy", exact)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetuning import upstream
 from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward
 from finetuning.models.parts import base_model_of
@@ -152,6 +153,7 @@ def view_in_buffer(buffer: Tensor, layer: FusedDecoderLayer) -> None:
         views[weight] = buffer[start : start + shape.numel()].view(shape)
         start += shape.numel()
     parameters = {weight: nn.Parameter(view, requires_grad=False) for weight, view in views.items()}
+    upstream.check_read("deepspeed.runtime.engine", "ds_optim_param")
     for parameter in parameters.values():
         # DeepSpeed's mark of weights that it neither divides nor sends to the others when training begins: the buffer
         # holds nothing then, and NCCL sends no tensors with room between their rows.

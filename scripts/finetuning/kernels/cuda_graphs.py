@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from finetuning import upstream
 from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.model_patches import NO_MASK
 from finetuning.models.parts import base_model_of, decoder_layers
@@ -20,8 +21,8 @@ from finetuning.models.parts import base_model_of, decoder_layers
 PAD_MULTIPLE = 64  # tokens
 # Follow from the others, or are for the host.
 UNRECORDED_INPUTS = {
-    "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k", "past_key_values", "seq_idx", "supervised_rows",
-    "use_cache",
+    "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "supervised_rows", "use_cache",
+    *upstream.CACHE,
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ class CudaGraphs(TrainerCallback):
             return
         language_model = base_model_of(trainer.accelerator.unwrap_model(trainer.model)).model
         parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        language_model.forward = GraphedModel(language_model, parameters)
+        upstream.replace(language_model, "forward", GraphedModel(language_model, parameters))
 
 
 class GraphedModel:
@@ -74,7 +75,7 @@ class GraphedModel:
         self.grads = [view.view_as(parameter) for view, parameter in views]
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs) -> Any:
-        if not (self.model.training and torch.is_grad_enabled()) or kwargs.get("past_key_values") is not None:
+        if not (self.model.training and torch.is_grad_enabled()) or upstream.cache_of(kwargs) is not None:
             return self.eager_forward(input_ids=input_ids, **kwargs)
         if self.layers[0].gradient_checkpointing:
             # A step did not fit, and layers are checkpointed from here on, which cannot be recorded.

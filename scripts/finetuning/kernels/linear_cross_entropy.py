@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from finetuning import upstream
 from finetuning.data.collator import next_labels
 
 VOCABULARY_CHUNK = 32768  # logits of so many words at a time, as TRL has it
@@ -64,7 +65,7 @@ def use_supervised_rows(model: nn.Module) -> None:
             label_mask=torch.ones_like(log_probs, dtype=torch.bool),
         )
 
-    model.forward = MethodType(forward, model)
+    upstream.replace(model, "forward", MethodType(forward, model))
 
 
 def full_parameter(parameter: nn.Parameter | None) -> Tensor | None:

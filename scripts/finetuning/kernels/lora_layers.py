@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 
+from finetuning import upstream
 from finetuning.kernels.gated_mlp import gated_activation, gated_activation_backward
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward, refresh_stacks
 from finetuning.kernels.rms_norm import rms_norm, rms_norm_backward
@@ -141,25 +142,26 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        *,
         use_cache: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         supervised_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        if self.fused_qkv.is_sharded and past_key_values is None:
+        has_cache = upstream.cache_of(kwargs) is not None
+        if self.fused_qkv.is_sharded and not has_cache:
             # Here and not before the whole model: this layer's weights have just been gathered.
             refresh_stacks(projection_stacks(self))
-        if past_key_values is not None or not self.fused_qkv.is_active:
+        if has_cache or not self.fused_qkv.is_active:
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        kwargs = {name: value for name, value in kwargs.items() if name not in upstream.CACHE}
         attention = self.self_attn
         batch, tokens, width = hidden_states.shape
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
@@ -199,14 +201,17 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         return hidden.view(batch, tokens, width)
 
 
+@upstream.overrides
 class FusedLlamaDecoderLayer(FusedDecoderLayer, LlamaDecoderLayer):
     pass
 
 
+@upstream.overrides
 class FusedGemmaDecoderLayer(FusedDecoderLayer, GemmaDecoderLayer):
     pass
 
 
+@upstream.overrides
 class FusedLoraLinear(LoraLinear):
     """A single LoRA layer outside of a decoder, such as one of the vision tower's."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from finetuning import upstream
 from finetuning.kernels.dropout import hashed_dropout
 from finetuning.kernels.nf4 import dequantize_4bit
 
@@ -114,7 +115,7 @@ class ProjectionStack:
         # Each a storage of its own: transformers, saving a merged model, cannot compare rows that lie apart in a shared one.
         self.stacked = [from_dlpack(rows) for rows in self.stack.split(self.sizes)]
         for weight, rows in zip(weights, self.stacked, strict=True):
-            weight.data = rows
+            upstream.replace(weight, "data", rows)
 
     def stack_quantized(self, weights: list[nn.Parameter]) -> None:
         states = [weight.quant_state for weight in weights]
@@ -125,8 +126,9 @@ class ProjectionStack:
         # Scales that are quantised too stay so where blocks of them end with a weight, as they do at every real size.
         if first.nested and any(length % first.state2.blocksize for length in self.lengths[:-1]):
             for state in states:
-                state.absmax = block_scales(state)
-                state.nested, state.state2, state.offset = False, None, None
+                upstream.replace(state, "absmax", block_scales(state))
+                for name, value in {"nested": False, "state2": None, "offset": None}.items():
+                    upstream.replace(state, name, value)
         of_scales = [state.state2 for state in states] if first.nested else []
         # One memory for the stack and for the weights, so that none is added.
         self.stack = concatenate_and_rebind([weight.data for weight in weights], weights, "data")
@@ -303,13 +305,13 @@ def concatenate_and_rebind(parts: list[Tensor], owners: list, name: str) -> Tens
     """The parts one after the other in one tensor; `name` of each owner becomes its part of it."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     for owner, part in zip(owners, whole.split([len(part) for part in parts]), strict=True):
-        setattr(owner, name, part)
+        upstream.replace(owner, name, part)
     return whole
 
 
 def refresh_before_forward(stacks: list[ProjectionStack], model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before each pass: the adapters' 16-bit copies follow the fp32 masters, all of them in a few launches."""
-    cache = kwargs.get("past_key_values")
+    cache = upstream.cache_of(kwargs)
     if cache is not None and cache.get_seq_length() > 0:
         return  # a next token of a generation: nothing was trained since the prompt
     refresh_stacks(stacks)

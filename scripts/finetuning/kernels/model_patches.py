@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
+from transformers.models.llava.modeling_llava import LlavaModel
 
+from finetuning import upstream
 from finetuning.kernels import packed_attention
 from finetuning.kernels.lora_layers import without_autocast
 from finetuning.kernels.quick_gelu import quick_gelu
@@ -27,7 +29,7 @@ def ignore_right_padding(model: nn.Module) -> None:
         mask = kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2
         packed = mask is None and module.config._attn_implementation == packed_attention.NAME
-        if module.training and (padded or packed) and kwargs.get("past_key_values") is None:
+        if module.training and (padded or packed) and upstream.cache_of(kwargs) is None:
             kwargs["attention_mask"] = NO_MASK
         return args, kwargs
 
@@ -49,7 +51,7 @@ def count_image_tokens_once(model: nn.Module) -> None:
     them the host waits for the GPU to have finished the step before.
     """
     llava = base_model_of(model).model
-    if not hasattr(llava, "get_placeholder_mask"):
+    if not isinstance(llava, LlavaModel):
         return
     with_check, checked = llava.get_placeholder_mask, False
 
@@ -60,7 +62,7 @@ def count_image_tokens_once(model: nn.Module) -> None:
         checked = llava.training
         return with_check(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 
-    llava.get_placeholder_mask = get_placeholder_mask
+    upstream.replace(llava, "get_placeholder_mask", get_placeholder_mask)
 
 
 def vision_tower_without_autocast(model: nn.Module) -> None:
@@ -77,7 +79,7 @@ def vision_tower_without_autocast(model: nn.Module) -> None:
         with without_autocast(pixel_values):
             return forward(pixel_values, *args, **kwargs)
 
-    tower.forward = forward_without_autocast
+    upstream.replace(tower, "forward", forward_without_autocast)
     for module in tower.modules():
         if isinstance(module, QuickGELUActivation):
-            module.forward = quick_gelu
+            upstream.replace(module, "forward", quick_gelu)

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
+from finetuning import upstream
 from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
 from finetuning.strategy import Strategy
@@ -64,7 +65,7 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
         ) from error
     # Which attention computes is the recipe's and the GPU's to say. Left in, FlashAttention that a config names is asked
     # for even where another is given (LLaVA-NeXT#224).
-    config._attn_implementation = None
+    upstream.replace(config, "_attn_implementation", None)
     return config
 
 
@@ -139,12 +140,16 @@ def load_base_model(
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 remembers there every renaming that it knows, not those that these files needed, and would
         # save the weights under names that no class has. Forgotten, the class's own are taken.
-        vars(model).pop("_weight_conversions", None)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else bitsandbytes, on a CPU that has it, packs 4-bit weights anew at the first answer: no gradient passes
-            # through them after that, scales are rounded to bf16, and rows that are not of whole blocks end in an error.
-            module.support_avx512bf16_for_cpu = False
+        upstream.check_read("transformers.core_model_loading", "_weight_conversions")
+        model._weight_conversions = None
+    if quantization is not None and quantization.load_in_4bit:
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # Else bitsandbytes, on a CPU that has it, packs 4-bit weights anew at the first answer: no gradient
+                # passes through them after that, scales are rounded to bf16, and rows not of whole blocks are an error.
+                upstream.replace(module, "support_avx512bf16_for_cpu", False)
     if dtype == torch.float16 and config.model_type.startswith("gemma"):
         keep_residual_stream_in_fp32(model)
     return model

@@ -5,6 +5,8 @@ from collections import Counter
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from finetuning import upstream
+
 # Part of the model -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
 MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
 
@@ -65,7 +67,7 @@ def cache_named_parameters(module: nn.Module) -> None:
     def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         return walk(prefix, recurse, remove_duplicate) if prefix or not recurse else iter(parameters)
 
-    module.named_parameters = named_parameters
+    upstream.replace(module, "named_parameters", named_parameters)
 
 
 def switch_mode_only_on_change(model: nn.Module) -> None:
@@ -80,4 +82,4 @@ def switch_mode_only_on_change(model: nn.Module) -> None:
             switch(mode)
         return model
 
-    model.train = train
+    upstream.replace(model, "train", train)

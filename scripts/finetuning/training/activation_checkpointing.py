@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
+from finetuning import upstream
 from finetuning.models.parts import decoder_layers
 
 # Left free for what a probe cannot see: fragments between allocations, the libraries' own buffers.
@@ -37,8 +38,8 @@ def parse_checkpoint_layers(value: str, num_layers: int) -> int | None:
 def checkpoint_first(model: nn.Module, count: int) -> None:
     """Checkpoint the first `count` decoder layers, and nothing else."""
     for index, layer in enumerate(decoder_layers(model)):
-        layer.gradient_checkpointing = index < count
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        upstream.replace(layer, "gradient_checkpointing", index < count)
+        upstream.replace(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
 
 
 def fewest_that_fit(peak_with: Callable[[int], float], num_layers: int, budget: float) -> int:

@@ -205,7 +205,8 @@ class InterruptibleTrainer(SFTTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
-        inner.worker_init_fn = partial(_obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
+        listen = partial(_obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
+        upstream.replace(inner, "worker_init_fn", listen)
         return loader
 
     def _get_output_dir(self, trial) -> str:

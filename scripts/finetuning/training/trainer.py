@@ -84,7 +84,8 @@ class FineTuningTrainer(InterruptibleTrainer):
         if chooses_layers:
             # Both names of one switch: transformers would checkpoint the vision tower too, and have it asked for
             # gradients that nobody uses.
-            training_args.gradient_checkpointing = training_args.activation_checkpointing = False
+            upstream.replace(training_args, "gradient_checkpointing", False)
+            upstream.replace(training_args, "activation_checkpointing", False)
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -120,7 +121,8 @@ class FineTuningTrainer(InterruptibleTrainer):
                 refuse_other_sharding(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
             # TRL would count tokens from zero again.
             history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
-            self._total_train_tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
+            tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
+            upstream.replace(self, "_total_train_tokens", tokens)
         self._start_interval()
         result = super().train(resume_from_checkpoint, **kwargs)
         self._read_what_arrived(wait=True)
