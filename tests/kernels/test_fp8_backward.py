@@ -65,7 +65,7 @@ def test_what_is_multiplied():
     stack = model.get_base_model().model.layers[1].fused_gate_up
     torch.manual_seed(0)
     grad, grad_x = torch.randn(7, 96).bfloat16(), torch.randn(7, 32).bfloat16()
-    given = stack.add_transposed_product(grad_x.clone(), grad)
+    given = stack.add_grad_through_weight(grad_x.clone(), grad)
     rounded = [
         values.float() * scale for values, scale in map(quantize_rows_to_fp8, (grad, stack.weight().T.contiguous()))
     ]
@@ -84,13 +84,13 @@ def test_copies_follow_weights_that_are_replaced_and_wait_for_training():
         model(**text_batch(), use_cache=False)
     grad = torch.randn(7, 32).bfloat16()
     with pytest.raises(AttributeError):  # none was made for a pass without gradients
-        layer.fused_down.add_transposed_product(torch.zeros(7, 48).bfloat16(), grad)
+        layer.fused_down.add_grad_through_weight(torch.zeros(7, 48).bfloat16(), grad)
     model(**text_batch(), use_cache=False)
-    before = layer.fused_down.add_transposed_product(torch.zeros(7, 48).bfloat16(), grad)
+    before = layer.fused_down.add_grad_through_weight(torch.zeros(7, 48).bfloat16(), grad)
     weight = layer.mlp.down_proj.get_base_layer().weight
     weight.data = 2 * weight.data
     model(**text_batch(), use_cache=False)
-    after = layer.fused_down.add_transposed_product(torch.zeros(7, 48).bfloat16(), grad)
+    after = layer.fused_down.add_grad_through_weight(torch.zeros(7, 48).bfloat16(), grad)
     assert torch.equal(after, 2 * before)
 
 

@@ -228,9 +228,9 @@ def test_ranks_and_scales_of_a_stack_may_differ():
     assert_same(loss_and_grads(model, llava_batch()), expected)
     qkv = model.base_model.model.model.language_model.layers[0].fused_qkv
     assert (qkv.ranks, qkv.scales) == ([4, 2, 4], [1.5, 3.0, 2.75])
-    assert qkv.joined.shape == (32 + 16 + 16 + 10, 32 + 4 + 2 + 4)
-    assert qkv.joined[32:48, 32:36].eq(0).all()
-    assert qkv.joined[32:48, 36:38].ne(0).all()
+    assert qkv.frozen.joined.shape == (32 + 16 + 16 + 10, 32 + 4 + 2 + 4)
+    assert qkv.frozen.joined[32:48, 32:36].eq(0).all()
+    assert qkv.frozen.joined[32:48, 36:38].ne(0).all()
 
 
 def test_autocast_over_an_fp32_base():

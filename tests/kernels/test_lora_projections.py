@@ -76,11 +76,11 @@ def test_weights_quantised_twice_are_unpacked_as_one_stack_and_stay_quantised_tw
     stack = ProjectionStack(layers)
     stack.refresh(None)
     assert torch.equal(stack.weight(), expected)
-    assert torch.equal(stack.weight_and_b()[:, :128], expected)
+    assert torch.equal(stack.frozen.weight_and_b(stack)[:, :128], expected)
     for layer in layers:
         state = layer.weight.quant_state
         assert state.nested and state.absmax.dtype == torch.uint8
-        assert state.absmax.untyped_storage().data_ptr() == stack.absmax.untyped_storage().data_ptr()
+        assert state.absmax.untyped_storage().data_ptr() == stack.frozen.absmax.untyped_storage().data_ptr()
 
 
 def test_stack_follows_weights_that_are_replaced():

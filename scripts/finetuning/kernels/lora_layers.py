@@ -1,17 +1,19 @@
-"""LoRA on Llama and Gemma decoders without waste: PEFT's adapters and mathematics, computed in fewer passes.
+"""Llama and Gemma decoder layers with PEFT's LoRA, computed in fewer passes over memory.
 
-PEFT computes y = W x + s B A x by casting x to the adapter's fp32, two products, a scale and an addition, and autograd
-keeps every one of them. Here a decoder layer is four products of stacked weights with hand-written gradients:
+PEFT computes y = W x + s B A x in four steps (a cast of x to fp32, two products, a scale, an addition), and autograd
+keeps each result. Here a decoder layer is four products of stacked weights with hand-written gradients:
 
-    norm -> [q; k; v] -> rotate    attend    o + residual    norm -> [gate; up] -> activation -> down + residual
+    norm -> [q; k; v] -> rotary    attention    o + residual    norm -> [gate; up] -> activation -> down + residual
 
-Products run in the 16-bit type of the base, adapters stay fp32 and are cast once per step; the low-rank part is more
-columns of the same product, forwards and backwards; frozen weights get no gradient; norms, activations and dropout masks
-are computed again in the backward pass instead of kept. LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora inspired
-the plan.
+- Products run in the 16-bit type of the base. Adapters stay fp32 and are cast once per step.
+- The low-rank part is more columns of the same product, in both passes (`lora_projections.py`).
+- Frozen weights get no gradient.
+- Norms, activations and dropout masks are recomputed in the backward pass, not kept.
+
+After LoRAFusion (arXiv 2510.00206) and Unsloth's fast_lora.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -39,16 +41,17 @@ except ImportError:
 
 
 class NormQkvRotate(torch.autograd.Function):
-    """(hidden, adapters) -> hidden, and queries, keys, values of rms_norm(hidden), turned to their positions.
+    """(hidden, adapters) -> hidden, and rotated queries and keys, values, of rms_norm(hidden).
 
-    `hidden` is handed through, so that the gradient of the residual stream is added inside the norm's kernel.
+    hidden is (batch * tokens, width), the others (batch, tokens, heads, head width). hidden is passed through, so that the
+    norm's backward kernel adds the gradient of the residual stream.
     """
 
     @staticmethod
-    def forward(ctx, hidden, cos, sin, projections, norm, heads, *adapters):
-        ctx.projections, ctx.seeds, ctx.norm = projections, projections.draw_seeds(), norm_arguments(norm)
-        x, wide = projections.allocate_input(len(hidden))
-        qkv, x_a = projections.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, wide)
+    def forward(ctx, hidden, cos, sin, stack, norm, heads, *adapters):
+        ctx.stack, ctx.seeds, ctx.norm = stack, stack.draw_seeds(), norm_arguments(norm)
+        x, extended = stack.allocate_input(len(hidden))
+        qkv, x_a = stack.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, extended)
         ctx.save_for_backward(hidden, x_a, cos, sin)
         tokens = cos.shape[1]
         return hidden, *split_and_rotate(qkv.view(-1, tokens, qkv.shape[1]), cos, sin, heads)
@@ -56,44 +59,44 @@ class NormQkvRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_residual, *grad_states):
         hidden, x_a, cos, sin = ctx.saved_tensors
-        grad, wide = ctx.projections.allocate_grad(len(hidden), ctx.seeds)
+        grad, extended = ctx.stack.allocate_grad(len(hidden), ctx.seeds)
         split_and_rotate_backward(*grad_states, cos, sin, grad)
         needs_grad = ctx.needs_input_grad[0]
-        grad_x, grad_a, grads_b = ctx.projections.backward(grad, x_a, ctx.seeds, needs_grad, wide)
+        grad_x, grad_a, grads_b = ctx.stack.backward(grad, x_a, ctx.seeds, needs_grad, extended)
         grad_hidden, x = backward_through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
-        return grad_hidden, None, None, None, None, None, *ctx.projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
+        return grad_hidden, None, None, None, None, None, *ctx.stack.grads_of_a(x, grad_a, ctx.seeds), *grads_b
 
 
 class Project(torch.autograd.Function):
-    """(x, residual or None, adapters) -> residual + projection of x."""
+    """(x (tokens, in), residual or None, adapters) -> projection of x (tokens, out), plus the residual."""
 
     @staticmethod
-    def forward(ctx, x, residual, projections, *adapters):
-        ctx.projections, ctx.seeds = projections, projections.draw_seeds()
-        y, x_a = projections.forward(x, ctx.seeds)
+    def forward(ctx, x, residual, stack, *adapters):
+        ctx.stack, ctx.seeds = stack, stack.draw_seeds()
+        y, x_a = stack.forward(x, ctx.seeds)
         ctx.save_for_backward(x, x_a)
         return y if residual is None else add_residual(y, residual)
 
     @staticmethod
     def backward(ctx, grad):
         x, x_a = ctx.saved_tensors
-        projections = ctx.projections
-        grad_x, grad_a, grads_b = projections.backward(grad.to(x.dtype), x_a, ctx.seeds, ctx.needs_input_grad[0])
+        stack = ctx.stack
+        grad_x, grad_a, grads_b = stack.backward(grad.to(x.dtype), x_a, ctx.seeds, ctx.needs_input_grad[0])
         grad_residual = grad if ctx.needs_input_grad[1] else None
-        return grad_x, grad_residual, None, *projections.grads_of_a(x, grad_a, ctx.seeds), *grads_b
+        return grad_x, grad_residual, None, *stack.grads_of_a(x, grad_a, ctx.seeds), *grads_b
 
 
 class NormMlp(torch.autograd.Function):
-    """(hidden, adapters) -> hidden + down(activation(gate) * up), gate and up of rms_norm(hidden)."""
+    """hidden (tokens, width), adapters -> hidden + down(activation(gate) * up), gate and up of rms_norm(hidden)."""
 
     @staticmethod
     def forward(ctx, hidden, gate_up, down, norm, is_gelu, *adapters):
         ctx.gate_up, ctx.down, ctx.norm, ctx.is_gelu = gate_up, down, norm_arguments(norm), is_gelu
         ctx.seeds = gate_up.draw_seeds(), down.draw_seeds()
-        x, wide = gate_up.allocate_input(len(hidden))
-        stacked, x_a = gate_up.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds[0], wide)
-        x, wide = down.allocate_input(len(hidden))
-        y, activated_a = down.forward(gated_activation(stacked, is_gelu, x), ctx.seeds[1], wide)
+        x, extended = gate_up.allocate_input(len(hidden))
+        stacked, x_a = gate_up.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds[0], extended)
+        x, extended = down.allocate_input(len(hidden))
+        y, activated_a = down.forward(gated_activation(stacked, is_gelu, x), ctx.seeds[1], extended)
         ctx.save_for_backward(hidden, x_a, stacked, activated_a)
         return add_residual(y, hidden)
 
@@ -103,11 +106,11 @@ class NormMlp(torch.autograd.Function):
         gate_up, down, seeds = ctx.gate_up, ctx.down, ctx.seeds
         grad_y = grad_residual.to(stacked.dtype)
         grad_x, grad_a, down_grads_b = down.backward(grad_y, activated_a, seeds[1], True)
-        grad, wide = gate_up.allocate_grad(len(hidden), seeds[0])
+        grad, extended = gate_up.allocate_grad(len(hidden), seeds[0])
         activated = gated_activation_backward(stacked, grad_x, ctx.is_gelu, grad)
         down_grads = *down.grads_of_a(activated, grad_a, seeds[1]), *down_grads_b
         del grad_x, activated
-        grad_x, grad_a, grads_b = gate_up.backward(grad, x_a, seeds[0], ctx.needs_input_grad[0], wide)
+        grad_x, grad_a, grads_b = gate_up.backward(grad, x_a, seeds[0], ctx.needs_input_grad[0], extended)
         grad_hidden, x = backward_through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
         return grad_hidden, None, None, None, None, *gate_up.grads_of_a(x, grad_a, seeds[0]), *grads_b, *down_grads
 
@@ -120,7 +123,7 @@ def norm_arguments(norm: nn.Module) -> tuple[Tensor, float, float]:
 def backward_through_norm(
     hidden: Tensor, norm: tuple, grad_x: Tensor | None, grad_residual: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradient of `hidden` through the norm and past it (None without `grad_x`), and the norm's output once more."""
+    """Gradient of `hidden` through the norm and the residual (None without `grad_x`), and the norm's output, recomputed."""
     if grad_x is None:
         return None, rms_norm(hidden, *norm, torch.empty_like(hidden, dtype=dtype))
     return rms_norm_backward(hidden, *norm, grad_x, grad_residual)
@@ -131,10 +134,11 @@ def add_residual(y: Tensor, residual: Tensor) -> Tensor:
 
 
 class FusedDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer with PEFT adapters on all seven projections; parameters and names stay where they are.
+    """A decoder layer with LoRA on all seven projections; parameters keep their places and names.
 
-    `supervised_rows` (1-D, positions in the flattened (batch * tokens), optional): the last layer computes what
-    follows its attention for these rows only and returns zeros elsewhere, because the loss reads no other row.
+    `supervised_rows` (optional, 1-D: positions in the flattened (batch * tokens)): after its attention the last layer
+    computes these rows only and returns zeros elsewhere, because the loss reads no other row. With a cache, or where the
+    adapters are disabled or merged, transformers' and PEFT's own code runs.
     """
 
     def forward(
@@ -149,8 +153,8 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         has_cache = upstream.cache_of(kwargs) is not None
-        if self.fused_qkv.is_sharded and not has_cache:
-            # Here and not before the whole model: this layer's weights have just been gathered.
+        if self.fused_qkv.frozen.is_sharded and not has_cache:
+            # Here and not before the model: only this layer's weights are gathered now.
             refresh_stacks(projection_stacks(self))
         if has_cache or not self.fused_qkv.is_active:
             return super().forward(
@@ -213,7 +217,7 @@ class FusedGemmaDecoderLayer(FusedDecoderLayer, GemmaDecoderLayer):
 
 @upstream.overrides
 class FusedLoraLinear(LoraLinear):
-    """A single LoRA layer outside of a decoder, such as one of the vision tower's."""
+    """A LoRA layer outside of a decoder layer, such as one of the vision tower's."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or not self.fused.is_active:
@@ -227,54 +231,37 @@ class FusedLoraLinear(LoraLinear):
 
 
 def projection_stacks(layer: FusedDecoderLayer) -> list[ProjectionStack]:
+    """The four of a layer, in the order of computation: qkv, o, gate and up, down."""
     return [layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down]
 
 
-def without_autocast(tensor: Tensor):
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A context without autocast on the tensor's device."""
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 FUSED_LAYERS = {LlamaDecoderLayer: FusedLlamaDecoderLayer, GemmaDecoderLayer: FusedGemmaDecoderLayer}
-
-
 IS_GELU = {SiLUActivation: False, nn.SiLU: False, GELUTanh: True}
-
-
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     """Switch PEFT's LoRA layers of `model` to the fused computation, in place. Returns how many were switched.
 
-    What is not plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps PEFT's
-    own code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
-    code too. Where weights are `sharded`, whole decoder layers must be gathered (ZeRO-3: `deepspeed_zero.all_gather_whole_layers`;
-    FSDP2: `fsdp2.set_wrap_classes`); what is not in a decoder keeps PEFT's code there.
+    Anything else than plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps PEFT's
+    code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's code too.
+
+    `sharded`: a strategy shards the frozen weights. It must then all-gather whole decoder layers (ZeRO-3:
+    `deepspeed_zero.all_gather_whole_layers`; FSDP2: `fsdp2.set_wrap_classes`), and layers outside of decoder layers keep
+    PEFT's code.
     """
-    fused = 0
     decoders = [module for module in model.modules() if type(module) in FUSED_LAYERS]
-    for index, layer in enumerate(decoders):
-        by_name = {name.split(".")[-1]: child for name, child in layer.named_modules() if name.endswith("_proj")}
-        linear_layers = [by_name[name] for name in PROJECTIONS]
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        if not all(is_plain_lora(linear) and linear.get_base_layer().bias is None for linear in linear_layers):
-            continue
-        if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
-            continue
-        query, key, value, output, gate, up, down = linear_layers
-        layer.fused_qkv = ProjectionStack([query, key, value], sharded=sharded)
-        layer.fused_o = ProjectionStack([output], sharded=sharded)
-        layer.fused_gate_up = ProjectionStack([gate, up], sharded=sharded)
-        layer.fused_down = ProjectionStack([down], sharded=sharded)
-        layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
-        layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
-        layer.is_last = index == len(decoders) - 1
-        layer.__class__ = FUSED_LAYERS[type(layer)]
-        fused += len(linear_layers)
-    in_decoders = {
-        id(module) for layer in decoders if isinstance(layer, FusedDecoderLayer) for module in layer.modules()
-    }
+    fused_decoders = [layer for layer in decoders if fuse_decoder_layer(layer, sharded=sharded)]
+    fused = len(PROJECTIONS) * len(fused_decoders)
+    if decoders and decoders[-1] in fused_decoders:
+        decoders[-1].is_last = True
+    in_decoders = {id(module) for layer in fused_decoders for module in layer.modules()}
     for module in model.modules():
         if type(module) is LoraLinear and id(module) not in in_decoders and is_plain_lora(module) and not sharded:
             module.fused = ProjectionStack([module])
@@ -288,8 +275,29 @@ def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     return fused
 
 
+def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:
+    """Make `layer` a FusedDecoderLayer, in place, if it has plain LoRA on all seven projections. Returns whether it is."""
+    by_name = {name.split(".")[-1]: child for name, child in layer.named_modules() if name.endswith("_proj")}
+    linear_layers = [by_name[name] for name in PROJECTIONS]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if not all(is_plain_lora(linear) and linear.get_base_layer().bias is None for linear in linear_layers):
+        return False
+    if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
+        return False
+    query, key, value, output, gate, up, down = linear_layers
+    layer.fused_qkv = ProjectionStack([query, key, value], sharded=sharded)
+    layer.fused_o = ProjectionStack([output], sharded=sharded)
+    layer.fused_gate_up = ProjectionStack([gate, up], sharded=sharded)
+    layer.fused_down = ProjectionStack([down], sharded=sharded)
+    layer.fused_heads = tuple(projection.out_features // layer.self_attn.head_dim for projection in (query, key))
+    layer.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
+    layer.is_last = False
+    layer.__class__ = FUSED_LAYERS[type(layer)]
+    return True
+
+
 def is_plain_lora(module: nn.Module) -> bool:
-    """One active adapter without variants on a frozen linear layer."""
+    """Whether `module` is LoRA with one active adapter, without variants, on a frozen linear layer."""
     if type(module) not in LORA_CLASSES or len(module.active_adapters) != 1:
         return False
     adapter = module.active_adapters[0]
