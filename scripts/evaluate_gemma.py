@@ -27,18 +27,15 @@ from finetuning.evaluation.answering import (
     answer_with_both,
     ask_both,
     digest,
-    digest_weights,
     finish_evaluation,
     log_to_wandb,
-    open_run,
-    read_log_history,
     start_evaluation,
-    untuned_name,
 )
 from finetuning.evaluation.bootstrap import compare, describe
 from finetuning.evaluation.perplexity import AnswerLoss, answer_losses, perplexity
 from finetuning.evaluation.plots import Picture, draw, loss_curves
 from finetuning.evaluation.report import Item, Plot, Table, write_report
+from finetuning.run_folder import digest_weights, find_again, open_run, read_log_history, untuned_model
 from finetuning.tasks.anime_facts import (
     LISTS,
     FactReader,
@@ -59,10 +56,11 @@ def main(args: argparse.Namespace) -> None:
     # Questions: rows of both splits, cut before the answer
     run, arguments = open_run(args.run)
     name = args.dataset or arguments["dataset_name"]
-    wording = load_wording(name)
+    source = args.dataset or find_again(run, name)
+    wording = load_wording(source)
     if wording is None:
         raise ValueError(f"{name}: no manifest.json with the wording of answers. prepare_anime.py writes one")
-    dataset = open_dataset(name, vision=False)
+    dataset = open_dataset(source, vision=False)
     train = open_split(dataset, "train", name)
     reader = FactReader(wording, train)
     questions: list[dict[str, Any]] = []
@@ -81,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState()
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
-        base = untuned_name(run, arguments)
+        base = untuned_model(run)
         prompts = Dataset.from_list([{"messages": question["messages"]} for question in questions])
         answers = answer_with_both(
             run, base, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens

@@ -20,17 +20,14 @@ from finetuning.data.dataset import open_dataset, open_split, spread
 from finetuning.evaluation.answering import (
     answer_with_both,
     digest,
-    digest_weights,
     finish_evaluation,
     log_to_wandb,
-    open_run,
-    read_log_history,
     start_evaluation,
-    untuned_name,
 )
 from finetuning.evaluation.bootstrap import compare, describe
 from finetuning.evaluation.plots import error_by_crowd_size, loss_curves, predicted_against_true
 from finetuning.evaluation.report import Item, Plot, Table, write_report
+from finetuning.run_folder import digest_weights, find_again, open_run, read_log_history, untuned_model
 from finetuning.tasks.counting import (
     crowd_sizes,
     parse_count,
@@ -47,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     # Questions: the rows whose own answer states the count
     run, arguments = open_run(args.run)
     name = args.dataset or arguments["dataset_name"]
-    dataset = open_dataset(name, vision=True)
+    dataset = open_dataset(args.dataset or find_again(run, name), vision=True)
     rows = open_split(dataset, args.split, name)
     questions = questions_of(rows, f"{name}, split {args.split}")
     num_others = len(rows) - len(questions)
@@ -65,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState()
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers, of both models to the same prompts
-        base = untuned_name(run, arguments)
+        base = untuned_model(run)
         answers = answer_with_both(
             run, base, questions, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
         )

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from finetuning.inference.generation import answer_batch
-from finetuning.models.loading import base_model_name, is_vision, load_config, load_for_inference
+from finetuning.models.loading import is_vision, load_config, load_for_inference
+from finetuning.run_folder import adapter_base, changed_settings, read_json, write_json
 
 Item = tuple[str | None, str]  # (path of the picture, question)
 
@@ -92,14 +93,14 @@ def start_or_continue(output: Path, settings: dict[str, Any]) -> set[Item]:
     settings_file = output.with_suffix(".settings.json")
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(settings_file, settings)
         return set()
     if not settings_file.is_file():
         raise ValueError(
             f"{output} exists, without the {settings_file.name} that this command writes beside it: choose another --output"
         )
-    before = json.loads(settings_file.read_text(encoding="utf-8"))
-    changed = [f"{key}: {before.get(key)} -> {settings[key]}" for key in settings if before.get(key) != settings[key]]
+    before = read_json(settings_file, "Choose another --output")
+    changed = changed_settings(before, settings)
     if changed:
         raise ValueError(
             f"{output} was begun with other settings ({'; '.join(changed)}): choose another --output, or the old settings"
@@ -182,7 +183,7 @@ def main(options: argparse.Namespace) -> None:
     problems: list[str] = []
     questions = read_questions(options.question, problems)
     images = find_images(options.image, problems)
-    if images and not is_vision(load_config(base_model_name(options.model))):
+    if images and not is_vision(load_config(adapter_base(Path(options.model)) or options.model)):
         problems.append(f"--image: {options.model} reads text only")
     if not questions and not options.chat:
         problems.append("--question: ask something, or use --chat")

@@ -43,8 +43,8 @@ from finetuning.models.loading import (
     load_config,
     load_for_inference,
     load_saved_processing_class,
-    run_arguments,
 )
+from finetuning.run_folder import adapter_base, find_again, read_arguments
 
 GIB = 2**30
 
@@ -65,7 +65,7 @@ def choose_device(num_bytes: int) -> str:
 def check_inputs(run: Path, output: Path) -> dict:
     """The run's arguments. Raises ValueError that lists all that is wrong with the two folders."""
     problems = []
-    arguments = run_arguments(run) or {}
+    arguments = read_arguments(run) or {}
     if not run.is_dir():
         problems.append(f"--run {run}: no such folder")
     elif (run / "config.json").is_file():
@@ -86,7 +86,7 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
     arguments = check_inputs(run, output)
     adapter = PeftConfig.from_pretrained(run)
     check_adapter_is_complete(run, adapter.modules_to_save or [])
-    base, revision = adapter.base_model_name_or_path, arguments.get("model_revision", "main")
+    base, revision = adapter_base(run), arguments.get("model_revision", "main")
     config = load_config(base, revision)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{base}: this base is stored quantised, and merging into it would lose what was trained")
@@ -97,7 +97,7 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
         raise ValueError(f"{output}: needs {num_bytes / GIB:.1f} GiB of disk, {free / GIB:.1f} GiB are free")
     device = choose_device(num_bytes)
     processing_class = load_saved_processing_class(run)
-    probes = make_probes(is_vision(config), arguments.get("dataset_name"), rows)
+    probes = make_probes(is_vision(config), find_again(run, arguments.get("dataset_name", "")) or None, rows)
 
     # Base + adapter, as it should be; and the base alone
     model = load_base_model(base, dtype=dtype, device_map={"": device}, revision=revision)

@@ -9,13 +9,12 @@ Reads what the run writes into its folder, so it also answers on a login node wh
 import argparse
 import datetime
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from finetuning.run_folder import read_progress
+from finetuning.run_folder import PROGRESS, checkpoints, read_metrics, read_progress
 
 SILENT = 900  # seconds without a log after which a run deserves a look
 
@@ -48,9 +47,8 @@ def describe(run: Path) -> str:
     """The state of one run, several lines. Raises ValueError for a folder that no training has written in."""
     progress = read_progress(run)
     if not progress:
-        raise ValueError(f"{run}: no run here (progress.json is missing); the folder is a recipe's output_dir")
-    metrics_file = run / "metrics.json"
-    completed = metrics_file.is_file() and json.loads(metrics_file.read_text(encoding="utf-8")).get("completed")
+        raise ValueError(f"{run}: no run here ({PROGRESS} is missing); the folder is a recipe's output_dir")
+    completed = read_metrics(run).get("completed")
     attempts: list[dict[str, Any]] = progress["attempts"]
     last = attempts[-1]
     step, max_steps = progress.get("step", last["from_step"]), progress.get("max_steps")
@@ -69,7 +67,7 @@ def describe(run: Path) -> str:
     losses = [f"{label} {progress[name]:.4f}" for name, label in names.items() if name in progress]
     if losses:
         lines.append(f"  last losses: {', '.join(losses)}, logged {duration(since(progress['logged_at']))} ago")
-    steps = sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*") if path.is_dir())
+    steps = list(checkpoints(run))
     lines.append(f"  last checkpoint: step {steps[-1]:,}" if steps else "  last checkpoint: none yet")
     if len(attempts) > 1:
         lines.append(f"  restarts: {len(attempts) - 1}")

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate import PartialState
 from PIL import Image, ImageDraw
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from finetuning.run_folder import read_progress
+from finetuning.run_folder import BOOKKEEPING, TENSORBOARD, read_arguments, read_progress, wandb_id
 
 PROJECT = "llava-gemma-finetuning"
 THUMBNAIL = 160  # pixels, longest side, in TensorBoard's picture of the answers
@@ -46,7 +45,7 @@ def set_up(output_dir: str, run_name: str | None) -> list[str]:
     """
     folder = Path(output_dir)
     # One folder for all attempts: TensorBoard then draws one curve.
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
     if not wandb_is_set_up():
         return ["tensorboard"]
     if PartialState().is_main_process:
@@ -57,15 +56,12 @@ def set_up(output_dir: str, run_name: str | None) -> list[str]:
 def open_wandb(folder: Path, run_name: str | None) -> None:
     import wandb
 
-    id_file = folder / "wandb_run_id.txt"
-    if not id_file.is_file():
-        id_file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n", encoding="utf-8")
-    arguments = yaml.safe_load((folder / "arguments.yaml").read_text(encoding="utf-8"))
+    arguments = read_arguments(folder) or {}
     facts = facts_of_the_run(arguments.get("dataset_name", ""))
     tags = [f"{name}:{value}"[:64] for name, value in facts.items()]
     wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
-        id=id_file.read_text(encoding="utf-8").strip(),
+        id=wandb_id(folder, os.environ.get("WANDB_RUN_ID", secrets.token_hex(4))),
         resume="allow",
         name=os.environ.get("WANDB_NAME") or run_name or folder.name,
         group=os.environ.get("WANDB_RUN_GROUP") or group_of_the_job(),
@@ -166,7 +162,7 @@ def _close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | No
         if wandb.run.config.get("log_adapter"):
             artifact = wandb.Artifact(f"adapter-{wandb.run.id}", type="model", metadata=metrics)
             for path in sorted(Path(args.output_dir).iterdir()):
-                if path.is_file() and path.name not in ("progress.json", "trainer_state.json", "wandb_run_id.txt"):
+                if path.is_file() and path.name not in BOOKKEEPING:
                     artifact.add_file(str(path))
             wandb.run.log_artifact(artifact)
     address = wandb_address(args)

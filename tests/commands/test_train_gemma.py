@@ -163,7 +163,13 @@ def test_lora_moves_the_adapter_alone_and_the_folder_holds_all_that_is_needed(ti
     # The recipe for large GPUs, packed, as it is but for the model, the data and four steps.
     train_gemma.main(*arguments("gemma_lora.yaml", tiny_gemma, dataset, tmp_path / "run", "--max_length", "512"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "arguments.yaml", "chat_template.jinja"),
+        *(
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "arguments.yaml",
+            "begun_with.json",
+            "chat_template.jinja",
+        ),
         *(
             "metrics.json",
             "README.md",

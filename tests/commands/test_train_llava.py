@@ -172,11 +172,14 @@ def test_a_placement_that_cannot_be_had_is_refused(tiny_llava, placement, flags,
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
+FLAGS = ["--vision_tower", "frozen", "--eval_strategy", "steps", "--eval_steps", "4", "--eval_answers", "3"]
+FLAGS += ["--logging_steps", "1"]
+
+
 @pytest.fixture(scope="module")
 def run(tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("outputs") / "run"
-    flags = ("--vision_tower", "frozen", "--eval_strategy", "steps", "--eval_steps", "4", "--eval_answers", "3")
-    return train(tiny_llava, cctv_dataset, output, *flags, "--logging_steps", "1")
+    return train(tiny_llava, cctv_dataset, output, *FLAGS)
 
 
 def test_what_the_recipe_trains_moves_and_nothing_else(run, tiny_llava):
@@ -200,7 +203,7 @@ def test_what_the_recipe_trains_moves_and_nothing_else(run, tiny_llava):
 
 def test_the_run_folder_holds_exactly_what_is_promised(run):
     assert {path.name for path in run.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "arguments.yaml", "chat_template.jinja", "metrics.json",
+        "adapter_config.json", "adapter_model.safetensors", "arguments.yaml", "begun_with.json", "chat_template.jinja", "metrics.json",
         "processor_config.json", "progress.json", "README.md", "runs", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
     }  # fmt: skip
     metrics = json.loads((run / "metrics.json").read_text())
@@ -227,10 +230,14 @@ def test_the_saved_arguments_are_a_recipe_again(run):
     assert not any("token" in key.split("_") for key in yaml.safe_load((run / "arguments.yaml").read_text()))
 
 
-def test_a_completed_run_is_kept(run, tiny_llava, cctv_dataset):
+def test_a_completed_run_is_kept(run, tiny_llava, cctv_dataset, capsys):
     weights = (run / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"this run is complete \(4 steps"):
-        train(tiny_llava, cctv_dataset, run)
+    with pytest.raises(ValueError, match=r"a complete run with other arguments is here \(.*max_steps: 4 -> 5"):
+        train(tiny_llava, cctv_dataset, run, *FLAGS, "--max_steps", "5")
+    with pytest.raises(SystemExit) as end:
+        train(tiny_llava, cctv_dataset, run, *FLAGS)
+    assert end.value.code == 0 and "this run is complete (4 steps, train loss" in capsys.readouterr().out
+    assert (run / "adapter_model.safetensors").read_bytes() == weights
     train(tiny_llava, cctv_dataset, run, "--overwrite_completed_run", "true", "--max_steps", "1")
     kept = run.with_name("run.previous-1")
     assert (kept / "adapter_model.safetensors").read_bytes() == weights

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
-from finetuning.distributed.deepspeed_zero import refuse_other_sharding
+from finetuning.training.resume import refuse_other_sharding
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]

@@ -45,22 +45,10 @@ from finetuning.preflight import memory
 from finetuning.strategy import Strategy, divide_batch
 from finetuning.training.activation_checkpointing import checkpoint_first
 from finetuning.training.resume import resolved_arguments
+from support.launches import launch_by
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
 T4, A100, H200 = (7, 5), (8, 0), (9, 0)
-
-
-def launch_by(monkeypatch, how: str, **environment: str) -> None:
-    """The environment that `accelerate launch` sets for a strategy."""
-    environment["WORLD_SIZE"] = "1" if how == "one process" else "2"
-    if how.startswith("ZeRO"):
-        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": how[-1]}
-    if how.startswith("FSDP"):
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": how[-1]}
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
 
 
 def training_arguments(tmp_path: Path, **options) -> TrainingArguments:
@@ -773,57 +761,6 @@ def test_output_folder_must_be_writable(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # nothing is forbidden to root
     (problem,) = preflight.disk_problems(training_arguments(tmp_path), {}, 10)
     assert problem.startswith(f"output_dir: no permission to write in {tmp_path}: give another folder")
-
-
-# Continuing
-
-
-DIVIDED = ["latest", "rng_state.pth", "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt"]
-WHOLE = ["latest", "rng_state.pth", "global_step2/mp_rank_00_model_states.pt"]
-
-
-@pytest.mark.parametrize(
-    ("files", "how", "script", "environment", "message"),
-    [
-        (DIVIDED, "ZeRO-3", ALL_FULL, {}, None),
-        (DIVIDED, "ZeRO-2", ALL_FULL, {}, "its weights are divided, by ZeRO-3, and this launch is ZeRO-2: laid out"),
-        (WHOLE, "ZeRO-3", ALL_FULL, {}, "its weights are whole, and this launch is ZeRO-3: laid out otherwise"),
-        (WHOLE, "ZeRO-3", {"fused_lora": False}, {}, "its weights are whole, and this launch is ZeRO-3"),
-        (WHOLE, "ZeRO-3", {}, {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "is ZeRO-3 with offload"),
-        (WHOLE, "ZeRO-3", {}, {}, None),
-        (WHOLE, "ZeRO-1", ALL_FULL, {}, None),
-        (DIVIDED, "ZeRO-3", {}, {}, None),
-    ],
-)
-def test_continuing_under_another_stage_of_deepspeed(monkeypatch, tmp_path, files, how, script, environment, message):
-    launch_by(monkeypatch, how, **environment)
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = preflight.continuation_problems(tmp_path, script)
-    assert ([message in problem for problem in found] == [True]) if message else found == []
-
-
-@pytest.mark.parametrize(
-    ("files", "how", "global_batch_size", "message"),
-    [
-        (["optimizer.pt", "rng_state.pth"], "one process", None, None),
-        (["optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"], "one process", 8, None),
-        (["optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"], "one process", None, "would take other rows"),
-        (["optimizer.pt", "rng_state.pth"], "ZeRO-2", 8, "under one process or DDP, this launch is DeepSpeed"),
-        (["latest", "rng_state_0.pth"], "DDP", 8, "under DeepSpeed, this launch is one process or DDP"),
-        (["latest", "rng_state_0.pth", "rng_state_1.pth"], "ZeRO-2", 8, "state is divided by 2"),
-        (["optimizer_0", "rng_state_0.pth", "rng_state_1.pth"], "FSDP2", 8, None),
-    ],
-)
-def test_continuing_with_another_strategy_or_number_of_processes(
-    monkeypatch, tmp_path, files, how, global_batch_size, message
-):
-    launch_by(monkeypatch, how)
-    for name in files:
-        (tmp_path / name).touch()
-    found = preflight.continuation_problems(tmp_path, {"global_batch_size": global_batch_size})
-    assert (message in found[0]) if message else found == []
 
 
 # The command

@@ -9,10 +9,10 @@ from datasets import Dataset
 
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.models.parts import decoder_layers
+from finetuning.run_folder import change_arguments
 from finetuning.training.activation_checkpointing import (
     checkpoint_first,
     fewest_that_fit,
-    keep_choice,
     kept_choice,
     longest_rows,
     parse_checkpoint_layers,
@@ -91,7 +91,7 @@ def test_longest_rows():
 def test_the_choice_is_kept_for_a_continuation(tmp_path):
     assert kept_choice(tmp_path, "auto") == "auto"
     (tmp_path / "arguments.yaml").write_text("checkpoint_layers: auto\nseed: 3\n")
-    keep_choice(tmp_path, 12)
+    change_arguments(tmp_path, checkpoint_layers="12")
     assert yaml.safe_load((tmp_path / "arguments.yaml").read_text()) == {"checkpoint_layers": "12", "seed": 3}
     assert kept_choice(tmp_path, "auto") == "auto"  # nothing to continue from
     (tmp_path / "checkpoint-2").mkdir()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetuning import run_folder as progress
 from finetuning.training.checkpoints import StopRequest, checkpoint_problems, last_whole_checkpoint, put_in_place
 
 
@@ -116,18 +115,3 @@ def test_an_unknown_stop_signal_is_refused(monkeypatch):
     monkeypatch.setenv("STOP_SIGNALS", "TERM,USR3")
     with pytest.raises(ValueError, match="no such signals: USR3"):
         StopRequest()
-
-
-def test_a_job_that_was_queued_again_twice_without_a_step_stops_and_says_why(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    progress.begin_attempt(tmp_path, 40)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    progress.refuse_futile_restart(tmp_path, 40)
-    progress.begin_attempt(tmp_path, 40)
-    progress.end_attempt(tmp_path, 40, "SIGUSR2")
-    progress.refuse_futile_restart(tmp_path, 41)  # one step further: goes on
-    message = r"job 77 began twice at step 40 and got no further \(killed without a word; then SIGUSR2\)"
-    with pytest.raises(ValueError, match=message):
-        progress.refuse_futile_restart(tmp_path, 40)
-    monkeypatch.setenv("SLURM_JOB_ID", "78")  # submitted anew
-    progress.refuse_futile_restart(tmp_path, 40)

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO: what its configuration cannot say, and steps that do not wait for the host."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,25 +34,6 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
         # Averaged where they lie: DeepSpeed's way of scattering them sends as much, and copies them before and after.
         zero["reduce_scatter"] = False
     cache_named_parameters(model)
-
-
-def refuse_other_sharding(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError if DeepSpeed's `config`, as `set_up_deepspeed` left it, divides weights and `checkpoint` does not.
-
-    Or the other way round. Whether ZeRO-3 divides them or `gathered` does is known when the model is there.
-    """
-    was_divided, is_divided = weights_were_sharded(checkpoint), config["zero_optimization"]["stage"] == 3
-    if was_divided != is_divided:
-        words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
-        raise ValueError(
-            f"{checkpoint}: its trained weights are {words[was_divided]}, in this launch they are {words[is_divided]}: "
-            "continue it with the file of accelerate_configs/ that it was begun with"
-        )
-
-
-def weights_were_sharded(checkpoint: Path) -> bool:
-    """Whether DeepSpeed itself divided the weights: it then writes a file of them for each process."""
-    return any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
 
 
 def disable_host_syncs(config: dict[str, Any]) -> None:

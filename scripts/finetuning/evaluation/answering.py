@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
@@ -21,27 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from finetuning import tracking
 from finetuning.evaluation.report import Item, Plot, Table
 from finetuning.inference.generation import generate_answers
-from finetuning.models.loading import base_model_name, load_for_inference
-from finetuning.training.resume import read_metrics
+from finetuning.models.loading import load_for_inference
+from finetuning.run_folder import changed_settings, set_aside
 
 CHUNK = 16  # batches answered between two writes to disk
 UNFINISHED = "answers.unfinished.jsonl"
-
-
-def open_run(name: str) -> tuple[Path, dict[str, Any]]:
-    """Folder and `arguments.yaml` of a completed run. ValueError when training has not ended there."""
-    run = Path(name)
-    if not read_metrics(run).get("completed"):
-        begun = (run / "arguments.yaml").is_file()
-        state = "training has not ended here; the command that began it continues it" if begun else "no run here"
-        raise ValueError(f"{name}: {state}. Expected a folder such as outputs/llava-sample that training wrote")
-    return run, yaml.safe_load((run / "arguments.yaml").read_text(encoding="utf-8"))
-
-
-def untuned_name(run: Path, arguments: dict[str, Any]) -> str:
-    """What the run began with: its adapter's base, or for a run trained in full the model that its arguments name."""
-    base = base_model_name(str(run))
-    return base if base != str(run) else arguments["model_name_or_path"]
 
 
 def ask_both(
@@ -69,24 +52,9 @@ def ask_both(
             ask(name, model, processing_class)
 
 
-def read_log_history(run: Path) -> list[dict[str, Any]]:
-    """What training logged, step by step (`trainer_state.json`); empty when the file is not there."""
-    path = run / "trainer_state.json"
-    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.is_file() else []
-
-
 def digest(values: Any) -> str:
     """SHA-256 of values as JSON: tells whether two evaluations asked the same."""
     return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-def digest_weights(run: Path) -> str:
-    """SHA-256 over the run's weight files, so that another training in the same folder is another run."""
-    whole = hashlib.sha256()
-    for path in sorted(run.glob("*.safetensors")):
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
 
 
 def start_evaluation(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
@@ -100,12 +68,7 @@ def start_evaluation(folder: Path, settings: dict[str, Any], *, overwrite: bool)
     if found is not None and not overwrite:
         text = found.read_text(encoding="utf-8")
         before = json.loads(text if found.suffix == ".json" else text.partition("\n")[0])["settings"]
-        changed = [
-            f"{key}: {before.get(key)} -> {settings.get(key)}"
-            for key in sorted(before.keys() | settings.keys())
-            if before.get(key) != settings.get(key)
-        ]
-        if changed:
+        if changed := changed_settings(before, settings):
             raise ValueError(
                 f"{folder}: an evaluation with other settings is here ({'; '.join(changed)}). Run it with the old "
                 "ones to see it, or with --overwrite to make a new one (the old one is kept under another name)"
@@ -113,11 +76,7 @@ def start_evaluation(folder: Path, settings: dict[str, Any], *, overwrite: bool)
     state.wait_for_everyone()
     if state.is_main_process:
         if overwrite and folder.exists():
-            number = 1
-            while (kept := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-                number += 1
-            folder.rename(kept)
-            print(f"The evaluation before is kept as {kept}")
+            print(f"The evaluation before is kept as {set_aside(folder)}")
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite or found is None:
             _append(folder / UNFINISHED, [{"settings": settings}])

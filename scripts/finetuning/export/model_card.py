@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from finetuning.training.resume import read_metrics
+from finetuning.run_folder import evaluations, find_again, read_metrics
 
 # Licence of a base by its model type, where its own card is not at hand. Names as the Hub spells them.
 LICENCES = {"llava": "llama2", "gemma": "gemma"}
@@ -34,7 +34,7 @@ def table(values: dict[str, Any]) -> str:
 def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report: dict[str, Any]) -> None:
     """Write `folder/README.md` from what the run and the merge report say; nothing in it is made up."""
     base, licence = report["base_model"], licence_of(report["base_model"])
-    data = Path(arguments["dataset_name"]) if "dataset_name" in arguments else None
+    data = Path(find_again(run, arguments["dataset_name"])) if "dataset_name" in arguments else None
     about_data = f"`{data.name}`" if data else "Not recorded."
     if data and (data / "manifest.json").is_file():
         manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report:
     metrics = {
         key: value for key, value in read_metrics(run).items() if key.startswith(("eval_", "train_loss", "global"))
     }
-    for evaluated in sorted((run / "evaluation").glob("*/metrics.json")):
+    for evaluated in evaluations(run):
         metrics[f"evaluation on {evaluated.parent.name}"] = f"see `{evaluated.relative_to(run)}` of the run"
     merged, before = report["merged_against_tuned"], report["base_against_tuned"]
     header = ModelCardData(

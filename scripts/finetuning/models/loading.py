@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
@@ -29,6 +27,7 @@ from trl import ModelConfig
 from finetuning import upstream
 from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
+from finetuning.run_folder import adapter_base, read_arguments
 from finetuning.strategy import Strategy
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
@@ -206,20 +205,6 @@ def device_map_of_this_process() -> dict[str, int | str]:
     return {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
 
 
-def base_model_name(name: str) -> str:
-    """The model itself; of a run's adapter the base that it was trained on, which its `adapter_config.json` names."""
-    is_adapter = (Path(name) / "adapter_config.json").is_file()
-    return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter else name
-
-
-def run_arguments(folder: Path) -> dict[str, Any] | None:
-    """`arguments.yaml` of a run's folder or of one of its checkpoints; None where no run of this project wrote one."""
-    for place in (folder, folder.parent):
-        if (place / "arguments.yaml").is_file():
-            return yaml.safe_load((place / "arguments.yaml").read_text(encoding="utf-8"))
-    return None
-
-
 def check_adapter_is_complete(folder: Path, modules_to_save: Sequence[str]) -> None:
     """Raise ValueError if a part that was trained in full is missing from the adapter's file (LLaVA#844).
 
@@ -245,7 +230,7 @@ def load_for_inference(
     """
     folder = Path(name)
     dtype = dtype or inference_dtype()
-    base, arguments = base_model_name(name), run_arguments(folder)
+    base, arguments = adapter_base(folder) or name, read_arguments(folder)
     is_adapter = base != name
     if is_adapter and arguments is None:
         raise ValueError(f"{name}: an adapter without the arguments.yaml that training writes beside it")

@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -21,7 +20,6 @@ from transformers.utils import is_kernels_available
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.data.shared_prefix import uses_shared_prefix
 from finetuning.device import compute_capability, smallest_gpu, weight_dtype
-from finetuning.distributed.deepspeed_zero import weights_were_sharded
 from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
 from finetuning.models.loading import is_vision
 from finetuning.models.parts import count_parameters
@@ -418,38 +416,3 @@ def num_checkpoints(training_args: TrainingArguments, num_rows: int) -> int:
         return math.ceil(steps * batch / num_rows)
     every = training_args.save_steps if training_args.save_steps >= 1 else math.ceil(training_args.save_steps * steps)
     return math.ceil(steps / every)
-
-
-def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[str]:
-    """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes.
-
-    `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it gathers frozen layers only
-    (`finetuning.gathered`), which is divided like ZeRO-2.
-    """
-    how, processes = Strategy.from_environment(), PartialState().num_processes
-    names = {path.name for path in checkpoint.iterdir()}
-    began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
-    if began != how.layout:
-        return [f"it was written under {began}, this launch is {how.layout}: its optimizer state is laid out otherwise"]
-    was_divided = weights_were_sharded(checkpoint)
-    may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
-    offloads = "weights" in how.offloads
-    divides = how.shards_weights and (offloads or not may_gather)
-    if how.is_deepspeed and ((was_divided and not how.shards_weights) or (divides and not was_divided)):
-        was = "divided, by ZeRO-3" if was_divided else "whole"
-        return [
-            f"its weights are {was}, and this launch is {how}{' with offload' if offloads else ''}: laid out otherwise"
-        ]
-    before = max(sum(name.startswith("rng_state_") for name in names), 1)
-    if before == processes:
-        return []
-    if how.is_deepspeed:
-        return [
-            f"it was written by {before} processes, these are {processes}: DeepSpeed's state is divided by {before}"
-        ]
-    if arguments.get("global_batch_size") is None:
-        return [
-            f"it was written by {before} processes, these are {processes}, and without global_batch_size in the recipe "
-            "each step would take other rows"
-        ]
-    return []

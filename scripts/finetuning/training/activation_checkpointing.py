@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from finetuning import upstream
 from finetuning.models.parts import decoder_layers
+from finetuning.run_folder import change_arguments, checkpoints, read_arguments
 
 # Left free for what a probe cannot see: fragments between allocations, the libraries' own buffers.
 SPARE = 0.05
@@ -118,7 +118,7 @@ class LayerCheckpointing(TrainerCallback):
         checkpoint_first(model, self.count)
         trainer.accelerator.print(f"  {self.count} of {self.num_layers} decoder layers are checkpointed")
         if trainer.is_world_process_zero():
-            keep_choice(Path(args.output_dir), self.count)
+            change_arguments(Path(args.output_dir), checkpoint_layers=str(self.count))
 
     def choose(self) -> int:
         trainer, model = self.trainer, self.trainer.model
@@ -151,21 +151,11 @@ class LayerCheckpointing(TrainerCallback):
         print(f"Out of GPU memory: {self.count} of {self.num_layers} layers are checkpointed from here on")
         checkpoint_first(self.trainer.model, self.count)
         torch.cuda.empty_cache()
-        keep_choice(Path(self.trainer.args.output_dir), self.count)
-
-
-def keep_choice(folder: Path, count: int) -> None:
-    """Write the number of layers into the run's `arguments.yaml`, where a continuation finds it."""
-    path = folder / "arguments.yaml"
-    if path.is_file():
-        arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
-        arguments["checkpoint_layers"] = str(count)
-        path.write_text(yaml.safe_dump(arguments, allow_unicode=True, sort_keys=True), encoding="utf-8")
+        change_arguments(Path(self.trainer.args.output_dir), checkpoint_layers=str(self.count))
 
 
 def kept_choice(folder: str | Path, wanted: str) -> str:
     """What an interrupted run chose for `auto`, so that its continuation need not try again; else `wanted`."""
-    path = Path(folder) / "arguments.yaml"
-    if wanted != "auto" or not path.is_file() or not any(Path(folder).glob("checkpoint-*")):
+    if wanted != "auto" or not checkpoints(Path(folder)):
         return wanted
-    return str(yaml.safe_load(path.read_text(encoding="utf-8")).get("checkpoint_layers", wanted))
+    return str((read_arguments(Path(folder)) or {}).get("checkpoint_layers", wanted))

@@ -25,11 +25,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
-from finetuning import run_folder as progress
-from finetuning import tracking, upstream
+from finetuning import run_folder, tracking, upstream
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not failed, run it again
-UNFINISHED = "unfinished"  # folder that checkpoints are written in before they get their place
 
 
 class StopRequest:
@@ -150,8 +148,8 @@ class ShowProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        known = progress.read_progress(folder)
-        known |= {"step": state.global_step, "max_steps": state.max_steps, "logged_at": progress.now()}
+        known = run_folder.read_progress(folder)
+        known |= {"step": state.global_step, "max_steps": state.max_steps, "logged_at": run_folder.now()}
         steps = state.global_step - self._from_step
         if steps:
             known["seconds_per_step"] = round((time.monotonic() - self._began) / steps, 4)
@@ -159,7 +157,7 @@ class ShowProgress(TrainerCallback):
         known |= {name: logs[name] for name in wanted if name in logs}
         if address := tracking.wandb_address(args):
             known["wandb"] = address
-        progress.write_progress(folder, known)
+        run_folder.write_progress(folder, known)
 
 
 @upstream.overrides
@@ -177,7 +175,7 @@ class InterruptibleTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """Train; after a stop signal, save and leave the process with code 75: the same command continues."""
-        attempts = progress.read_progress(Path(self.args.output_dir)).get("attempts", [])
+        attempts = run_folder.read_progress(Path(self.args.output_dir)).get("attempts", [])
         self._restarts = max(len(attempts) - 1, 0)
         with self.stop_request:
             result = super().train(*args, **kwargs)
@@ -191,10 +189,11 @@ class InterruptibleTrainer(SFTTrainer):
 
     def _report_interruption(self) -> None:
         reason, step, folder = self.stop_request.reason, self.state.global_step, Path(self.args.output_dir)
-        progress.end_attempt(folder, step, reason)
+        run_folder.end_attempt(folder, step, reason)
         tracking.close(self.args, self.state, EXIT_INTERRUPTED)
         print(f"Stopped at step {step} of {self.state.max_steps} ({reason}). The same command continues from there.")
         if outcome := os.environ.get("OUTCOME_FILE"):
+            Path(outcome).parent.mkdir(parents=True, exist_ok=True)
             Path(outcome).write_text("interrupted\n", encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -211,13 +210,13 @@ class InterruptibleTrainer(SFTTrainer):
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._saving else folder
+        return os.path.join(folder, run_folder.UNFINISHED) if self._saving else folder
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save under `unfinished/`, prove it readable, move it into place; only then delete old checkpoints."""
         run, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+            shutil.rmtree(run / run_folder.UNFINISHED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
@@ -225,11 +224,12 @@ class InterruptibleTrainer(SFTTrainer):
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
-        unfinished, final = run / UNFINISHED / name, run / name
+        unfinished, final = run / run_folder.UNFINISHED / name, run / name
         if self.state.best_model_checkpoint == str(unfinished):
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            run_folder.copy_into_checkpoint(run, unfinished)
             put_in_place(unfinished, final, needs_optimizer=not self.args.save_only_model)
             rotate_checkpoints(
                 output_dir=str(run),
@@ -297,11 +297,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     None when there is none. Raises ValueError when there are checkpoints and not one is whole: to begin anew would be
     to lose the run without a word.
     """
-    steps = {}
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if number.isdigit() and path.is_dir():
-            steps[int(number)] = path
+    steps = run_folder.checkpoints(folder)
     passed_over = []
     for step in sorted(steps, reverse=True):
         problems = checkpoint_problems(steps[step])

@@ -1,16 +1,16 @@
-"""The run's folder: where a run starts, continues or has ended, and what it leaves behind."""
+"""Where a run starts, continues or has ended: every rule of resuming is here."""
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 
-from finetuning import run_folder as progress
-from finetuning import tracking
-from finetuning.preflight.checks import continuation_problems
+from finetuning import run_folder, tracking
+from finetuning.strategy import Strategy
 from finetuning.training.checkpoints import last_whole_checkpoint
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
@@ -44,62 +44,159 @@ def resolved_arguments(*groups: Any) -> dict[str, Any]:
 def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_completed: bool) -> str | None:
     """Make the run's folder; the checkpoint to continue from, None for a fresh start.
 
-    Raises ValueError if the run is complete, or if it was begun with other arguments: continuing it with those
-    would be neither the one run nor the other. A completed run that is to be trained anew keeps its folder under
-    another name: nothing finished is ever overwritten.
+    A complete run is left as it is, and the process ends with code 0. With `overwrite_completed` its folder is kept under
+    another name: nothing finished is ever overwritten. Raises ValueError if the run was begun with other arguments:
+    continuing it with those would be neither the one run nor the other.
     """
-    folder = Path(output_dir)
-    metrics = read_metrics(folder)
+    folder, state = Path(output_dir), PartialState()
+    metrics = metrics_if_known(folder)
     if metrics.get("completed"):
         if not overwrite_completed:
-            raise ValueError(
-                f"{folder}: this run is complete ({metrics['global_step']} steps, train loss {metrics['train_loss']:.4f}). "
-                "Evaluate it, give the new run its own folder with --output_dir, or train it anew with "
-                "--overwrite_completed_run (the old folder is kept under another name)"
-            )
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                number = 1
-                while (kept := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-                    number += 1
-                folder.rename(kept)
-                print(f"The completed run is kept as {kept}")
-    PartialState().wait_for_everyone()
+            leave_complete(folder, metrics, arguments)
+        with state.main_process_first():
+            if state.is_main_process:
+                print(f"The completed run is kept as {run_folder.set_aside(folder)}")
+    state.wait_for_everyone()
     checkpoint = last_whole_checkpoint(folder)
     from_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    progress.refuse_futile_restart(folder, from_step)
-    saved = folder / "arguments.yaml"
-    if checkpoint is not None and saved.is_file():
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        # Where the rows of a step are given, how many a process takes at once computes the same.
-        may_change = MAY_CHANGE | ({"per_device_train_batch_size"} if "global_batch_size" in arguments else set())
-        changed = [
-            f"{key}: {before.get(key)} -> {arguments.get(key)}"
-            for key in sorted(before.keys() | arguments.keys())
-            if key not in may_change and before.get(key) != arguments.get(key)
-        ]
-        problems = continuation_problems(checkpoint, arguments)
-        if changed:
-            problems.append(f"this run was begun with other arguments ({'; '.join(changed)})")
-        if problems:
-            raise ValueError(
-                f"{folder}: cannot be continued from {checkpoint.name}: {'; '.join(problems)}. Continue it as it was "
-                "begun, or give the new run its own folder with --output_dir"
-            )
-    PartialState().wait_for_everyone()  # all have read what is written now
-    if PartialState().is_main_process:
+    refuse_futile_restart(folder, from_step)
+    if checkpoint is not None:
+        refuse_other_run(folder, checkpoint, arguments)
+    state.wait_for_everyone()  # all have read what is written now
+    if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(yaml.safe_dump(arguments, allow_unicode=True, sort_keys=True), encoding="utf-8")
-        progress.begin_attempt(folder, from_step)
+        run_folder.write_arguments(folder, arguments)
+        run_folder.write_begun_with(folder)
+        run_folder.begin_attempt(folder, from_step)
         if checkpoint is not None:
             print(f"Continuing from {checkpoint}")
     return str(checkpoint) if checkpoint else None
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """`metrics.json` of a run; empty when training has not ended."""
-    path = folder / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def metrics_if_known(folder: Path) -> dict[str, Any]:
+    """`metrics.json`; empty where it is damaged and a checkpoint is there, from which the run writes it again.
+
+    Raises ValueError for a damaged file without a checkpoint: to begin anew would overwrite a finished run.
+    """
+    try:
+        return run_folder.read_metrics(folder)
+    except ValueError as error:
+        if run_folder.checkpoints(folder):
+            PartialState().print(error)
+            return {}
+        raise ValueError(
+            f"{str(error).partition('. ')[0]}, and no checkpoint is here to write it again from: move {folder} away, or "
+            "give the new run its own folder with --output_dir"
+        ) from error
+
+
+def leave_complete(folder: Path, metrics: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """End this process with code 0: there is nothing to train. Raises ValueError if the complete run is another one."""
+    ways = (
+        "Give the new run its own folder with --output_dir, or train it anew with --overwrite_completed_run (the old "
+        "folder is kept under another name)"
+    )
+    before = run_folder.read_arguments(folder)
+    if before is not None and (changed := changed_arguments(before, arguments)):
+        raise ValueError(f"{folder}: a complete run with other arguments is here ({'; '.join(changed)}). {ways}")
+    loss = f", train loss {metrics['train_loss']:.4f}" if "train_loss" in metrics else ""
+    PartialState().print(f"{folder}: this run is complete ({metrics['global_step']} steps{loss}). Evaluate it. {ways}")
+    sys.exit(0)
+
+
+def refuse_other_run(folder: Path, checkpoint: Path, arguments: dict[str, Any]) -> None:
+    """Raise ValueError that lists why a checkpoint cannot be continued with these arguments and this launch."""
+    before = run_folder.read_arguments(folder)
+    if before is None:
+        return
+    problems = continuation_problems(checkpoint, arguments)
+    if changed := changed_arguments(before, arguments):
+        problems.append(f"this run was begun with other arguments ({'; '.join(changed)})")
+    if problems:
+        raise ValueError(
+            f"{folder}: cannot be continued from {checkpoint.name}: {'; '.join(problems)}. Continue it as it was "
+            "begun, or give the new run its own folder with --output_dir"
+        )
+
+
+def changed_arguments(before: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+    """`key: old -> new` of the arguments that change what a run computes."""
+    # Where the rows of a step are given, how many a process takes at once computes the same.
+    batch = {"per_device_train_batch_size"} if "global_batch_size" in arguments else set()
+    return run_folder.changed_settings(before, arguments, MAY_CHANGE | batch)
+
+
+def refuse_futile_restart(folder: Path, from_step: int) -> None:
+    """Raise ValueError when Slurm requeued this job twice and no step was gained: a third time would not gain one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or "SLURM_RESTART_COUNT" not in os.environ:
+        return
+    attempts = [
+        attempt for attempt in run_folder.read_progress(folder).get("attempts", []) if attempt.get("job") == job
+    ]
+    if len(attempts) >= 2 and all(attempt["from_step"] == from_step for attempt in attempts[-2:]):
+        ended = [attempt.get("reason", "killed without a word") for attempt in attempts[-2:]]
+        raise ValueError(
+            f"{folder}: job {job} began twice at step {from_step} and got no further ({'; then '.join(ended)}). Look at "
+            "the job's log; if time ran out, save more often (save_steps), warn earlier (sbatch --signal=B:USR2@600) or "
+            "ask for more time. Submit it anew to go on"
+        )
+
+
+def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[str]:
+    """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes.
+
+    `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it gathers frozen layers only
+    (`finetuning.distributed.sharded_layers`), which is sharded like ZeRO-2.
+    """
+    strategy, processes = Strategy.from_environment(), PartialState().num_processes
+    names = {path.name for path in checkpoint.iterdir()}
+    began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
+    if began != strategy.layout:
+        return [
+            f"it was written under {began}, this launch is {strategy.layout}: its optimizer state is laid out otherwise"
+        ]
+    was_divided = weights_were_sharded(checkpoint)
+    may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
+    offloads = "weights" in strategy.offloads
+    divides = strategy.shards_weights and (offloads or not may_gather)
+    if strategy.is_deepspeed and ((was_divided and not strategy.shards_weights) or (divides and not was_divided)):
+        was = "divided, by ZeRO-3" if was_divided else "whole"
+        return [
+            f"its weights are {was}, and this launch is {strategy}{' with offload' if offloads else ''}: laid out otherwise"
+        ]
+    before = max(sum(name.startswith("rng_state_") for name in names), 1)
+    if before == processes:
+        return []
+    if strategy.is_deepspeed:
+        return [
+            f"it was written by {before} processes, these are {processes}: DeepSpeed's state is divided by {before}"
+        ]
+    if arguments.get("global_batch_size") is None:
+        return [
+            f"it was written by {before} processes, these are {processes}, and without global_batch_size in the recipe "
+            "each step would take other rows"
+        ]
+    return []
+
+
+def refuse_other_sharding(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if DeepSpeed's `config`, as `set_up_deepspeed` left it, shards weights and `checkpoint` does not.
+
+    Or the other way round. Whether ZeRO-3 or `sharded_layers` shards them is known when the model is there.
+    """
+    was_divided, is_divided = weights_were_sharded(checkpoint), config["zero_optimization"]["stage"] == 3
+    if was_divided != is_divided:
+        words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
+        raise ValueError(
+            f"{checkpoint}: its trained weights are {words[was_divided]}, in this launch they are {words[is_divided]}: "
+            "continue it with the file of accelerate_configs/ that it was begun with"
+        )
+
+
+def weights_were_sharded(checkpoint: Path) -> bool:
+    """Whether DeepSpeed itself sharded the weights: it then writes a file of them for each process."""
+    return any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
 
 
 def describe_run(trainer: Any) -> str:
@@ -117,16 +214,11 @@ def describe_run(trainer: Any) -> str:
 
 def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     """Save the weights, the processor, the trainer's state and the metrics; the metrics last: they say `completed`."""
-    folder = Path(trainer.args.output_dir)
+    folder, state = Path(trainer.args.output_dir), trainer.state
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        metrics = dict(train_metrics)
-        for entry in trainer.state.log_history:  # the last evaluation wins
-            metrics |= {key: value for key, value in entry.items() if key.startswith("eval_")}
-        metrics |= {"global_step": trainer.state.global_step, "completed": True}
-        unfinished = folder / "metrics.json.unfinished"
-        unfinished.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.rename(folder / "metrics.json")
-        progress.end_attempt(folder, trainer.state.global_step, "completed")
-        tracking.close(trainer.args, trainer.state, 0, metrics)
+        metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step)
+        run_folder.write_metrics(folder, metrics)
+        run_folder.end_attempt(folder, state.global_step, "completed")
+        tracking.close(trainer.args, state, 0, metrics)

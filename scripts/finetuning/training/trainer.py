@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from finetuning import tracking, upstream
 from finetuning.data.collator import CollateSupervisedRows
 from finetuning.distributed.barrier import barriers_without_timeout
-from finetuning.distributed.deepspeed_zero import refuse_other_sharding, shorten_optimizer_step
+from finetuning.distributed.deepspeed_zero import shorten_optimizer_step
 from finetuning.distributed.fsdp2 import keep_fp32_reductions
 from finetuning.distributed.full_weights import full_trained_weights
 from finetuning.inference.generation import generate_answers
@@ -27,6 +27,7 @@ from finetuning.models.parts import base_model_of, cache_named_parameters, switc
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.checkpoints import InterruptibleTrainer
+from finetuning.training.resume import refuse_other_sharding
 
 
 class TrainingDiverged(RuntimeError):
