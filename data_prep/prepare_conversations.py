@@ -5,13 +5,16 @@
 --input is a file, a folder or a Hub name; each record is recognised by its own keys:
 
     conversations   [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]: LLaVA JSON, ShareGPT
-    messages        [{"role": "user", "content": "..."}]; content as text, typed parts, or vsft parts: JSONL, Hub
+    messages        [{"role": "user", "content": "..."}]; content as text, or typed parts (vsft, Qwen, OpenAI): JSONL, Hub
     question and answer   one turn each: CSV with columns of these names
 
-`image` or `images` names the pictures inside --images (or holds them, in Hub datasets); a record without is text only.
-Marks (<image>, or parts of type image) must be as many as the pictures and stand in the first user turn, where training
-puts the pictures; plain messages and CSV may leave the marks out. Every record ends up accepted, or in rejects.csv with
-a reason. Records that share an image, or have almost the same one, go to the same split.
+`image` or `images`, keys called alike (image_path, file_name, ...) or the marks themselves (<img>a.jpg</img>) name the
+pictures inside --images, or hold them; a record without is text only. Marks (<image>, those of other tools, parts of type
+image) must be as many as the pictures; each picture is shown at the start of the user turn that holds its mark. Plain
+messages and CSV may leave the marks out: the first user turn shows the pictures then. `system` and its like become a system
+turn; a turn marked with weight: 0, loss: false or their like is read, not learnt. What cannot be obeyed is rejected (video,
+tools, preferences), and keys that are not used are counted. Every record ends up accepted, or in rejects.csv with a reason.
+Records that share an image, or have almost the same one, go to the same split.
 """
 
 import argparse
@@ -19,7 +22,8 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,12 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE, RESERVED_COLUMNS, Turns, read_turns
+from preparing.conversations import (
+    IMAGES_FEATURE,
+    MESSAGES_FEATURE,
+    RESERVED_COLUMNS,
+    WEIGHTED_MESSAGES_FEATURE,
+)
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.images import (
     Inspection,
@@ -42,10 +51,32 @@ from preparing.images import (
     stack_hashes,
 )
 from preparing.ledger import Ledger
+from preparing.record_keys import (
+    name_pictures,
+    obey_other_keys,
+    read_conversation_of,
+    same_pictures,
+    say_problem,
+    unfilled_placeholder,
+)
 from preparing.splits import connected_groups, split_groups
-from preparing.text_files import csv_rows, json_items, read_text
+from preparing.text_files import RepeatedKeys, csv_rows, json_items, keep_repeated, read_text
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv")
+# Keys whose names in braces or brackets are words of a text more often than they are placeholders.
+COMMON_KEYS = {
+    "id",
+    "image",
+    "images",
+    "text",
+    "question",
+    "answer",
+    "messages",
+    "conversations",
+    "source",
+    "model",
+    "type",
+}
 COLUMN_TYPES = ("string", "int64", "float64")
 
 
@@ -58,6 +89,17 @@ class FileImage:
 
     def read(self) -> bytes:
         return (self.folder / self.name).read_bytes()
+
+
+@dataclass(frozen=True)
+class GivenImage:
+    """An image whose bytes a record itself holds, as base64 or in an object."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.data
 
 
 @dataclass(frozen=True)
@@ -84,6 +126,9 @@ class HeldImages:
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
+InputImage = FileImage | GivenImage | HeldImage
+
+
 @dataclass(eq=False)
 class Record:
     """One conversation of the input, with what is wrong with it."""
@@ -91,8 +136,9 @@ class Record:
     file: str
     line: int  # line of a text file; number of the row, from 1, of a dataset
     raw: Any
-    images: list[FileImage | HeldImage] = field(default_factory=list)
-    messages: list[dict[str, str]] = field(default_factory=list)
+    images: list[InputImage] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     image_id: str = ""
     problem: tuple[str, str] | None = None
 
@@ -103,18 +149,24 @@ class Record:
 def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, Any]], HeldImages | None]:
     """(records, sources for the manifest, the images that the input itself holds) of a file, folder or Hub name."""
     path = Path(source)
-    if path.is_file() and path.suffix in FILE_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in FILE_SUFFIXES:
         readers = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv}
-        return list(readers[path.suffix](path)), [describe_file(path)], None
+        return list(readers[path.suffix.lower()](path)), [describe_file(path)], None
     dataset = open_dataset(source, split)
+    inner = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
+    if unread := [name for name, feature in inner.items() if isinstance(feature, (datasets.Audio, datasets.Video))]:
+        raise ValueError(f"{source} holds video or audio in {', '.join(unread)}: pictures and text are learnt only")
+    with_images = [name for name, feature in inner.items() if isinstance(feature, datasets.Image)]
+    if len(with_images) > 1:
+        raise ValueError(
+            f"{source} holds images in {', '.join(with_images)}: leave the column that is meant, and no other"
+        )
     images = None
-    for name, feature in dataset.features.items():
-        inner = feature.feature if isinstance(feature, datasets.List) else feature
-        if isinstance(inner, datasets.Image):
-            undecoded = datasets.Image(decode=False)
-            dataset = dataset.cast_column(name, datasets.List(undecoded) if inner is not feature else undecoded)
-            if name in ("image", "images"):
-                images = HeldImages(dataset, name)
+    for name in with_images:
+        undecoded = datasets.Image(decode=False)
+        held = dataset.features[name]
+        dataset = dataset.cast_column(name, undecoded if inner[name] is held else datasets.List(undecoded))
+        images = HeldImages(dataset, name)
     text_only = dataset.remove_columns(images.column) if images else dataset
     records = [Record(source, number, raw) for number, raw in enumerate(text_only, start=1)]
     # The library's fingerprint changes with the data; file hashes would not describe a Hub dataset.
@@ -134,7 +186,7 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
             raise ValueError(f"{source} has the splits {', '.join(opened)}, not {split!r}: name one with --input_split")
         return dataset
     if not path.is_dir() and (
-        path.exists() or path.suffix in FILE_SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+        path.exists() or path.suffix.lower() in FILE_SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     ):
         raise ValueError(
             f"--input {source} is no file of {' '.join(FILE_SUFFIXES)}, no folder, and no Hub name such as owner/dataset"
@@ -154,7 +206,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
     for line, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
             try:
-                yield Record(str(path), line, json.loads(text))
+                yield Record(str(path), line, json.loads(text, object_pairs_hook=keep_repeated))
             except json.JSONDecodeError as error:
                 yield Record(str(path), line, None, problem=("not_json", f"{error.msg} at column {error.colno}"))
 
@@ -175,66 +227,82 @@ def read_csv(path: Path) -> Iterator[Record]:
         yield record
 
 
-def read_conversation(record: Record, folder: Path | None, held: HeldImages | None) -> None:
+def read_conversation(record: Record, folder: Path | None, held: HeldImages | None, kept: Iterable[str]) -> None:
     """Fills in messages and images from the raw record, or its problem."""
-    raw = record.raw
     if record.problem:
         return
+    raw = record.raw
     if not isinstance(raw, Mapping):
         return record.reject("not_an_object", f"expected an object, got {raw!r:.80}")
-    marks_may_be_left_out = True
-    if raw.get("conversations") is not None:
-        turns, marks_may_be_left_out = read_turns(raw["conversations"], "from", "value"), False
-    elif raw.get("messages") is not None:
-        turns = read_turns(raw["messages"])
-    elif raw.get("question") is not None and raw.get("answer") is not None:
-        pair = [{"role": "user", "content": raw["question"]}, {"role": "assistant", "content": raw["answer"]}]
-        turns = read_turns(pair)
-    else:
-        keys = ", ".join(map(str, raw))
+    if isinstance(raw, RepeatedKeys):
         return record.reject(
-            "unknown_form", f"expected conversations, messages, or question and answer; got {keys:.120}"
+            "repeated_key", f"{', '.join(raw.names)} stands twice in one object: leave the one that is meant"
         )
-    if turns.problems:
-        return record.reject(turns.problems[0][0], "; ".join(detail for _, detail in turns.problems))
-    record.messages = turns.messages
-    find_images(record, folder, held)
-    if not record.problem:
-        check_marks(record, turns, marks_may_be_left_out)
+    try:
+        turns, marks_may_be_left_out, used = read_conversation_of(raw)
+        if turns is None:
+            keys = ", ".join(map(str, raw))
+            expected = "expected conversations, messages, or question and answer"
+            return record.reject("unknown_form", f"{expected}; got {keys:.120}")
+        if turns.problems:
+            return record.reject(turns.problems[0][0], "; ".join(detail for _, detail in turns.problems))
+        record.messages = turns.messages
+        obey_other_keys(raw, record.messages, used, kept)
+        in_keys = [] if held else name_pictures(raw, used)
+        find_images(record, in_keys, turns.pictures, folder, held)
+        if record.problem:
+            return
+        num_marks = turns.num_image_marks
+        if num_marks != len(record.images) and not (marks_may_be_left_out and num_marks == 0):
+            return record.reject("image_mark_count", f"{num_marks} image marks, but {len(record.images)} images")
+        names = {*raw, *kept} - COMMON_KEYS | ({"count"} if record.images else set())
+        if found := unfilled_placeholder(record.messages, names):
+            return record.reject("unfilled_placeholder", f"{found} stands in the text, and would be taught as words")
+    except ValueError as error:
+        return record.reject(*say_problem(error))
+    unused = [str(key) for key, value in raw.items() if key not in used and key not in kept and value is not None]
+    record.unused = [*unused, *turns.unused]
 
 
-def find_images(record: Record, folder: Path | None, held: HeldImages | None) -> None:
+def find_images(
+    record: Record,
+    in_keys: list[str | bytes],
+    in_text: Sequence[str | bytes | None],
+    folder: Path | None,
+    held: HeldImages | None,
+) -> None:
+    """The images of a record: those that its dataset holds, its keys name, or its marks name."""
     if held:
-        images = held.rows[record.line - 1][held.column] or []
-        for place, image in enumerate(images if isinstance(images, list) else [images]):
+        images = held.rows[record.line - 1][held.column]
+        for place, image in enumerate(images if isinstance(images, list) else [images] if images else []):
             name = Path(image["path"] or "image").name
             record.images.append(HeldImage(f"{record.line}-{place + 1}-{name}", held, record.line - 1, place))
-        return
-    names = record.raw.get("images") or record.raw.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        return record.reject("bad_image", f"expected the name of an image or a list of names, got {names!r:.80}")
-    if names and folder is None:
-        return record.reject("no_images_folder", f"it names {names[0]!r:.80}, but no --images folder was given")
-    for name in names:
-        path = find_inside(name, folder)
+    named = [picture for picture in in_text if picture is not None]
+    if named and len(named) < len(in_text):
+        detail = f"{len(named)} of its {len(in_text)} image marks name a picture: name each, or none"
+        return record.reject("image_mark_count", detail)
+    if named and held:
+        return record.reject("two_pictures", f"{named[0]!r:.60} is named, but the dataset holds the images itself")
+    if named and in_keys and not same_pictures(named, in_keys):
+        return record.reject("two_pictures", f"its marks name {named[0]!r:.60}, its keys {in_keys[0]!r:.60}")
+    for place, picture in enumerate(in_keys or named, start=1):
+        if isinstance(picture, bytes):
+            record.images.append(GivenImage(f"{record.line}-{place}-image", picture))
+            continue
+        if folder is None:
+            return record.reject("no_images_folder", f"it names {picture!r:.80}, but no --images folder was given")
+        path = find_inside(picture, folder)
         if isinstance(path, tuple):
-            record.reject(*path)
-        else:
-            # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
-            record.images.append(FileImage(path.resolve().relative_to(folder.resolve()).as_posix(), folder))
+            return record.reject(*path)
+        # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
+        record.images.append(FileImage(path.resolve().relative_to(folder.resolve()).as_posix(), folder))
 
 
-def check_marks(record: Record, turns: Turns, marks_may_be_left_out: bool) -> None:
-    if turns.num_image_marks != len(record.images) and not (marks_may_be_left_out and turns.num_image_marks == 0):
-        record.reject("image_mark_count", f"{turns.num_image_marks} image marks, but {len(record.images)} images")
-
-
-def read_image(image: FileImage | HeldImage) -> bytes:
+def read_image(image: InputImage) -> bytes:
     return image.read()
 
 
-def check_images(records: list[Record], max_pixels: int) -> dict[FileImage | HeldImage, Inspection]:
+def check_images(records: list[Record], max_pixels: int) -> dict[InputImage, Inspection]:
     """Decodes every image once, however many records show it; returns the sound ones."""
     images = list(dict.fromkeys(image for record in records if not record.problem for image in record.images))
     inspections = dict(zip(images, inspect_images(images, read_image, max_pixels), strict=True))
@@ -245,13 +313,13 @@ def check_images(records: list[Record], max_pixels: int) -> dict[FileImage | Hel
     return {image: inspection for image, inspection in inspections.items() if not inspection.problem}
 
 
-def check_duplicates(records: list[Record], inspections: dict[FileImage | HeldImage, Inspection]) -> None:
+def check_duplicates(records: list[Record], inspections: dict[InputImage, Inspection]) -> None:
     first_lines: dict[tuple[Any, ...], int] = {}
     for record in records:
         if record.problem:
             continue
         pictures = tuple(inspections[image].sha256 for image in record.images)
-        words = tuple((message["role"], message["content"]) for message in record.messages)
+        words = tuple((message["role"], message["content"], message.get("weight", 1)) for message in record.messages)
         if (pictures, words) in first_lines:
             record.reject("duplicate", f"same images and words as line {first_lines[pictures, words]}")
         first_lines.setdefault((pictures, words), record.line)
@@ -279,7 +347,7 @@ def read_value(value: Any, type_name: str) -> str | int | float:
 
 
 def group_records(
-    records: list[Record], inspections: dict[FileImage | HeldImage, Inspection], max_bits: int
+    records: list[Record], inspections: dict[InputImage, Inspection], max_bits: int
 ) -> list[list[Record]]:
     """Records that share an image, or have near-duplicate images, in one group; `image_id` names the first image."""
     images = list(inspections)
@@ -297,8 +365,9 @@ def group_records(
     return [group for group in groups if group]
 
 
-def make_row(record: Record, columns: dict[str, str], has_images: bool) -> dict[str, Any]:
-    row = {"messages": record.messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
+def make_row(record: Record, columns: dict[str, str], has_images: bool, has_weights: bool) -> dict[str, Any]:
+    messages = [{"weight": 1} | message for message in record.messages] if has_weights else record.messages
+    row = {"messages": messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
     if has_images:
         row["images"] = [{"bytes": image.read(), "path": Path(image.name).name} for image in record.images]
     return row
@@ -353,7 +422,7 @@ def main() -> None:
 
     # Check.
     for record in records:
-        read_conversation(record, args.images, held)
+        read_conversation(record, args.images, held, columns)
     inspections = check_images(records, args.max_pixels)
     check_duplicates(records, inspections)
     read_columns(records, columns)
@@ -382,9 +451,11 @@ def main() -> None:
 
     # Write.
     has_images = any(record.images for record in accepted)
+    has_weights = any("weight" in message for record in accepted for message in record.messages)
+    unused = Counter(key for record in accepted for key in record.unused)
     features = datasets.Features(
         {
-            "messages": MESSAGES_FEATURE,
+            "messages": WEIGHTED_MESSAGES_FEATURE if has_weights else MESSAGES_FEATURE,
             # Training takes any dataset with images for one of a vision model, so a text-only one has no such column.
             **({"images": IMAGES_FEATURE} if has_images else {}),
             "image_id": datasets.Value("string"),
@@ -399,10 +470,13 @@ def main() -> None:
         sources=sources,
         arguments=vars(args),
         split_rule=f"groups of records with the same or almost the same image, shuffled with seed {args.seed}",
-        make_row=functools.partial(make_row, columns=columns, has_images=has_images),
+        make_row=functools.partial(make_row, columns=columns, has_images=has_images, has_weights=has_weights),
+        unused_keys=dict(unused.most_common()),
         leak_report=leaks,
     )
     print(summarise(args.output, ledger, {name: len(of_split) for name, of_split in splits.items()}))
+    if unused:
+        print("keys not used: " + ", ".join(f"{key} x {number:,}" for key, number in unused.most_common()))
     if leaks["between"]:
         print(describe_leaks(leaks))
 

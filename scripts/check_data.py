@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
-from finetuning.data.label_audit import Auditor, RowAudit, describe_faults, open_image, undecoded
+from finetuning.data.label_audit import Auditor, RowAudit, describe_faults, undecoded
 from finetuning.data.label_preview import length_table, preview_page
 from finetuning.models.loading import is_vision, load_config, load_processing_class
 
@@ -120,8 +120,7 @@ def main(
         shown = []
         for audit in rows_to_show(audits, options.preview):
             row = undecoded(splits[audit.split], [audit.row])[0]
-            if audit.num_tokens:
-                row["images"] = [open_image(image) for image in row.get("images") or []]
+            row["images"] = row.get("images") or []
             shown.append((audit, row))
         title = f"{script_args.dataset_name}, as {model_args.model_name_or_path} sees it"
         (folder / "preview.html").write_text(preview_page(title, audits, shown, processing_class), encoding="utf-8")

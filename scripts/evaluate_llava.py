@@ -17,6 +17,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 
 from finetuning.data.dataset import open_dataset, open_split, spread
+from finetuning.data.pictures import open_picture
 from finetuning.evaluation.answering import (
     answer_with_both,
     digest,
@@ -250,7 +251,7 @@ def items_to_look_at(
             tuned=answers["tuned"][index],
             base_remark=remark("base"),
             tuned_remark=remark("tuned"),
-            image=image[0] if image else None,
+            image=open_picture(image[0]) if image else None,
         )
 
     ranked = sorted(range(len(questions)), key=lambda index: (-errors["tuned"][index], errors["base"][index]))

@@ -19,7 +19,10 @@ from tqdm import tqdm
 
 # The pictures that are checked here are opened by the very function that training opens them with.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-from finetuning.data.pictures import MAX_PIXELS, PictureError, open_picture
+from finetuning.data import pictures
+from finetuning.data.pictures import PictureError, open_picture
+
+MAX_PIXELS = 50_000_000
 
 # Difference hash of 16x16 = 256 bits. On a fixed camera the background makes all frames alike to a coarse hash: on the
 # mall frames, 64-bit hashes cannot tell the next frame from one a minute later. Of 256 bits neighbours differ in a
@@ -44,11 +47,14 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 
 def image_flag_problems(args: argparse.Namespace) -> list[str]:
     smallest = {"max_pixels": 1, "near_duplicate_bits": 0}
-    return [
+    problems = [
         f"--{name} {getattr(args, name)}: expected {least} or more"
         for name, least in smallest.items()
         if getattr(args, name) < least
     ]
+    if args.max_pixels > pictures.MAX_PIXELS:
+        problems.append(f"--max_pixels {args.max_pixels}: training opens pictures of at most {pictures.MAX_PIXELS:,}")
+    return problems
 
 
 class Inspection(NamedTuple):
@@ -102,7 +108,9 @@ def is_inside(path: Path, folder: Path) -> bool:
 def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
     """The file called `name` in `folder`, in whichever Unicode form it lies on disk; or (reason, detail)."""
     # macOS writes file names in NFD, most text files have them in NFC.
-    paths = [folder / form for form in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))]
+    names = [name, name.replace("\\", "/")]  # Windows writes photos\a.jpg
+    paths = [folder / unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")]
+    paths.insert(0, folder / name)
     try:
         path = next((path for path in paths if path.is_file()), paths[0])
         if not is_inside(path, folder):

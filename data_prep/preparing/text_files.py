@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def normalise_name(name: str) -> str:
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line on which the row starts, cells stripped of surrounding space), header first; blank lines are no rows."""
+    csv.field_size_limit(2**31 - 1)  # the module's own limit of a cell is 128 KiB
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
@@ -40,12 +42,32 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}:{line} is not CSV: {error}") from error
 
 
+class RepeatedKeys(dict):
+    """A JSON object in which, or inside which, a key stands twice; the last value of each is held, as usual."""
+
+    names: list[str]
+
+
+def keep_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`: a dict, or RepeatedKeys, so that nobody takes one of two values in silence."""
+    held = dict(pairs)
+    names = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
+    for value in held.values():
+        for inner in value if isinstance(value, list) else (value,):
+            names += inner.names if isinstance(inner, RepeatedKeys) else []
+    if not names:
+        return held
+    repeated = RepeatedKeys(held)
+    repeated.names = names
+    return repeated
+
+
 def json_items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """(line on which the item starts, item) of a JSON list, of JSON lines, or of one JSON object (a list of one).
 
     Raises ValueError with file and line where the text stops being JSON.
     """
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=keep_repeated)
     position = line_position = 0
     line = 1
 

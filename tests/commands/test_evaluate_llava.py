@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
+from finetuning.data.pictures import open_picture
 from finetuning.evaluation.answering import UNFINISHED
 from finetuning.models.loading import load_processing_class
 
@@ -160,7 +161,7 @@ def test_questions_are_cut_before_the_answer_that_states_the_count(sevens):
     first = questions[0]
     assert first["messages"] == [{"role": "user", "content": "How many people are in view?"}]
     assert (first["reference"], first["question"]) == ("7 people.", "How many people are in view?")
-    assert first["images"][0].size == (64, 64)
+    assert open_picture(first["images"][0]).size == (64, 64)
     with pytest.raises(ValueError, match="in none of 25 rows does an answer state the row's count"):
         evaluate_llava.questions_of(rows.remove_columns("count").add_column("count", [8] * 25), "sevens")
     with pytest.raises(ValueError, match="no column 'count'"):

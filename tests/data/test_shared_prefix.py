@@ -37,6 +37,13 @@ def test_rows_are_grouped_by_image():
     assert [len(row["images"]) for row in grouped] == [1, 1, 1, 0, 0]
 
 
+def test_rows_that_go_on_with_other_images_are_no_group():
+    row = questions("a", "b")
+    two = row[0] | {"images": [row[0]["images"][0], row[1]["images"][0]]}
+    rows = Dataset.from_list([row[0], two, row[0]], features=row.features)
+    assert [(group["row"], len(group["other_messages"])) for group in group_by_image(rows)] == [(0, 1), (1, 0)]
+
+
 @pytest.fixture(scope="module")
 def processor(tiny_llava):
     return load_processing_class(str(tiny_llava))

@@ -215,7 +215,7 @@ def test_every_record_that_cannot_be_used_is_in_the_ledger_with_its_reason(tmp_p
         ("bad_turn", {"messages": [{"content": "Is it?"}, answer]}),
         ("unknown_role", {"messages": [{"role": "moderator", "content": "Hush."}, answer]}),
         ("bad_content", {"messages": [{"role": "user", "content": 3}, answer]}),
-        ("bad_content", {"messages": [{"role": "user", "content": [{"type": "audio"}]}, answer]}),
+        ("video_or_audio", {"messages": [{"role": "user", "content": [{"type": "audio"}]}, answer]}),
         ("empty_text", {"messages": [question, {"role": "assistant", "content": "  "}]}),
         ("no_assistant_turn", {"messages": [question]}),
         ("roles_do_not_alternate", {"messages": [question, answer, question]}),
@@ -227,8 +227,10 @@ def test_every_record_that_cannot_be_used_is_in_the_ledger_with_its_reason(tmp_p
         ("missing_image", llava("coco/404.jpg")),
         ("outside_folder", llava("../secret.jpg")),
         ("outside_folder", llava(str(tmp_path / "secret.jpg"))),
-        ("bad_image", llava({"path": "x.jpg"})),
-        ("bad_name", llava("data:image/jpeg;base64," + "A" * 5000)),
+        ("missing_image", llava({"path": "x.jpg"})),
+        ("bad_image", llava({"height": 3})),
+        ("bad_image", llava(3)),
+        ("not_an_image", llava("data:image/jpeg;base64," + "A" * 5000)),
         ("bad_name", llava("a\0.jpg")),
         ("bad_content", {"messages": [{"role": "user", "content": "half a pair \ud83d"}, answer]}),
         ("corrupt_image", llava("broken.jpg")),
@@ -241,7 +243,7 @@ def test_every_record_that_cannot_be_used_is_in_the_ledger_with_its_reason(tmp_p
     source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for _, line in lines))
     dataset, manifest, rejects = prepare(source, "--images", images, "--max_pixels", "100000")
     assert rejects == {("data.jsonl", str(number), reason) for number, (reason, _) in enumerate(lines, 1) if reason}
-    assert manifest["read"] == {"records": {"read": 30, "accepted": 3, "rejected": 27}}
+    assert manifest["read"] == {"records": {"read": 32, "accepted": 3, "rejected": 29}}
     assert sum(map(len, dataset.values())) == 3
 
 

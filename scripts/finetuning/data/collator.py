@@ -10,9 +10,16 @@ from transformers import BatchFeature, DataCollator, PreTrainedTokenizerBase, Pr
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from finetuning.data.pictures import PictureError, open_picture
+
+# What preparation writes at the start of a user turn for each picture that it shows, where pictures come in later turns.
+IMAGE_LINE = "<image>\n"
+
 
 class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     """Rows with `messages` and `images` -> one right-padded training batch, supervised on the assistant's turns only.
+
+    `images` are whatever `open_picture` opens: what a dataset stores, paths, or Pillow images.
 
     Called on a list of rows it returns TRL's batch: `input_ids`, `attention_mask`, `labels` of shape
     (rows, tokens) and `pixel_values` of shape (images, 3, height, width). `labels` are -100 everywhere but on the
@@ -29,7 +36,7 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         for example in examples:
             self.refuse_image_marks(example)
-        batch = super().torch_call(examples)
+        batch = super().torch_call([with_pictures(example) for example in examples])
         if "row" in examples[0]:
             batch["rows"] = [example["row"] for example in examples]
         return batch
@@ -37,7 +44,8 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     def refuse_image_marks(self, example: dict[str, Any]) -> None:
         mark = self.processor.image_token
         for message in chain(example["messages"], *example.get("other_messages", [])):
-            if mark in str(message["content"]):
+            num_marks, text = leading_marks(message)
+            if mark in text or (num_marks and message["role"] != "user"):
                 raise ValueError(
                     f"row {example.get('row', '(unnumbered)')}: {mark} in the text: {str(message['content'])[:80]!r}. Remove it "
                     "there: the collator puts one before the text for each picture"
@@ -49,13 +57,55 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         Token for token the beginning of what training sees, which the tests and the data check assert.
         """
         return self.processor.apply_chat_template(
-            [prepare_multimodal_messages(example["messages"], images=example.get("images")) for example in examples],
+            [
+                prepare_multimodal_messages(example["messages"], images=example["images"])
+                for example in map(with_pictures, map(until_the_question, examples))
+            ],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
+
+
+def leading_marks(message: dict[str, Any]) -> tuple[int, str]:
+    """(how many lines `<image>` a message begins with, its text after them). Preparation writes them where pictures stand
+    in later turns; without any, all pictures of a row stand before its first question."""
+    text = str(message["content"])
+    num_marks = 0
+    while text.startswith(IMAGE_LINE):
+        text = text.removeprefix(IMAGE_LINE)
+        num_marks += 1
+    return num_marks, text
+
+
+def place_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose texts begin with lines `<image>` -> typed parts, the images where the lines stood; others as given."""
+    marks = [leading_marks(message) for message in messages]
+    if not any(number for number, _ in marks):
+        return messages
+    return [
+        message | {"content": [*({"type": "image"} for _ in range(number)), {"type": "text", "text": text}]}
+        for message, (number, text) in zip(messages, marks, strict=True)
+    ]
+
+
+def until_the_question(example: dict[str, Any]) -> dict[str, Any]:
+    """A row that was cut before an answer, without the images of the turns that were cut off."""
+    num_shown = sum(number for number, _ in map(leading_marks, example["messages"]))
+    return example | {"images": (example.get("images") or [])[: num_shown or None]}
+
+
+def with_pictures(example: dict[str, Any]) -> dict[str, Any]:
+    """The row with its pictures opened and placed. Raises ValueError that names row and picture."""
+    opened = []
+    for number, image in enumerate(example.get("images") or [], start=1):
+        try:
+            opened.append(open_picture(image))
+        except PictureError as error:
+            raise ValueError(f"row {example.get('row', '(unnumbered)')}, picture {number}: {error}") from error
+    return example | {"images": opened, "messages": place_images(example["messages"])}
 
 
 def prompt_batch(

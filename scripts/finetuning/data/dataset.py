@@ -1,7 +1,6 @@
 """Opening the dataset that data preparation wrote, and refusing what training could not use."""
 
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
@@ -13,6 +12,8 @@ from finetuning.arguments import ScriptArguments, TrainingArguments
 
 def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     """A folder that `data_prep` wrote, a folder of JSONL or Parquet files, or a Hub dataset; all splits.
+
+    For a vision model `images` holds files' bytes, which `finetuning.data.pictures.open_picture` opens.
 
     Raises ValueError that lists every missing column, or says which command makes what is not there.
     """
@@ -45,18 +46,18 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems) + ". The README describes the columns (The data contract)")
     if vision:
-        dataset = DatasetDict(
-            {
-                # A cast copies the split into a cache beside it: only for pictures that are not pictures yet.
-                split: rows if is_pictures(rows.features["images"]) else rows.cast_column("images", List(Image()))
-                for split, rows in dataset.items()
-            }
-        )
+        dataset = DatasetDict({split: with_undecoded_pictures(rows) for split, rows in dataset.items()})
     return dataset
 
 
-def is_pictures(feature: Any) -> bool:
-    return isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode
+def with_undecoded_pictures(rows: Dataset) -> Dataset:
+    """`images` as lists of `{"bytes", "path"}`: the library would open them by other rules than `open_picture`."""
+    feature = rows.features["images"]
+    if not (isinstance(feature, List) and isinstance(feature.feature, Image)):
+        return rows.cast_column("images", List(Image(decode=False)))
+    # Nothing of the table changes; a cast would copy the split into a cache beside it.
+    rows.info.features["images"] = List(Image(decode=False))
+    return rows
 
 
 def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from jinja2 import TemplateError
-from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetuning.data.collator import LlavaDataCollator, prompt_batch, stop_tokens
+from finetuning.data.collator import LlavaDataCollator, place_images, prompt_batch, stop_tokens
+from finetuning.data.pictures import PictureError, open_picture
 
 IGNORED = -100
 # Reason code of a fault -> what it does to training, and what to do about it.
@@ -54,7 +53,7 @@ class Auditor:
     """Audits rows with `messages` (and `images`, for a vision model); also the `collate_fn` of a DataLoader.
 
     `config` is the model's: how many features a picture gives is asked of the model, not of the processor that is
-    checked. `max_length` is the recipe's. Pictures may be PIL images or the undecoded form of `Image(decode=False)`.
+    checked. `max_length` is the recipe's. Pictures are whatever `open_picture` opens.
     """
 
     processing_class: ProcessorMixin | PreTrainedTokenizerBase
@@ -68,9 +67,9 @@ class Auditor:
         readable = []
         for audit, row in zip(audits, rows, strict=True):
             try:
-                row = row | {"images": [open_image(image) for image in row.get("images") or []]}
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                audit.faults.append(("unreadable_image", str(error)))
+                row = row | {"images": [open_picture(image) for image in row.get("images") or []]}
+            except PictureError as error:
+                audit.faults.append(("unreadable_image", f"{error.reason}: {error}"))
                 continue
             audit.num_images = len(row["images"])
             audit.faults += self._refusals(row)
@@ -90,7 +89,9 @@ class Auditor:
         if row["images"] and not vision:
             return [("refused_by_template", f"{len(row['images'])} images for a model that reads text only")]
         try:
-            messages = prepare_multimodal_messages(row["messages"], images=row["images"]) if vision else row["messages"]
+            messages = row["messages"]
+            if vision:
+                messages = prepare_multimodal_messages(place_images(messages), images=row["images"])
             text = self.processing_class.apply_chat_template(messages, tokenize=False)
         except (ValueError, TemplateError) as error:
             return [("refused_by_template", str(error))]
@@ -116,7 +117,7 @@ class Auditor:
         ids, labels = ids[mask == 1].tolist(), labels[mask == 1].tolist()
 
         if image_id is not None:
-            expected = audit.num_images * self._features_per_image()
+            expected = audit.num_images and audit.num_images * self._features_per_image()
             if ids.count(image_id) != expected:
                 detail = f"{ids.count(image_id)} image tokens, {expected} features of {audit.num_images} images"
                 report(("image_tokens_differ", detail))
@@ -129,7 +130,11 @@ class Auditor:
             report(("image_supervised", f"{labels.count(image_id)} image tokens"))
             return  # the answer's beginning is wrong then, too: one fault, not two
 
-        answers = [place for place, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        answers = [
+            place
+            for place, message in enumerate(row["messages"])
+            if message["role"] == "assistant" and message.get("weight") != 0
+        ]
         spans = supervised_spans(labels)
         if not answers or len(spans) < len(answers):
             report(("nothing_supervised", f"{len(spans)} supervised answers of {len(answers)}"))
@@ -176,11 +181,6 @@ class Auditor:
 def undecoded(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
     """Rows straight out of Arrow, their pictures not decoded: the auditor can then name the one that does not open."""
     return rows.with_format("arrow")[indices].to_pylist()
-
-
-def open_image(image: Image.Image | dict[str, Any]) -> Image.Image:
-    """A picture as the dataset gives it while training, from either of its forms. Raises what Pillow raises."""
-    return image if isinstance(image, Image.Image) else ImageFeature().decode_example(image)
 
 
 def collate(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> BatchFeature:

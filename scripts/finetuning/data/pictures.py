@@ -17,7 +17,8 @@ from PIL import Image
 # Of Pillow's decoders only these are offered a file; some of the others start programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 50_000_000
+# The limit at which Pillow itself refuses a picture: decoded it is half a gigabyte. Preparation asks for less.
+MAX_PIXELS = 178_956_970
 # What Pillow's decoders raise for damaged files.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError)
 DECODING_ERRORS += (struct.error, zlib.error)

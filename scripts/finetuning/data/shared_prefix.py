@@ -8,17 +8,19 @@ Grouper (arXiv 2506.05433) shows the same for GRPO. A dialogue's last token is o
 token of the sequence unless the sequence ends with it.
 """
 
+import itertools
 from collections import defaultdict
 from functools import partial
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.arguments import ScriptArguments
-from finetuning.data.collator import LlavaDataCollator
+from finetuning.data.collator import LlavaDataCollator, leading_marks
 
 # Marks of `branch_ids`: every dialogue has a number of its own from FIRST_BRANCH on.
 PADDING, PREFIX, FIRST_BRANCH = 0, 1, 2
@@ -35,16 +37,17 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     """Rows with the same `image_id` -> one row with `messages` (the first dialogue), `other_messages`, `images`, `row`.
 
     An image with more dialogues than `max_dialogues` becomes several rows, so that no sequence grows without bound.
-    Rows without images stay alone. Pictures are read when a row is asked for, once per row.
+    Rows without images, and those that show images in later turns, stay alone. Pictures are read when a row is asked for, once per row.
     """
-    image_ids, counts = dataset["image_id"], [len(images) for images in images_as_stored(dataset)]
+    texts = dataset["messages"]
     rows_of: dict[Any, list[int]] = defaultdict(list)
-    for row, (image_id, count) in enumerate(zip(image_ids, counts, strict=True)):
-        rows_of[image_id if count else ("no image", row)].append(row)
+    for row, (image_id, files) in enumerate(zip(dataset["image_id"], files_of_images(dataset), strict=True)):
+        # Rows may begin with one image and go on with others, or show theirs in later turns.
+        alone = not files or any(leading_marks(message)[0] for message in texts[row])
+        rows_of[("alone", row) if alone else (image_id, *files)].append(row)
     groups = [
         rows[start : start + max_dialogues] for rows in rows_of.values() for start in range(0, len(rows), max_dialogues)
     ]
-    texts = dataset["messages"]
     sizes = [sum(len(message["content"]) for message in messages) for messages in texts]
     characters = [sum(sizes[row] for row in rows) for rows in groups]
     grouped = Dataset.from_dict({"rows": groups, "characters": characters})
@@ -52,9 +55,17 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     return grouped
 
 
-def images_as_stored(dataset: Dataset) -> list[list]:
-    # The column as bytes: nothing is decoded to count pictures.
-    return dataset.with_format("arrow")["images"].to_pylist()
+def files_of_images(dataset: Dataset) -> list[list[tuple[str | None, int | None]]]:
+    """For each row (name, size in bytes) of its pictures as they are stored. No picture is read for it."""
+    rows: list[list[tuple[str | None, int | None]]] = []
+    for images in dataset.with_format("arrow")["images"].chunks:
+        stored = images.flatten()
+        sizes = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
+        files = list(zip(pc.struct_field(stored, "path").to_pylist(), sizes, strict=True))
+        lengths = pc.fill_null(pc.list_value_length(images), 0).to_pylist()
+        ends = itertools.accumulate(lengths)
+        rows += [files[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    return rows
 
 
 def read_grouped_rows(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
@@ -85,6 +96,8 @@ class SharedPrefixCollator(LlavaDataCollator):
             tokens, labels = batch["input_ids"][position][real], batch["labels"][position][real]
             image_places = (tokens == image_token).nonzero()
             prefix = int(image_places[-1]) + 1 if len(image_places) else 0
+            if any(leading_marks(message)[0] for message in example["messages"]):
+                prefix = 0  # its later pictures come after answers, and such a row is alone
             dialogues = [(tokens, labels)]
             for messages in example.get("other_messages", []):
                 dialogues.append(self.tokenize(messages, example["images"], len(image_places)))

@@ -4,6 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from finetuning.data.pictures import open_picture
 from finetuning.tasks.counting import find_count_turn, parse_count, score_counts, trivial_guesses
 
 
@@ -54,7 +55,7 @@ def score_counting_answers(
         for name, guess in trivial_guesses(train_counts).items():
             metrics[f"count_mae_{name}"] = score_counts([guess] * len(truth), truth)["mae"]
     table = {
-        "image": [images[0] if images else None for images in questions["images"]],
+        "image": [open_picture(images[0]) if images else None for images in questions["images"]],
         "question": list(questions["question"]),
         "truth": truth,
         "answer": answers,
