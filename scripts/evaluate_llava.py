@@ -29,13 +29,8 @@ from finetuning.evaluation.bootstrap import compare, describe
 from finetuning.evaluation.plots import error_by_crowd_size, loss_curves, predicted_against_true
 from finetuning.evaluation.report import Item, Plot, Table, write_report
 from finetuning.run_folder import digest_weights, find_again, open_run, read_log_history, untuned_model
-from finetuning.tasks.counting import (
-    crowd_sizes,
-    parse_count,
-    score_by_crowd_size,
-    score_counts,
-    trivial_guesses,
-)
+from finetuning.tasks.count_parser import parse_count
+from finetuning.tasks.counting import crowd_sizes, score_by_crowd_size, score_counts, trivial_guesses
 from finetuning.tasks.questions import counting_questions, image_counts
 
 SHOWN = 6  # items in each group of the report

@@ -18,7 +18,7 @@ from preparing.text_files import csv_rows, json_items, normalise_name, read_text
 # Data preparation imports nothing else of training: a label must be read by the very function that scores answers.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from finetuning.data.pictures import SUFFIXES
-from finetuning.tasks.counting import parse_count
+from finetuning.tasks.count_parser import parse_count
 
 TEXT_TURN = re.compile(
     r"^\s*(?P<role>user|assistant|system|image|사용자|어시스턴트|시스템|이미지)\s*[:：]\s*(?P<text>.*)$", re.IGNORECASE

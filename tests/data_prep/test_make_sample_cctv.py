@@ -9,7 +9,7 @@ import pytest
 from make_sample_cctv import MAX_PEOPLE, MESSAGES, Walker, crowd_sizes, draw_arcade, draw_frame
 from PIL import Image
 
-from finetuning.tasks.counting import parse_count
+from finetuning.tasks.count_parser import parse_count
 
 
 @pytest.fixture

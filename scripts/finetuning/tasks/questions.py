@@ -5,7 +5,8 @@ from typing import Any
 from datasets import Dataset
 
 from finetuning.data.pictures import open_picture
-from finetuning.tasks.counting import find_count_turn, parse_count, score_counts, trivial_guesses
+from finetuning.tasks.count_parser import parse_count
+from finetuning.tasks.counting import find_count_turn, score_counts, trivial_guesses
 
 
 def counting_questions(rows: Dataset) -> Dataset:
