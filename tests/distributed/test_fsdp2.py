@@ -10,7 +10,7 @@ from support.tiny_models import LANGUAGE_MODEL, tiny_llava, with_lora
 
 
 def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
-    # On a CPU the launches above train in fp32.
+    # On a CPU the launches of test_strategies.py train in fp32.
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
     assert plugin.mixed_precision_policy.reduce_dtype == plugin.mixed_precision_policy.output_dtype == torch.bfloat16
     keep_fp32_reductions(plugin, quantised=False)
@@ -19,7 +19,7 @@ def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
 
 
-def test_fsdp2_gathers_decoder_layers_one_by_one_and_a_frozen_tower_at_once():
+def test_fsdp2_wraps_each_decoder_layer_and_a_frozen_tower_once():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
     fuse_lora(model, sharded=True)
     set_wrap_classes(model)

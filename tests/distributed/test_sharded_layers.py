@@ -1,6 +1,6 @@
-"""Frozen layers that are gathered when they are needed compute what layers that stay do, in two buffers.
+"""Sharded frozen layers, all-gathered into two buffers, compute what replicated layers do.
 
-One process, which gathers from itself; two are in test_parallel.py.
+One process, which gathers from itself; two are in test_strategies.py.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads
 
 
 @pytest.fixture(autouse=True)
-def alone():
+def one_process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -27,8 +27,8 @@ def losses_and_gradients(model, batch, checkpointing: dict | None):
         model.gradient_checkpointing_enable(checkpointing)
         model.enable_input_require_grads()
     found = []
-    for turned in (False, True):
-        rows = {key: value.flip(0) if turned else value[:1] for key, value in batch.items()}
+    for flipped in (False, True):
+        rows = {key: value.flip(0) if flipped else value[:1] for key, value in batch.items()}
         loss = model(**rows, use_cache=False).loss
         loss.backward()
         with torch.no_grad():
@@ -41,7 +41,7 @@ def losses_and_gradients(model, batch, checkpointing: dict | None):
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize(("make", "targets"), [(tiny_llava, LANGUAGE_MODEL), (tiny_gemma, DECODER)])
-def test_gathered_layers_compute_what_whole_ones_do(make, targets, checkpointing):
+def test_sharded_layers_compute_what_replicated_ones_do(make, targets, checkpointing):
     batch = llava_batch()
     if make is tiny_gemma:
         batch.pop("pixel_values")
@@ -61,7 +61,7 @@ def test_gathered_layers_compute_what_whole_ones_do(make, targets, checkpointing
         torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_whose_weights_pytorch_keeps_are_left_alone():
+def test_layers_whose_weights_pytorch_saves_for_backward_are_not_sharded():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
     assert not can_shard_layers(decoder_layers(model))
     fuse_lora(model)

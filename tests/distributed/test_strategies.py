@@ -152,8 +152,8 @@ def test_two_processes_save_and_answer_as_one_does(one, trained, strategy):
     assert logged(two, "eval_count_n") == [3]
 
 
-def test_lora_of_layers_that_deepspeed_divides_is_saved_whole(one, train, tmp_path):
-    """peft#2450, accelerate#3508: saved as `Size([0])`. Without fused LoRA no layer is gathered (`finetuning.gathered`)."""
+def test_lora_of_layers_that_deepspeed_shards_is_saved_in_full(one, train, tmp_path):
+    """peft#2450, accelerate#3508: saved as `Size([0])`. Without fused LoRA DeepSpeed shards the layers, not we."""
     flags = LORA | {
         "fused_lora": "false",
         "gradient_checkpointing": "true",
@@ -173,7 +173,7 @@ def interrupt(finished: Path, run: Path, last: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
-def test_divided_run_continues_where_it_stopped(train, trained, tmp_path, strategy):
+def test_sharded_run_continues_where_it_stopped(train, trained, tmp_path, strategy):
     run = tmp_path / "run"
     interrupt(trained(strategy), run, "checkpoint-4")
     assert "checkpoint-2" in train(strategy, run, **LORA)
@@ -181,14 +181,14 @@ def test_divided_run_continues_where_it_stopped(train, trained, tmp_path, strate
     assert_same_weights(run, trained(strategy), "adapter_model.safetensors", tolerance=1e-6)
 
 
-def test_checkpoint_whose_weights_are_whole_is_not_read_as_one_that_is_divided(trained):
+def test_a_checkpoint_of_replicated_weights_is_not_read_as_one_of_sharded_weights(trained):
     checkpoint = trained("deepspeed_zero3") / "checkpoint-4"
     refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 2}})
-    with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
+    with pytest.raises(ValueError, match="are replicated, in this launch they are sharded"):
         refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 3}})
 
 
-def test_fsdp2_divides_a_4bit_base(train, train_alone, tmp_path):
+def test_fsdp2_shards_a_4bit_base(train, train_alone, tmp_path):
     flags = LORA | {"vision_tower": "frozen", "load_in_4bit": "true"}
     flags |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
     train_alone(tmp_path / "one", **flags)

@@ -16,7 +16,7 @@ from support.tiny_models import (
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
 
-@pytest.mark.parametrize("kept", ["16 bits", "fp32", "4 bits", "divided", "4 bits, divided"])
+@pytest.mark.parametrize("kept", ["16 bits", "fp32", "4 bits", "sharded", "4 bits, sharded"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_updates_are_not_lost_to_16_bits(kept, device):
     """What the adapter adds is a thousandth of y, less than bf16 can show beside it; over many tokens it must be there."""
@@ -33,7 +33,7 @@ def test_small_updates_are_not_lost_to_16_bits(kept, device):
     x = torch.randn(512, 512, device=device).to(torch.bfloat16)
     a, b = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
     taught = 0.5 * x.float() @ a.T @ b.T
-    projections = ProjectionStack([layer], sharded="divided" in kept)
+    projections = ProjectionStack([layer], sharded="sharded" in kept)
     with torch.autocast(device, torch.bfloat16):
         refresh_stacks([projections])
     weight = projections.weight()

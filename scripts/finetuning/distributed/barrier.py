@@ -1,4 +1,4 @@
-"""Processes that wait for the first one as long as it takes."""
+"""A barrier without time-out, for work that the first process does alone: tokenizing a large dataset."""
 
 import itertools
 import time
@@ -15,11 +15,11 @@ BARRIER_NUMBERS = itertools.count()
 
 @contextmanager
 def barriers_without_timeout() -> Iterator[None]:
-    """Inside, `PartialState().wait_for_everyone()`, and with it `main_process_first()`, waits without a time-out.
+    """A context in which `PartialState().wait_for_everyone()`, and so `main_process_first()`, waits without a time-out.
 
-    accelerate waits by a collective, which NCCL ends after `ddp_timeout` seconds, and the run with it, though the first
-    process still tokenises a large dataset (LlamaFactory#2424, alignment-handbook#190). Here each process asks the store
-    by which the processes found each other; if the first one dies, the launcher ends the others.
+    accelerate's barrier is a collective. NCCL aborts it, and the run, after `ddp_timeout` seconds, even if the first
+    process still tokenizes (LlamaFactory#2424, alignment-handbook#190). Here each process polls the rendezvous store every
+    0.1 s; if the first process dies, the launcher ends the others. One process alone needs no barrier.
     """
     if not dist.is_initialized():
         yield
@@ -27,11 +27,11 @@ def barriers_without_timeout() -> Iterator[None]:
     store, processes = dist.distributed_c10d._get_default_store(), dist.get_world_size()
 
     def wait_for_everyone(state: PartialState) -> None:
-        meeting = f"finetuning.waiting/{next(BARRIER_NUMBERS)}"
-        arrived = store.add(meeting, 1)
+        barrier = f"finetuning.barrier/{next(BARRIER_NUMBERS)}"
+        arrived = store.add(barrier, 1)
         while arrived < processes:
             time.sleep(0.1)
-            arrived = store.add(meeting, 0)
+            arrived = store.add(barrier, 0)
 
     by_collective = upstream.replace(PartialState, "wait_for_everyone", wait_for_everyone)
     try:

@@ -1,4 +1,4 @@
-"""FSDP2: which modules it wraps, and what stays in fp32."""
+"""FSDP2: which modules it wraps, and what it reduces in fp32."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,32 +11,33 @@ from finetuning.models.parts import base_model_of, frozen_tower_of
 
 
 def set_wrap_classes(model: nn.Module) -> None:
-    """FSDP2 divides and gathers each layer in one piece, found by the name of its class: those that `model` has.
+    """Let FSDP2 wrap each decoder layer, and all layers of a frozen vision tower at once; changes `model` in place.
 
-    All layers of a vision tower that is frozen are one piece: they run once a step, and each piece keeps the host for
-    milliseconds. (The tower itself as a piece would lose the hidden states that transformers hands out beside its output.)
+    FSDP2 shards and all-gathers what it wraps as one unit, found by class names in `_no_split_modules`. A frozen tower
+    runs once a step, and each unit costs milliseconds of host time. (The tower itself as a unit would lose the hidden
+    states that transformers returns beside its output.)
     """
     base = base_model_of(model)
     tower = frozen_tower_of(model)
-    within_tower = set() if tower is None else set(tower.modules())
-    pieces = {
+    in_tower = set() if tower is None else set(tower.modules())
+    wrapped = {
         type(module).__name__
         for module in base.modules()
-        if module not in within_tower and any(kind.__name__ in base._no_split_modules for kind in type(module).__mro__)
+        if module not in in_tower and any(cls.__name__ in base._no_split_modules for cls in type(module).__mro__)
     }
-    holders = (module for module in within_tower if any(isinstance(part, nn.ModuleList) for part in module.children()))
-    upstream.replace(base, "_no_split_modules", sorted(pieces | {type(holder).__name__ for holder in holders}))
+    holders = (module for module in in_tower if any(isinstance(child, nn.ModuleList) for child in module.children()))
+    upstream.replace(base, "_no_split_modules", sorted(wrapped | {type(holder).__name__ for holder in holders}))
 
 
 def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
-    """FSDP2: gradients are averaged, and the loss is, in fp32 as under DDP; 4-bit weights arrive as they were sent.
+    """Average gradients and the loss in fp32, as DDP does; cast no 4-bit weight. Changes accelerate's `plugin` in place.
 
-    accelerate has all of it in the run's 16 bits. Pairs of bytes of a 4-bit weight that say NaN in bf16, one in a
-    thousand, then arrive as 7FFF, which are other weights (bitsandbytes#1945, pytorch#159333). They arrive whole when they
-    are stored as fp32, as `preflight` demands, and nothing is cast before it is sent.
+    accelerate reduces and casts in the run's 16 bits. In bf16 about 0.1 % of the byte pairs of a 4-bit weight are NaN, and
+    arrive as 7FFF, which is another weight (bitsandbytes#1945, pytorch#159333). Preflight therefore demands that 4-bit
+    weights are stored as fp32, and a `quantised` model is sent without a cast.
     """
     policy = plugin.mixed_precision_policy
     if policy is not None:
-        sent = None if quantised else policy.param_dtype
-        exact = replace(policy, param_dtype=sent, reduce_dtype=torch.float32, output_dtype=None)
+        param_dtype = None if quantised else policy.param_dtype
+        exact = replace(policy, param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=None)
         upstream.replace(plugin, "mixed_precision_policy", exact)

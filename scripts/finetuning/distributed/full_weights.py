@@ -1,4 +1,4 @@
-"""The full weights of a sharded model, to be saved."""
+"""Full weights of a sharded model, to be saved."""
 
 import torch
 from torch import nn
@@ -8,13 +8,13 @@ from finetuning.strategy import Strategy
 
 
 def full_trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> whole weight on the CPU, for the trainable weights only: the frozen base is never gathered.
+    """Name -> full weight on the CPU, of trainable weights only: the frozen base is never all-gathered.
 
-    Of a part that is trained in full beside LoRA also the layers that no gradient reaches (the last of a vision tower):
-    PEFT saves such a part as a whole.
+    All processes must call it together. Under DeepSpeed the weights are the optimizer's fp32 masters, not the 16-bit copies
+    that the model computes with, so that every strategy saves the same adapter.
 
-    Called by all processes together. Under DeepSpeed these are the fp32 masters that the optimizer steps, not the
-    16-bit copies that the model computes with, so that an adapter is saved alike under every strategy.
+    A part trained in full beside LoRA is complete, with the layers that get no gradient (the last of a vision tower): PEFT
+    saves such a part as a whole.
     """
     weights = {}
     for name, parameter in model.named_parameters():
@@ -31,7 +31,7 @@ def full_trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def all_gather_parameter(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter that the optimizer does not know, whole also under ZeRO-3, which leaves each process a share."""
+    """The full value of a parameter that the optimizer does not know; ZeRO-3 leaves each process a shard of it."""
     if not hasattr(parameter, "ds_id"):
         return parameter
     import deepspeed

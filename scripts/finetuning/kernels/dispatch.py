@@ -1,9 +1,7 @@
-"""Plain torch, or the Triton kernel beside it: every kernel of this folder is both.
+"""Which of the two runs: the Triton kernel on a CUDA device, or the plain-torch reference beside it.
 
-The plain version is the reference, and runs on CPUs. On a CUDA device with Triton the kernel of the same name takes over,
-which reads and writes each number once (autograd's chain of small operations reads them five to ten times). Everything is
-computed in fp32 (fp64 stays fp64 in plain torch) and rounded once at the end, but for the activation of a frozen vision
-tower.
+A kernel reads and writes each element once, where autograd's chain of small operations does so five to ten times. Both
+compute in fp32 (the reference of fp64 in fp64) and round once at the end. `quick_gelu` alone rounds as inference does.
 """
 
 import torch
@@ -17,8 +15,10 @@ except ImportError:
 
 
 def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton is installed, as with the CUDA build of torch, and `tensor` is on a CUDA device."""
     return triton is not None and tensor.is_cuda
 
 
 def upcast(tensor: Tensor) -> Tensor:
+    """To fp32 at least: fp64 stays fp64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,6 +1,7 @@
-"""SwiGLU and GeGLU, the gated activations of Llama's and Gemma's MLP, forward and backward.
+"""SwiGLU and GeGLU (arXiv 2002.05202), the gated activations of Llama's and Gemma's MLP, forward and backward.
 
-Not Liger-Kernel's: the output goes into rows that have room for the low-rank columns of LoRA behind them.
+Liger-Kernel has both too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that the next
+product needs no copy.
 """
 
 import torch
@@ -12,9 +13,9 @@ GELU_TANH = 0.7978845608028654  # sqrt(2 / pi)
 
 
 def gated_activation(gate_up: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
-    """(rows, [gate, up]) -> silu(gate) * up, or Gemma's tanh-approximated gelu(gate) * up.
+    """gate_up (rows, 2 * width), gate first -> silu(gate) * up, or Gemma's tanh-approximated gelu(gate) * up.
 
-    Written into `out` (rows, width), whose rows may lie apart (stride (any, 1)).
+    Written into `out` (rows, width), in its dtype; its stride is (any, 1). Returns `out`.
     """
     if runs_triton(gate_up):
         rows, width = out.shape
@@ -31,9 +32,9 @@ def gated_activation(gate_up: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
 
 
 def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
-    """The activation's output once more; the gradient of the stacked [gate, up] is written into `out`.
+    """`grad` (rows, width) of the output -> gradient of `gate_up`, written into `out` (rows, 2 * width), stride (any, 1).
 
-    The rows of `out` may lie apart (stride (any, 1)).
+    Returns the output (rows, width), recomputed.
     """
     if runs_triton(gate_up):
         rows, width = grad.shape
@@ -51,16 +52,16 @@ def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out:
         sigmoid = torch.sigmoid(gate)
         activated = gate * sigmoid
         slope = sigmoid * (1 + gate * (1 - sigmoid))
-    wide = upcast(grad)
-    out.copy_(torch.cat([wide * up * slope, wide * activated], dim=-1))
+    grad_fp32 = upcast(grad)
+    out.copy_(torch.cat([grad_fp32 * up * slope, grad_fp32 * activated], dim=-1))
     return (activated * up).to(gate_up.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def activation(gate, IS_GELU: tl.constexpr):
-        """Activated gate and the slope there."""
+    def activation_and_slope(gate, IS_GELU: tl.constexpr):
+        """activation(gate) and its derivative."""
         if IS_GELU:
             inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
             tanh = 2 * tl.sigmoid(2 * inner) - 1
@@ -79,11 +80,11 @@ if triton is not None:
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < width
-        gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
-        activated, _ = activation(gate, IS_GELU)
-        tl.store(activated_ptr + row * activated_stride + columns, activated * up, mask=inside)
+        mask = columns < width
+        gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=mask, other=0.0).to(tl.float32)
+        activated, _ = activation_and_slope(gate, IS_GELU)
+        tl.store(activated_ptr + row * activated_stride + columns, activated * up, mask=mask)
 
     @triton.jit
     def gated_activation_backward_kernel(
@@ -91,12 +92,12 @@ if triton is not None:
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < width
-        gate_place = row * 2 * width + columns
-        gate = tl.load(gate_up_ptr + gate_place, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + gate_place + width, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        activated, slope = activation(gate, IS_GELU)
-        tl.store(out_ptr + row * out_stride + columns, grad * up * slope, mask=inside)
-        tl.store(out_ptr + row * out_stride + width + columns, grad * activated, mask=inside)
-        tl.store(activated_ptr + row * width + columns, activated * up, mask=inside)
+        mask = columns < width
+        gate_offsets = row * 2 * width + columns
+        gate = tl.load(gate_up_ptr + gate_offsets, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + gate_offsets + width, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+        activated, slope = activation_and_slope(gate, IS_GELU)
+        tl.store(out_ptr + row * out_stride + columns, grad * up * slope, mask=mask)
+        tl.store(out_ptr + row * out_stride + width + columns, grad * activated, mask=mask)
+        tl.store(activated_ptr + row * width + columns, activated * up, mask=mask)

@@ -1,4 +1,4 @@
-"""CLIP's activation, for a vision tower that is frozen: forward only, in one pass over memory."""
+"""QuickGELU, CLIP's activation, for a frozen vision tower: forward only, in one pass over memory."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from finetuning.kernels.dispatch import runs_triton, tl, triton
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
-    """hidden * sigmoid(1.702 hidden), the activation of CLIP, rounded after each of its three steps as inference rounds it.
+    """hidden * sigmoid(1.702 hidden), of any shape, rounded after each of its three steps as inference rounds it.
 
-    No gradient passes: it is for a vision tower that is frozen.
+    The Triton kernel passes no gradient.
     """
     if runs_triton(hidden):
         hidden = hidden.contiguous()
@@ -23,9 +23,9 @@ if triton is not None:
 
     @triton.jit
     def quick_gelu_kernel(hidden_ptr, activated_ptr, size, BLOCK: tl.constexpr):
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < size
-        hidden = tl.load(hidden_ptr + places, mask=inside, other=0.0)
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < size
+        hidden = tl.load(hidden_ptr + offsets, mask=mask, other=0.0)
         scaled = (1.702 * hidden.to(tl.float32)).to(hidden.dtype)
         sigmoid = tl.sigmoid(scaled.to(tl.float32)).to(hidden.dtype)
-        tl.store(activated_ptr + places, hidden.to(tl.float32) * sigmoid.to(tl.float32), mask=inside)
+        tl.store(activated_ptr + offsets, hidden.to(tl.float32) * sigmoid.to(tl.float32), mask=mask)

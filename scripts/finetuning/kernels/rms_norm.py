@@ -1,6 +1,7 @@
-"""RMSNorm of Llama and Gemma, forward and backward, in one pass over memory each.
+"""RMSNorm of Llama and Gemma (arXiv 1910.07467), forward and backward, each in one pass over memory.
 
-Not Liger-Kernel's: the output goes into rows that have room for the low-rank columns of LoRA behind them.
+Liger-Kernel has one too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that the next
+product needs no copy.
 """
 
 import torch
@@ -10,24 +11,27 @@ from finetuning.kernels.dispatch import runs_triton, tl, triton, upcast
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, out: Tensor) -> Tensor:
-    """(rows, width) -> hidden / rms(hidden) * (offset + weight); Gemma's offset is 1, Llama's 0.
+    """hidden (rows, width), contiguous -> hidden / rms(hidden) * (offset + weight); Gemma's offset is 1, Llama's 0.
 
-    Written into `out` of the same shape, whose rows may lie apart (stride (any, 1)), in its type.
+    Written into `out` (rows, width), in its dtype; its stride is (any, 1). Returns `out`.
     """
     if runs_triton(hidden):
         rows, width = hidden.shape
         block = triton.next_power_of_2(width)
         rms_norm_kernel[(rows,)](hidden, weight, out, width, out.stride(0), offset, eps, BLOCK=block, num_warps=8)
         return out
-    wide = upcast(hidden)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    hidden_fp32 = upcast(hidden)
+    normed = hidden_fp32 * torch.rsqrt(hidden_fp32.square().mean(-1, keepdim=True) + eps)
     return out.copy_(normed * (offset + upcast(weight)))
 
 
 def rms_norm_backward(
     hidden: Tensor, weight: Tensor, offset: float, eps: float, grad: Tensor, grad_residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `hidden` through the norm and past it, and the norm's output once more (in the type of `grad`)."""
+    """Gradients -> gradient of `hidden`, through the norm plus `grad_residual`; and the norm's output, recomputed.
+
+    All tensors are (rows, width). The first has the dtype of `hidden`, the second that of `grad`.
+    """
     if runs_triton(hidden):
         rows, width = hidden.shape
         grad_hidden, normed = torch.empty_like(hidden), torch.empty_like(grad)
@@ -36,13 +40,13 @@ def rms_norm_backward(
             BLOCK=triton.next_power_of_2(width), num_warps=8,
         )  # fmt: skip
         return grad_hidden, normed
-    wide = upcast(hidden)
+    hidden_fp32 = upcast(hidden)
     scale = offset + upcast(weight)
-    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * inverse_rms
+    inverse_rms = torch.rsqrt(hidden_fp32.square().mean(-1, keepdim=True) + eps)
+    normed = hidden_fp32 * inverse_rms
     scaled = upcast(grad) * scale
-    through = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return (through + upcast(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
+    grad_normed = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return (grad_normed + upcast(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
 
 
 if triton is not None:
@@ -51,12 +55,12 @@ if triton is not None:
     def rms_norm_kernel(hidden_ptr, weight_ptr, normed_ptr, width, normed_stride, offset, eps, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        hidden = tl.load(hidden_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        mask = columns < width
+        hidden = tl.load(hidden_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden, 0) / width + eps)
         normed = hidden * inverse_rms * (offset + weight)
-        tl.store(normed_ptr + row * normed_stride + columns, normed, mask=inside)
+        tl.store(normed_ptr + row * normed_stride + columns, normed, mask=mask)
 
     @triton.jit
     def rms_norm_backward_kernel(
@@ -65,14 +69,14 @@ if triton is not None:
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        places = row * width + columns
-        hidden = tl.load(hidden_ptr + places, mask=inside, other=0.0).to(tl.float32)
-        scale = offset + tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        scaled = tl.load(grad_ptr + places, mask=inside, other=0.0).to(tl.float32) * scale
-        residual = tl.load(grad_residual_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        mask = columns < width
+        offsets = row * width + columns
+        hidden = tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        scale = offset + tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        scaled = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
+        residual = tl.load(grad_residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(hidden * hidden, 0) / width + eps)
         normed = hidden * inverse_rms
-        through = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 0) / width))
-        tl.store(grad_hidden_ptr + places, through + residual, mask=inside)
-        tl.store(normed_ptr + places, normed * scale, mask=inside)
+        grad_normed = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 0) / width))
+        tl.store(grad_hidden_ptr + offsets, grad_normed + residual, mask=mask)
+        tl.store(normed_ptr + offsets, normed * scale, mask=mask)

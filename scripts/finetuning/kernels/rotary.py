@@ -1,6 +1,7 @@
-"""Rotary position embedding of stacked queries, keys and values, and its gradient.
+"""Rotary position embedding (arXiv 2104.09864) of stacked queries, keys and values, forward and backward.
 
-Not Liger-Kernel's: the output goes into rows that have room for the low-rank columns of LoRA behind them.
+Liger-Kernel has one too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that the next
+product needs no copy.
 """
 
 import torch
@@ -10,9 +11,9 @@ from finetuning.kernels.dispatch import runs_triton, tl, triton, upcast
 
 
 def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, tokens, q + k + v) -> queries and keys turned to their positions, values: (batch, tokens, heads, width).
+    """qkv (batch, tokens, q + k + v) -> rotated queries, rotated keys, values: (batch, tokens, heads, head width) each.
 
-    `cos` and `sin` are (batch or 1, tokens, width), `heads` the numbers of query heads and of key heads.
+    `cos` and `sin` are (batch or 1, tokens, head width); `heads` is the number of query heads and of key heads.
     """
     batch, tokens, _ = qkv.shape
     num_heads, num_kv_heads = heads
@@ -26,15 +27,15 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, in
     first, second = upcast(stacked[:, :, : num_heads + num_kv_heads]).chunk(2, dim=-1)
     cos_first, cos_second = upcast(cos)[:, :, None].chunk(2, dim=-1)
     sin_first, sin_second = upcast(sin)[:, :, None].chunk(2, dim=-1)
-    turned = [first * cos_first - second * sin_first, second * cos_second + first * sin_second]
-    query, key = torch.cat(turned, dim=-1).to(qkv.dtype).split(heads, dim=2)
+    rotated = [first * cos_first - second * sin_first, second * cos_second + first * sin_second]
+    query, key = torch.cat(rotated, dim=-1).to(qkv.dtype).split(heads, dim=2)
     return query, key, stacked[:, :, num_heads + num_kv_heads :].contiguous()
 
 
 def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Gradients of queries, keys and values -> gradient of the stacked ones, written into `out`.
+    """Gradients of the three (batch, tokens, heads, head width) -> gradient of qkv, written into `out`.
 
-    `out` is (batch * tokens, q + k + v); its rows may lie apart (stride (any, 1)).
+    `out` is (batch * tokens, q + k + v), of stride (any, 1).
     """
     if runs_triton(query):
         launch_rotate(out, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, backward=True)
@@ -42,13 +43,14 @@ def split_and_rotate_backward(query: Tensor, key: Tensor, value: Tensor, cos: Te
     first, second = upcast(torch.cat([query, key], dim=2)).chunk(2, dim=-1)
     cos_first, cos_second = upcast(cos)[:, :, None].chunk(2, dim=-1)
     sin_first, sin_second = upcast(sin)[:, :, None].chunk(2, dim=-1)
-    turned = [first * cos_first + second * sin_second, second * cos_second - first * sin_first]
-    out.copy_(torch.cat([torch.cat(turned, dim=-1).to(query.dtype), value], dim=2).flatten(0, 1).flatten(1))
+    rotated = [first * cos_first + second * sin_second, second * cos_second - first * sin_first]
+    out.copy_(torch.cat([torch.cat(rotated, dim=-1).to(query.dtype), value], dim=2).flatten(0, 1).flatten(1))
 
 
 def launch_rotate(
     qkv: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *, backward: bool
 ) -> None:
+    """Launch `rotate_kernel`, one program for each token and each of queries, keys, values."""
     batch, tokens, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
     rotate_kernel[(batch * tokens, 3)](
@@ -68,27 +70,27 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         part = tl.program_id(1)  # queries, keys, values
         heads = num_heads
-        before = 0
+        first_head = 0
         part_ptr = query_ptr
         if part == 1:
             heads = num_kv_heads
-            before = num_heads
+            first_head = num_heads
             part_ptr = key_ptr
         if part == 2:
             heads = num_kv_heads
-            before = num_heads + num_kv_heads
+            first_head = num_heads + num_kv_heads
             part_ptr = value_ptr
         head = tl.arange(0, BLOCK_HEADS)[:, None]
         column = tl.arange(0, BLOCK_HALF)[None, :]
-        inside = (head < heads) & (column < HALF)
-        stacked = qkv_ptr + row * qkv_stride + (before + head) * 2 * HALF + column
-        alone = part_ptr + (row * heads + head) * 2 * HALF + column
+        mask = (head < heads) & (column < HALF)
+        stacked = qkv_ptr + row * qkv_stride + (first_head + head) * 2 * HALF + column
+        separate = part_ptr + (row * heads + head) * 2 * HALF + column
         if BACKWARD:
-            first = tl.load(alone, mask=inside, other=0.0).to(tl.float32)
-            second = tl.load(alone + HALF, mask=inside, other=0.0).to(tl.float32)
+            first = tl.load(separate, mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(separate + HALF, mask=mask, other=0.0).to(tl.float32)
         else:
-            first = tl.load(stacked, mask=inside, other=0.0).to(tl.float32)
-            second = tl.load(stacked + HALF, mask=inside, other=0.0).to(tl.float32)
+            first = tl.load(stacked, mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(stacked + HALF, mask=mask, other=0.0).to(tl.float32)
         if part < 2:
             angle = (row % positions) * 2 * HALF + column
             cos_first = tl.load(cos_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
@@ -96,15 +98,15 @@ if triton is not None:
             sin_first = tl.load(sin_ptr + angle, mask=column < HALF, other=0.0).to(tl.float32)
             sin_second = tl.load(sin_ptr + angle + HALF, mask=column < HALF, other=0.0).to(tl.float32)
             if BACKWARD:
-                turned = first * cos_first + second * sin_second
+                rotated = first * cos_first + second * sin_second
                 second = second * cos_second - first * sin_first
             else:
-                turned = first * cos_first - second * sin_first
+                rotated = first * cos_first - second * sin_first
                 second = second * cos_second + first * sin_second
-            first = turned
+            first = rotated
         if BACKWARD:
-            tl.store(stacked, first, mask=inside)
-            tl.store(stacked + HALF, second, mask=inside)
+            tl.store(stacked, first, mask=mask)
+            tl.store(stacked + HALF, second, mask=mask)
         else:
-            tl.store(alone, first, mask=inside)
-            tl.store(alone + HALF, second, mask=inside)
+            tl.store(separate, first, mask=mask)
+            tl.store(separate + HALF, second, mask=mask)

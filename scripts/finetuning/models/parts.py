@@ -1,4 +1,4 @@
-"""The parts of a model by name: language model, projector, vision tower, decoder layers; their modules and parameters."""
+"""Parts of a model: language model, projector, vision tower and decoder layers, with their modules and parameters."""
 
 from collections import Counter
 
@@ -12,12 +12,12 @@ MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """transformers' model inside PEFT's; without PEFT the model itself."""
+    """transformers' model inside of a PeftModel; the model itself if it is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The language model's layers, first to last; those of a vision tower are no part of it."""
+    """The layers of the language model, first to last, without those of a vision tower."""
     return [
         module
         for name, module in model.named_modules()
@@ -26,30 +26,31 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def frozen_tower_of(model: nn.Module) -> nn.Module | None:
-    """The vision tower, if there is one and nothing of it is trained."""
+    """The vision tower, if there is one and all of its parameters are frozen."""
     tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
     return None if tower is None or any(parameter.requires_grad for parameter in tower.parameters()) else tower
 
 
 def part_of(name: str) -> str:
-    """Part of the model that a parameter or module belongs to, by its full name."""
+    """The part (`language_model`, `projector`, `vision_tower`) of a parameter or module, by its full name."""
     return next((part for part, module in MODULE_OF.items() if module in name.split(".")), "language_model")
 
 
 def parts_of(model: nn.Module) -> list[str]:
+    """The parts that the model has parameters of; a text model has `language_model` only."""
     present = {part_of(name) for name, _ in model.named_parameters()}
     return [part for part in ("language_model", "projector", "vision_tower") if part in present]
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Part -> `{"trainable": n, "lora": n, "total": n}`; a 4-bit weight counts as the numbers it stands for."""
+    """Part -> `{"trainable": n, "lora": n, "total": n}`; packed 4-bit and sharded weights count unpacked and in full."""
     counts: dict[str, Counter] = {part: Counter(trainable=0, lora=0, total=0) for part in parts_of(model)}
     for name, parameter in model.named_parameters():
-        if ".original_module." in name:  # PEFT keeps what was there before a part was trained in full
+        if ".original_module." in name:  # PEFT's frozen copy of a part that is trained in full
             continue
-        # bitsandbytes packs two 4-bit numbers into a byte, and says so in `quant_state` once it has quantised.
+        # bitsandbytes packs two 4-bit values into a byte; `quant_state` has the original shape.
         quant_state = getattr(parameter, "quant_state", None)
-        # ZeRO-3 leaves an empty tensor where a divided weight was, and says how large it is in `ds_numel`.
+        # ZeRO-3 leaves an empty tensor in place of a sharded weight, and its full size in `ds_numel`.
         size = (
             quant_state.shape.numel() if quant_state is not None else getattr(parameter, "ds_numel", parameter.numel())
         )
@@ -61,7 +62,10 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def cache_named_parameters(module: nn.Module) -> None:
-    """Whoever asks for all parameters walks through no modules: DeepSpeed asks several times a step, transformers twice."""
+    """Let `module.named_parameters()` return a list made now, in place; no parameter may be replaced afterwards.
+
+    It walks through thousands of modules otherwise. DeepSpeed calls it several times a step, transformers twice.
+    """
     walk, parameters = module.named_parameters, list(module.named_parameters())
 
     def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
@@ -71,11 +75,11 @@ def cache_named_parameters(module: nn.Module) -> None:
 
 
 def switch_mode_only_on_change(model: nn.Module) -> None:
-    """Let `model.train()`, which transformers calls at every step, visit thousands of modules only when it must."""
+    """Let `model.train(mode)` visit the modules only when `mode` changes, in place: transformers calls it at every step."""
     switch, switched_to = model.train, None
 
     def train(mode: bool = True) -> nn.Module:
-        # The model's own `training` says nothing of its parts: a loaded base in a new PeftModel is still evaluating.
+        # The model's own `training` flag is no guide: a new PeftModel is in training mode, its loaded base is not.
         nonlocal switched_to
         if mode != switched_to:
             switched_to = mode

@@ -1,4 +1,4 @@
-"""Which weights are trained: the recipe says it per part, the model is changed so, and what came out is checked."""
+"""Which weights are trainable: each part of the model is frozen, gets LoRA or is trained in full, as the recipe says."""
 
 import re
 
@@ -13,10 +13,10 @@ from finetuning.strategy import Strategy
 
 
 def gets_no_gradient(name: str, config: PreTrainedConfig) -> bool:
-    """Whether the parameter or module lies behind the vision layer that LLaVA reads, so that no gradient reaches it.
+    """Whether the parameter or module `name` comes after the vision layer that LLaVA reads, where no gradient arrives.
 
-    LLaVA-1.5 reads `hidden_states[-2]`: the last CLIP block and the final norm see no gradient, and training them
-    under DDP fails (LlamaFactory#6376, ms-swift#587).
+    LLaVA-1.5 reads `hidden_states[-2]`: the last CLIP block and the final norm get no gradient, and DDP fails if they are
+    trainable (LlamaFactory#6376, ms-swift#587).
     """
     if part_of(name) != "vision_tower":
         return False
@@ -33,14 +33,15 @@ def gets_no_gradient(name: str, config: PreTrainedConfig) -> bool:
 def set_trainable(
     model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelConfig
 ) -> PreTrainedModel | PeftModel:
-    """Freeze, adapt or open each part as the recipe says; trainable weights become fp32 masters.
+    """Freeze each part, give it LoRA adapters or train it in full, as the recipe says. Trainable weights become fp32.
 
-    Under DeepSpeed they keep the type of the base: it holds fp32 masters of its own, and ZeRO-3 cannot gather weights of
-    two types (DeepSpeed#8072).
+    Under DeepSpeed they keep the dtype of the base: DeepSpeed holds fp32 masters itself, and ZeRO-3 cannot all-gather
+    weights of two dtypes (DeepSpeed#8072).
 
-    Returns a PeftModel if any part is `lora`, else the same model. Parts trained in full next to LoRA are PEFT's
-    `modules_to_save`, so that the adapter folder holds all that was trained (LLaVA#844: projector lost).
-    Raises ValueError if the placement cannot be had, or if what is trainable then differs from it.
+    Returns a PeftModel if any part is `lora`, else the same model. Parts trained in full beside LoRA are PEFT's
+    `modules_to_save`, so that the adapter folder holds everything that was trained (LLaVA#844: projector lost).
+    Raises ValueError if all parts are frozen, if the language model is trained in full beside LoRA, or if the trainable
+    parameters differ from the recipe in the end.
     """
     wanted = {part: script_args.placement[part] for part in parts_of(model)}
     deepspeed = Strategy.from_environment().is_deepspeed
@@ -79,11 +80,11 @@ def set_trainable(
 
 
 def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] | str | None) -> str:
-    """Regular expression that matches the full names of the linear layers to adapt, and no others.
+    """A regular expression that matches the full names of the linear layers that get LoRA, and no others.
 
-    `suffixes` is what the recipe gives as `lora_target_modules`: nothing or `all-linear` for every linear layer of
-    the parts that are `lora`, or last names such as q_proj, looked for in those parts only (left alone, PEFT finds
-    them in the vision tower too: LLaVA#1380, peft#2615).
+    `wanted` is part -> `frozen`, `lora` or `full`. `suffixes` is `lora_target_modules` of the recipe: None or `all-linear`
+    for every linear layer of the `lora` parts, or last names such as q_proj, matched in those parts only. (PEFT alone
+    would match them in the vision tower too: LLaVA#1380, peft#2615.) Raises ValueError for a suffix without a match.
     """
     linear = [
         name
@@ -105,7 +106,7 @@ def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] |
         linear = [name for name in linear if name.rpartition(".")[2] in suffixes]
     patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear}
     if any(part_of(pattern) == "vision_tower" for pattern in patterns):
-        # One pattern for all layers would also take the last block, which gets no gradient: name the layers.
+        # One pattern for all blocks would match the last one too, which gets no gradient.
         patterns = {
             name if part_of(name) == "vision_tower" else re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear
         }
@@ -113,7 +114,7 @@ def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] |
 
 
 def check_trainable(model: nn.Module, wanted: dict[str, str]) -> None:
-    """Raise ValueError unless what is trainable is what the recipe says, part by part."""
+    """Raise ValueError unless each part is `frozen`, `lora` or `full` as `wanted` says."""
     problems = []
     for part, count in count_parameters(model).items():
         found = "frozen" if not count["trainable"] else "lora" if count["trainable"] == count["lora"] else "full"
@@ -126,7 +127,7 @@ def check_trainable(model: nn.Module, wanted: dict[str, str]) -> None:
 
 
 def describe_trainable(model: nn.Module) -> str:
-    """One line per part and one for all, for people."""
+    """A line for each part and one for all: trainable parameters of how many."""
     counts = count_parameters(model)
     lines = [
         f"  {part:<15}{count['trainable']:>15,} of {count['total']:>15,} parameters trained"
