@@ -1,11 +1,11 @@
-"""One picture, many questions, paid once: dialogues about the same image train as one sequence.
+"""Dialogues about the same image train as one sequence, so that the image is computed once.
 
     [image prefix | dialogue 1 | dialogue 2 | ...]
 
-Every dialogue attends to the prefix and to itself, and its positions go on from the prefix, so that loss and gradients
-are those of separate rows, while 576 image tokens, the vision tower and the decoding are paid once per image. Prefix
-Grouper (arXiv 2506.05433) shows the same for GRPO. A dialogue's last token is only predicted: it is a label, and no
-token of the sequence unless the sequence ends with it.
+Each dialogue attends to the prefix and to itself, and its positions continue from the prefix. Loss and gradients are
+those of separate rows, while 576 image tokens, the vision tower and the decoding of the picture are paid once per
+image. Prefix Grouper (arXiv 2506.05433) shows the same for GRPO. `kernels/shared_prefix_attention.py` has the
+attention.
 """
 
 import itertools
@@ -22,12 +22,12 @@ from trl.data_utils import prepare_multimodal_messages
 from finetuning.arguments import ScriptArguments
 from finetuning.data.collator import LlavaDataCollator, leading_marks
 
-# Marks of `branch_ids`: every dialogue has a number of its own from FIRST_BRANCH on.
+# Values of `branch_ids`: dialogues are numbered from FIRST_BRANCH on.
 PADDING, PREFIX, FIRST_BRANCH = 0, 1, 2
 
 
 def uses_shared_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
-    """`share_image_prefix` of the recipe; where it is silent, whether an image has several dialogues."""
+    """`share_image_prefix` of the recipe; if it is not set, whether some image of `rows` has several dialogues."""
     if script_args.share_image_prefix is not None:
         return script_args.share_image_prefix
     return "image_id" in rows.column_names and len(set(rows["image_id"])) < len(rows)
@@ -36,8 +36,9 @@ def uses_shared_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
 def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     """Rows with the same `image_id` -> one row with `messages` (the first dialogue), `other_messages`, `images`, `row`.
 
-    An image with more dialogues than `max_dialogues` becomes several rows, so that no sequence grows without bound.
-    Rows without images, and those that show images in later turns, stay alone. Pictures are read when a row is asked for, once per row.
+    `row` is the number of the first row in `dataset`. An image with more than `max_dialogues` dialogues becomes several
+    rows, which bounds the length of a sequence. A row without images, or with images in later turns, is not grouped.
+    Pictures are decoded lazily, once per grouped row.
     """
     texts = dataset["messages"]
     rows_of: dict[Any, list[int]] = defaultdict(list)
@@ -69,6 +70,7 @@ def files_of_images(dataset: Dataset) -> list[list[tuple[str | None, int | None]
 
 
 def read_grouped_rows(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
+    """Transform of the grouped dataset: row numbers of `dataset` -> dialogues, pictures and the first number."""
     texts = dataset.select_columns([name for name in dataset.column_names if name != "images"])
     dialogues = [texts[rows]["messages"] for rows in batch["rows"]]
     return {
@@ -82,9 +84,9 @@ def read_grouped_rows(dataset: Dataset, batch: dict[str, list]) -> dict[str, lis
 class SharedPrefixCollator(LlavaDataCollator):
     """Rows of `group_by_image` -> one batch of sequences, each an image prefix and its dialogues.
 
-    `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids` are (sequences, tokens), right-padded;
-    `pixel_values` holds each picture once. `prefix_length` (int) is there when all prefixes are as long. As in any batch,
-    a label is what the position before it predicts; the token at the label's own position may be of the next dialogue.
+    `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids` are (sequences, tokens), right-padded.
+    `pixel_values` holds each picture once. `prefix_length` (int, tokens) is set if all prefixes are of one length. As
+    in any batch, a position predicts the label of the next position, whose own token may belong to the next dialogue.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class SharedPrefixCollator(LlavaDataCollator):
         return batch
 
     def tokenize(self, messages: list[dict], images: list, num_image_tokens: int) -> tuple[Tensor, Tensor]:
-        """Token ids and labels of a dialogue, with the picture's tokens but without reading the picture again."""
+        """Token ids and labels (tokens,) of a dialogue; image tokens are repeated without reading the picture again."""
         encoded = self.processor.tokenizer.apply_chat_template(
             prepare_multimodal_messages(messages, images=images),
             chat_template=self.processor.chat_template,
@@ -133,13 +135,14 @@ class SharedPrefixCollator(LlavaDataCollator):
 
 
 def join_dialogues(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -> dict[str, Tensor]:
-    """(token ids, labels) of each dialogue, `prefix` tokens of which are common -> one sequence with branches.
+    """(token ids, labels) of each dialogue, the first `prefix` tokens in common -> one sequence with branches.
 
-    The last token of a dialogue predicts nothing, and no other dialogue sees it. Its label takes the place of the next
-    dialogue's first, which is none.
+    Returns `input_ids`, `labels`, `attention_mask`, `position_ids` and `branch_ids`, each (tokens,). The last token of
+    a dialogue predicts nothing and no other dialogue sees it, so only the last dialogue keeps it. Its label takes the
+    position of the next dialogue's first label, which is always -100.
 
-    Raises ValueError if the dialogues do not begin alike, or if the first token after the prefix is supervised: it
-    would be predicted from the end of another dialogue.
+    Raises ValueError, naming `row`, if the dialogues begin differently, or if the first token after the prefix is
+    supervised: the end of another dialogue would predict it.
     """
     first = dialogues[0][0]
     for tokens, labels in dialogues:

@@ -18,8 +18,8 @@ def barriers_without_timeout() -> Iterator[None]:
     """A context in which `PartialState().wait_for_everyone()`, and so `main_process_first()`, waits without a time-out.
 
     accelerate's barrier is a collective. NCCL aborts it, and the run, after `ddp_timeout` seconds, even if the first
-    process still tokenizes (LlamaFactory#2424, alignment-handbook#190). Here each process polls the rendezvous store every
-    0.1 s; if the first process dies, the launcher ends the others. One process alone needs no barrier.
+    process still tokenizes (LlamaFactory#2424, alignment-handbook#190). Here each process polls the rendezvous store
+    every 0.1 s; if the first process dies, the launcher ends the others. One process alone needs no barrier.
     """
     if not dist.is_initialized():
         yield

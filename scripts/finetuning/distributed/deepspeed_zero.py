@@ -13,7 +13,7 @@ from finetuning.models.parts import cache_named_parameters, decoder_layers, froz
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
-    """Complete DeepSpeed's `config` by what follows from `model`; changes both in place, before DeepSpeed's engine exists.
+    """Complete DeepSpeed's `config` by what follows from `model`; changes both in place, before the engine exists.
 
     ZeRO-3 of fused LoRA layers, without offload, becomes ZeRO-2 (`stage`: 2) over layers that we shard ourselves.
     """
@@ -40,7 +40,7 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def disable_host_syncs(config: dict[str, Any]) -> None:
-    """Switch off DeepSpeed's timers and, in bf16, its search for gradients that are not finite; changes `config` in place.
+    """Switch off DeepSpeed's timers and, in bf16, its search for gradients that are not finite; edits `config`.
 
     In bf16 the loss stops a run that diverges, as under DDP, and a norm that is not finite clips nothing either way.
     """
@@ -94,9 +94,9 @@ def shorten_optimizer_step(engine: Any) -> None:
 
     - The 16-bit parameters stay views of their flat tensor. DeepSpeed makes all views anew after each step, "just to be
       safe" as its source says.
-    - The gradient norm stays on the GPU. DeepSpeed computes it in fp64, one parameter after the other, and compares it with
-      a constant from the host, which waits for the whole step. In fp16, where the loss scale follows from that norm, and
-      with the optimizer on the CPU, DeepSpeed's norm stays.
+    - The gradient norm stays on the GPU. DeepSpeed computes it in fp64, one parameter after the other, and compares it
+      with a constant from the host, which waits for the whole step. In fp16, where the loss scale follows from that
+      norm, and with the optimizer on the CPU, DeepSpeed's norm stays.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 

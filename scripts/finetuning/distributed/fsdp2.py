@@ -30,11 +30,11 @@ def set_wrap_classes(model: nn.Module) -> None:
 
 
 def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
-    """Average gradients and the loss in fp32, as DDP does; cast no 4-bit weight. Changes accelerate's `plugin` in place.
+    """Average gradients and the loss in fp32, as DDP does; cast no 4-bit weight. Edits accelerate's `plugin`.
 
-    accelerate reduces and casts in the run's 16 bits. In bf16 about 0.1 % of the byte pairs of a 4-bit weight are NaN, and
-    arrive as 7FFF, which is another weight (bitsandbytes#1945, pytorch#159333). Preflight therefore demands that 4-bit
-    weights are stored as fp32, and a `quantised` model is sent without a cast.
+    accelerate reduces and casts in the run's 16 bits. In bf16 about 0.1 % of the byte pairs of a 4-bit weight are NaN,
+    and arrive as 7FFF, which is another weight (bitsandbytes#1945, pytorch#159333). Preflight therefore demands that
+    4-bit weights are stored as fp32, and a `quantised` model is sent without a cast.
     """
     policy = plugin.mixed_precision_policy
     if policy is not None:

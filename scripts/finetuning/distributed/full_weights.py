@@ -10,11 +10,11 @@ from finetuning.strategy import Strategy
 def full_trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> full weight on the CPU, of trainable weights only: the frozen base is never all-gathered.
 
-    All processes must call it together. Under DeepSpeed the weights are the optimizer's fp32 masters, not the 16-bit copies
-    that the model computes with, so that every strategy saves the same adapter.
+    All processes must call it together. Under DeepSpeed the weights are the optimizer's fp32 masters, not the 16-bit
+    copies that the model computes with, so that every strategy saves the same adapter.
 
-    A part trained in full beside LoRA is complete, with the layers that get no gradient (the last of a vision tower): PEFT
-    saves such a part as a whole.
+    A part trained in full beside LoRA is complete, with the layers that get no gradient (the last of a vision tower):
+    PEFT saves such a part as a whole.
     """
     weights = {}
     for name, parameter in model.named_parameters():

@@ -1,9 +1,9 @@
 """Sharding of frozen decoder layers with an all-gather that is prefetched: ZeRO-3 for weights that LoRA does not train.
 
-DeepSpeed's ZeRO-3 fetches, copies and releases each parameter separately, because it may be trained: 1,500 of them a step
-for a 7B model with adapters, and the Python of it takes longer than the GPU computes. Frozen weights need none of that.
-Here the frozen weights of a decoder layer are one flat tensor. One all-gather per layer fills one of two buffers while the
-layer before it is computed, in the forward and in the backward pass.
+DeepSpeed's ZeRO-3 fetches, copies and releases each parameter separately, because it may be trained: 1,500 of them a
+step for a 7B model with adapters, and the Python of it takes longer than the GPU computes. Frozen weights need none of
+that. Here the frozen weights of a decoder layer are one flat tensor. One all-gather per layer fills one of two buffers
+while the layer before it is computed, in the forward and in the backward pass.
 """
 
 import gc
@@ -52,7 +52,7 @@ def shard_layers(model: nn.Module, layers: list[FusedDecoderLayer]) -> None:
 
 
 class FrozenLayerShards:
-    """This process's shard of each layer, and two buffers: even layers are gathered into one, odd layers into the other.
+    """This process's shard of each layer, and two buffers: one for even layers, one for odd layers.
 
     The parameters of a layer are views of its buffer. The all-gather of the next layer starts when the GPU has finished
     the layer before the current one, which is the last to read what is overwritten. It runs beside the current layer.
@@ -91,7 +91,7 @@ class FrozenLayerShards:
             output.register_hook(lambda grad: self.gather_and_prefetch(index, -1))
 
     def gather_and_prefetch(self, index: int, step: int) -> None:
-        """Have layer `index` in its buffer, and start the all-gather of the next one (`step` 1) or previous one (-1)."""
+        """Have layer `index` in its buffer; start the all-gather of the next (`step` 1) or the previous one (-1)."""
         self.start_all_gather(index)
         self.wait_for_buffer(index % 2)
         if 0 <= index + step < len(self.shards):

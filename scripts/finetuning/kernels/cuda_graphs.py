@@ -1,9 +1,9 @@
-"""A text model's forward and backward pass as CUDA graphs: small steps that no longer wait for the host.
+"""Forward and backward pass of a text model as CUDA graphs, for steps that are limited by kernel launches.
 
-Four rows of a hundred tokens keep a large GPU busy for 20 ms, while the host takes 80 to 130 ms to launch their 2,400
-kernels one by one. A CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs) is recorded once and then
-launched as one. It holds for one shape only, so batches are padded to a multiple of 64 tokens, and there is one pair of
-graphs for each length that occurs.
+Four rows of a hundred tokens keep a large GPU busy for 20 ms, while the host takes 80 to 130 ms to launch 2,400
+kernels. A CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs) is recorded once and launched as
+one. It is valid for one shape: batches are padded to a multiple of 64 tokens, and each padded length has its own pair
+of graphs.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from finetuning.kernels.model_patches import NO_MASK
 from finetuning.models.parts import base_model_of, decoder_layers
 
 PAD_MULTIPLE = 64  # tokens
-# Follow from the others, or are for the host.
+# Inputs that follow from the recorded ones, or that only the host reads.
 UNRECORDED_INPUTS = {
     "attention_mask", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "supervised_rows", "use_cache",
     *upstream.CACHE,
@@ -27,7 +27,10 @@ UNRECORDED_INPUTS = {
 
 
 class CudaGraphs(TrainerCallback):
-    """Switches the graphs on when training begins, if no layer is checkpointed; else it says that it does not."""
+    """Switches the graphs on when training begins, unless activation checkpointing is on, which it then says.
+
+    Raises ValueError if anything but LoRA on all seven linear layers of every decoder layer is trained.
+    """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -39,8 +42,8 @@ class CudaGraphs(TrainerCallback):
         trained = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
         if len(fused) < len(layers) or trained != adapters:
             raise ValueError(
-                "cuda_graphs needs a Llama or Gemma decoder with LoRA on all seven linear layers of each layer, and nothing "
-                "else that is trained: set cuda_graphs: false"
+                "cuda_graphs needs a Llama or Gemma decoder with LoRA on all seven linear layers of each layer, and "
+                "nothing else that is trained: set cuda_graphs: false"
             )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -54,11 +57,11 @@ class CudaGraphs(TrainerCallback):
 
 
 class GraphedModel:
-    """Stands for the `forward` of a language model whose fused LoRA adapters, `parameters`, are all that is trained.
+    """Replaces `forward` of a language model of which only `parameters`, its fused LoRA adapters, are trained.
 
-    In training it returns `last_hidden_state` (rows, tokens, width) as the model itself does, and backward adds to the
-    parameters' `grad`; all of them lie in one piece of memory that the graphs write to, before and after `zero_grad`.
-    Everything else (evaluation, generation with a cache) runs the model's own forward.
+    In training it returns `last_hidden_state` (rows, tokens, width), as the model does, and backward accumulates into
+    the parameters' `grad`. All gradients are views of one tensor, whose address the graphs keep across `zero_grad`.
+    Evaluation and generation with a cache run the model's own forward. Raises ValueError for an input of unknown name.
     """
 
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
@@ -78,7 +81,7 @@ class GraphedModel:
         if not (self.model.training and torch.is_grad_enabled()) or upstream.cache_of(kwargs) is not None:
             return self.eager_forward(input_ids=input_ids, **kwargs)
         if self.layers[0].gradient_checkpointing:
-            # A step did not fit, and layers are checkpointed from here on, which cannot be recorded.
+            # A step ran out of memory: layers are checkpointed from now on, which cannot be recorded.
             self.passes.clear()
             return self.eager_forward(input_ids=input_ids, **kwargs)
         batch = {"input_ids": input_ids, "position_ids": kwargs.pop("position_ids", None)}
@@ -92,7 +95,8 @@ class GraphedModel:
         return BaseModelOutputWithPast(last_hidden_state=hidden[:, : input_ids.shape[1]])
 
     def passes_for(self, batch: dict[str, Tensor]) -> "GraphedPasses":
-        # The 16-bit copies of the adapters, which the graphs read, are made anew when their type changes.
+        """The graphs for the padded shape of `batch`, recorded at first use."""
+        # The graphs read the 16-bit copies of the adapters, which get new memory when their dtype changes.
         copies = [copy.data_ptr() for stack in self.stacks for copy in (stack.a, stack.b)]
         if copies != self.copies:
             self.copies = copies
@@ -103,6 +107,7 @@ class GraphedModel:
         return self.passes[shape]
 
     def run_eager(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The model's own forward pass of padded `inputs` -> hidden states (rows, tokens, width)."""
         packed = {}
         if "cu_seq_lens_q" in inputs:
             tokens = inputs["input_ids"].shape[1]
@@ -110,6 +115,7 @@ class GraphedModel:
         return self.eager_forward(**inputs, **packed, attention_mask=NO_MASK, use_cache=False).last_hidden_state
 
     def assign_grads(self) -> None:
+        """After `zero_grad(set_to_none=True)`: zero the gradients and give them back to the parameters."""
         if self.parameters[0].grad is None:
             self.flat_grads.zero_()
             for parameter, grad in zip(self.parameters, self.grads, strict=True):
@@ -117,14 +123,14 @@ class GraphedModel:
 
 
 class GraphedPasses:
-    """The two graphs for batches of one shape, and the memory they read from and write to."""
+    """The forward and the backward graph for batches of one shape, with their input and output tensors."""
 
     def __init__(self, model: GraphedModel, batch: dict[str, Tensor]):
         self.model = model
         self.inputs = pad_batch(batch)
         device = batch["input_ids"].device
         with torch.random.fork_rng(devices=[device]):
-            # Once as it is: kernels are compiled, and libraries make ready what cannot be made while recording.
+            # A warm-up: kernels are compiled, and libraries allocate what they cannot allocate while recording.
             aside = torch.cuda.Stream(device)
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
@@ -133,7 +139,7 @@ class GraphedPasses:
                 del hidden
             torch.cuda.current_stream(device).wait_stream(aside)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads (the loader's) may go on calling CUDA meanwhile.
+        # `thread_local`: other threads (the data loader's) may call CUDA meanwhile.
         record = {"pool": model.memory_pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **record):
             hidden = model.run_eager(self.inputs)
@@ -141,16 +147,16 @@ class GraphedPasses:
         with torch.cuda.graph(self.backward, **record):
             grads = torch.autograd.grad(hidden, model.parameters, self.grad)
             torch._foreach_add_(model.grads, grads)
-        # What the forward pass keeps for the backward pass is free again for the next shape: two never run at once.
+        # Graphs of all shapes share one memory pool: saved activations of two shapes are never alive at once.
 
     def copy_inputs(self, batch: dict[str, Tensor]) -> None:
-        # Behind them stays what an earlier batch left: no real token looks there, and nothing of it is supervised.
+        """Copy `batch` into the graphs' inputs. Padding keeps old values: no real token attends to it."""
         for name, tensor in batch.items():
             self.inputs[name][..., : tensor.shape[-1]].copy_(tensor)
 
 
 class ReplayGraphs(torch.autograd.Function):
-    """Runs the recorded passes in autograd's place; `parameter` is one that is trained, so that backward is called."""
+    """Replays the recorded passes; `parameter` is any trained one, so that autograd calls backward."""
 
     @staticmethod
     def forward(ctx, passes: GraphedPasses, batch: dict[str, Tensor], parameter: nn.Parameter) -> Tensor:
@@ -168,11 +174,12 @@ class ReplayGraphs(torch.autograd.Function):
 
 
 def padded_length(batch: dict[str, Tensor]) -> int:
+    """Tokens of a row, rounded up to PAD_MULTIPLE."""
     return -(-batch["input_ids"].shape[1] // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def pad_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of the batch, padded on the right; of packed rows what is added is one row more."""
+    """A copy of the batch, padded on the right to `padded_length`; in packed rows the padding is one more row."""
     tokens = padded_length(batch)
     copies = {}
     for name, tensor in batch.items():

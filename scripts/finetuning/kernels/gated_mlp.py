@@ -1,7 +1,7 @@
 """SwiGLU and GeGLU (arXiv 2002.05202), the gated activations of Llama's and Gemma's MLP, forward and backward.
 
-Liger-Kernel has both too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that the next
-product needs no copy.
+Liger-Kernel has both too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that
+the next product needs no copy.
 """
 
 import torch
@@ -32,9 +32,9 @@ def gated_activation(gate_up: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
 
 
 def gated_activation_backward(gate_up: Tensor, grad: Tensor, is_gelu: bool, out: Tensor) -> Tensor:
-    """`grad` (rows, width) of the output -> gradient of `gate_up`, written into `out` (rows, 2 * width), stride (any, 1).
+    """`grad` (rows, width) of the output -> gradient of `gate_up`, written into `out` (rows, 2 * width).
 
-    Returns the output (rows, width), recomputed.
+    The stride of `out` is (any, 1). Returns the output of the forward pass (rows, width), recomputed.
     """
     if runs_triton(gate_up):
         rows, width = grad.shape

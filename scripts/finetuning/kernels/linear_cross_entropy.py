@@ -1,7 +1,7 @@
-"""The loss from supervised positions only, which the batch names: the host never asks the GPU where they are.
+"""Fused linear cross entropy on supervised positions only, which the batch names (`supervised_rows`).
 
-TRL's fused LM head finds them by boolean masks, and a mask's result has a size that only the GPU knows: the host waits
-for the whole forward pass, twice, and the GPU then for the host. Batches carry `supervised_rows` instead.
+TRL's fused LM head finds the positions by boolean masks. The size of a mask's result is known on the GPU only: the host
+waits for the whole forward pass, twice, and the GPU then waits for the host. The kernel itself is TRL's.
 """
 
 from functools import wraps
@@ -16,28 +16,28 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from finetuning import upstream
 from finetuning.data.collator import next_labels
 
-VOCABULARY_CHUNK = 32768  # logits of so many words at a time, as TRL has it
-# Settings of models whose logits or loss are more than a product: TRL's code knows them.
-MORE_THAN_A_PRODUCT = (
+VOCABULARY_CHUNK = 32768  # logits of this many tokens of the vocabulary at a time, as in TRL
+# Settings of models whose logits are scaled, or whose loss has more terms: these keep TRL's code.
+UNSUPPORTED_SETTINGS = (
     "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "output_router_logits",
 )  # fmt: skip
 
 
 def use_supervised_rows(model: nn.Module) -> None:
-    """Let `model(**batch, fused_lm_head=True)` follow the batch's `supervised_rows`, in place.
+    """Let `model(**batch, fused_lm_head=True)` compute logits and loss of the batch's `supervised_rows` only; in place.
 
-    Call it on the model (inside PEFT's) that TRL's `add_fused_lm_head` has patched; without `supervised_rows` TRL's own
-    code runs. The output's `log_probs`, `entropy`, `is_top1` and `label_mask` are 1-D, of the supervised positions.
+    `model` is transformers' (inside PEFT's), after TRL's `add_fused_lm_head`. Without `supervised_rows` TRL's code
+    runs. The output's `log_probs`, `entropy`, `is_top1` and `label_mask` are (supervised positions,).
     """
     config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in MORE_THAN_A_PRODUCT):
+    if any(getattr(config, name, None) for name in UNSUPPORTED_SETTINGS):
         return
-    as_trl = model.forward
+    trl_forward = model.forward
 
-    @wraps(as_trl.__func__)  # `generate` reads the signature
+    @wraps(trl_forward.__func__)  # `generate` reads the signature
     def forward(self, *args, supervised_rows=None, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
         if not fused_lm_head or supervised_rows is None:
-            return as_trl(
+            return trl_forward(
                 *args, fused_lm_head=fused_lm_head, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs
             )
         kwargs["use_cache"] = False
@@ -69,9 +69,9 @@ def use_supervised_rows(model: nn.Module) -> None:
 
 
 def full_parameter(parameter: nn.Parameter | None) -> Tensor | None:
-    """What FSDP2 divides in one piece; its gradient is the mean over all processes, as FSDP2 itself averages.
+    """All-gather a parameter that FSDP2 sharded; its gradient is averaged over all processes, as FSDP2 does.
 
-    TRL's `full_tensor()` alone would leave each process with its own gradient of its part.
+    With TRL's `full_tensor()` alone each process would keep the gradient of its own batch for its shard.
     """
     if not isinstance(parameter, DTensor):
         return parameter

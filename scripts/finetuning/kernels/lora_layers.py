@@ -43,8 +43,8 @@ except ImportError:
 class NormQkvRotate(torch.autograd.Function):
     """(hidden, adapters) -> hidden, and rotated queries and keys, values, of rms_norm(hidden).
 
-    hidden is (batch * tokens, width), the others (batch, tokens, heads, head width). hidden is passed through, so that the
-    norm's backward kernel adds the gradient of the residual stream.
+    hidden is (batch * tokens, width), the others (batch, tokens, heads, head width). hidden is passed through, so that
+    the norm's backward kernel adds the gradient of the residual stream.
     """
 
     @staticmethod
@@ -123,7 +123,7 @@ def norm_arguments(norm: nn.Module) -> tuple[Tensor, float, float]:
 def backward_through_norm(
     hidden: Tensor, norm: tuple, grad_x: Tensor | None, grad_residual: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradient of `hidden` through the norm and the residual (None without `grad_x`), and the norm's output, recomputed."""
+    """Gradient of `hidden` (None without `grad_x`), the residual's included, and the norm's output, recomputed."""
     if grad_x is None:
         return None, rms_norm(hidden, *norm, torch.empty_like(hidden, dtype=dtype))
     return rms_norm_backward(hidden, *norm, grad_x, grad_residual)
@@ -137,8 +137,8 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer with LoRA on all seven projections; parameters keep their places and names.
 
     `supervised_rows` (optional, 1-D: positions in the flattened (batch * tokens)): after its attention the last layer
-    computes these rows only and returns zeros elsewhere, because the loss reads no other row. With a cache, or where the
-    adapters are disabled or merged, transformers' and PEFT's own code runs.
+    computes these rows only and returns zeros elsewhere, because the loss reads no other row. With a cache, or where
+    the adapters are disabled or merged, transformers' and PEFT's own code runs.
     """
 
     def forward(
@@ -249,12 +249,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     """Switch PEFT's LoRA layers of `model` to the fused computation, in place. Returns how many were switched.
 
-    Anything else than plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps PEFT's
-    code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's code too.
+    Anything else than plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps
+    PEFT's code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
+    code too.
 
     `sharded`: a strategy shards the frozen weights. It must then all-gather whole decoder layers (ZeRO-3:
-    `deepspeed_zero.all_gather_whole_layers`; FSDP2: `fsdp2.set_wrap_classes`), and layers outside of decoder layers keep
-    PEFT's code.
+    `deepspeed_zero.all_gather_whole_layers`; FSDP2: `fsdp2.set_wrap_classes`), and layers outside of decoder layers
+    keep PEFT's code.
     """
     decoders = [module for module in model.modules() if type(module) in FUSED_LAYERS]
     fused_decoders = [layer for layer in decoders if fuse_decoder_layer(layer, sharded=sharded)]
@@ -276,7 +277,7 @@ def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
 
 
 def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:
-    """Make `layer` a FusedDecoderLayer, in place, if it has plain LoRA on all seven projections. Returns whether it is."""
+    """Make `layer` a FusedDecoderLayer, in place, if all seven projections have plain LoRA. Returns whether it is."""
     by_name = {name.split(".")[-1]: child for name, child in layer.named_modules() if name.endswith("_proj")}
     linear_layers = [by_name[name] for name in PROJECTIONS]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]

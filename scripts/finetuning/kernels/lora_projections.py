@@ -1,9 +1,9 @@
 """LoRA layers that read the same activation, as one matrix product with their frozen weights.
 
 PEFT adds the low-rank part to a product that is already rounded to 16 bits. Most of what is smaller than half a unit in
-its last place is then lost: at a learning rate of 1.4e-5 and a rank of 64, 99 % of what the first step taught, 86 % after
-ten steps, 59 % after thirty. One product over joined columns rounds the sum once. `addmm` does not help: cuBLAS (13, on an
-H200) rounds the product before it adds; the CPU does not.
+its last place is then lost: at a learning rate of 1.4e-5 and a rank of 64, 99 % of what the first step taught, 86 %
+after ten steps, 59 % after thirty. One product over joined columns rounds the sum once. `addmm` does not help: cuBLAS
+(13, on an H200) rounds the product before it adds; the CPU does not.
 """
 
 from itertools import accumulate
@@ -22,12 +22,12 @@ class ProjectionStack:
     Without dropout the gradient of x is one product too: [g, g B] [W; s A].
 
     `frozen` holds W (`frozen_weights.py`). The adapters are stacked as `a` = s A (sum of ranks, in) and as the
-    block-diagonal `b` (sum of out, sum of ranks), in the dtype of the products. `allocate_input` makes x with room for the
-    columns s A x, `allocate_grad` does the same for g and g B.
+    block-diagonal `b` (sum of out, sum of ranks), in the dtype of the products. `allocate_input` makes x with room for
+    the columns s A x, `allocate_grad` does the same for g and g B.
 
-    Dropout is drawn once for the stack, because its layers read the same activation; each element is dropped as often as
-    PEFT drops it. `refresh_stacks` must run before each forward pass of the model; of sharded weights, of each decoder
-    layer.
+    Dropout is drawn once for the stack, because its layers read the same activation; each element is dropped as often
+    as PEFT drops it. `refresh_stacks` must run before each forward pass of the model; of sharded weights, of each
+    decoder layer.
     """
 
     def __init__(self, layers: list[nn.Module], *, sharded: bool = False):
@@ -40,7 +40,7 @@ class ProjectionStack:
         # Rows and columns of each layer's B in the block-diagonal one, and of its gradient.
         spans = zip(accumulate(self.sizes), self.sizes, accumulate(self.ranks), self.ranks, strict=True)
         self.b_blocks = [(slice(row - size, row), slice(column - rank, column)) for row, size, column, rank in spans]
-        # Layers of one shape are a batch of small products; otherwise one product multiplies the zeros beside each B too.
+        # Layers of one shape are a batch of small products. Else one product multiplies the zeros beside each B too.
         self.is_batch = len(layers) > 1 and len(set(self.sizes)) == len(set(self.ranks)) == 1
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
         self.frozen = frozen_weights_of(layers, sharded=sharded)
@@ -82,7 +82,7 @@ class ProjectionStack:
             self.b_per_layer = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (layers, out, rank)
 
     def row_length(self, width: int) -> int:
-        """Elements from one row to the next: `width` and the low-rank columns, padded to 64, where products are fast."""
+        """Stride of a row: `width` and the low-rank columns, padded to 64 elements, where products are fast."""
         return -(-(width + sum(self.ranks)) // 64) * 64
 
     def allocate_rows(self, rows: int, width: int) -> Tensor:
@@ -142,8 +142,8 @@ class ProjectionStack:
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Gradient of x (None when nothing below is trained), of x_a, and of every B.
 
-        `extended` is what `allocate_grad` gave with grad. Without it grad is copied where it is narrower than x, so that
-        less is written twice.
+        `extended` is what `allocate_grad` gave with grad. Without it grad is copied where it is narrower than x, so
+        that less is written twice.
         """
         grads_b = self.grads_of_b(grad, x_a)
         room = grad.new_empty(len(grad), sum(self.ranks)) if extended is None else extended[:, grad.shape[1] :]

@@ -1,4 +1,4 @@
-"""Changes to transformers' models that save host waits and passes over memory, and compute the same."""
+"""Patches of transformers' models that save host syncs and passes over memory; they compute the same."""
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,15 @@ from finetuning.kernels.lora_layers import without_autocast
 from finetuning.kernels.quick_gelu import quick_gelu
 from finetuning.models.parts import base_model_of, frozen_tower_of
 
-# transformers hands a mask of four dimensions on as it is: this one stands for none until a layer is reached. To be asked
-# for one, transformers would first look whether rows are packed, and the host would wait for the GPU to see.
+# transformers passes a 4-D mask through unchanged, so an empty one is a sentinel for "no mask" until a layer is
+# reached. With None transformers would check for packed rows, which forces a GPU sync.
 NO_MASK = torch.empty(0, 0, 0, 0)
 
 
 def ignore_right_padding(model: nn.Module) -> None:
-    """Drop the padding mask of training batches, so that attention takes the kernels that know no mask.
+    """Drop the padding mask of training batches, in place, so that attention runs on kernels without a mask.
 
-    Training batches are padded on the right, where no real token looks: what padding computes reaches neither the loss
+    Training batches are padded on the right. Causal attention sees no later token, so padding reaches neither the loss
     nor a gradient.
     """
     base_model = base_model_of(model)
@@ -28,14 +28,14 @@ def ignore_right_padding(model: nn.Module) -> None:
     def replace_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
         padded = mask is not None and mask.dim() == 2
-        packed = mask is None and module.config._attn_implementation == packed_attention.NAME
+        packed = mask is None and module.config._attn_implementation == packed_attention.ATTENTION_NAME
         if module.training and (padded or packed) and upstream.cache_of(kwargs) is None:
             kwargs["attention_mask"] = NO_MASK
         return args, kwargs
 
     def remove_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
-        if mask is not None and not mask.numel():  # it, or a copy: FSDP2 moves what a layer is given to its GPU
+        if mask is not None and not mask.numel():  # the sentinel or a copy: FSDP2 moves a layer's inputs to its GPU
             kwargs["attention_mask"] = None
         return args, kwargs
 
@@ -45,10 +45,10 @@ def ignore_right_padding(model: nn.Module) -> None:
 
 
 def count_image_tokens_once(model: nn.Module) -> None:
-    """Let the first training pass only compare the number of image tokens with that of the features.
+    """Let only the first training pass compare the number of image tokens with that of the features; in place.
 
-    A processor makes as many for each picture, and `LlavaDataCollator` refuses what is not one mark for each. To compare
-    them the host waits for the GPU to have finished the step before.
+    The comparison waits for the GPU to finish the step before. The processor makes a fixed number of tokens for a
+    picture, and `LlavaDataCollator` refuses a row that has not one mark for each picture.
     """
     llava = base_model_of(model).model
     if not isinstance(llava, LlavaModel):
@@ -66,9 +66,9 @@ def count_image_tokens_once(model: nn.Module) -> None:
 
 
 def vision_tower_without_autocast(model: nn.Module) -> None:
-    """Run a frozen 16-bit vision tower in its own type, as inference does, and its activation in one pass over memory.
+    """Run a frozen 16-bit vision tower in its own dtype, as inference does, with a fused QuickGELU; in place.
 
-    Mixed precision would widen its activations to fp32 between the products, which is for what is trained.
+    Autocast would upcast its activations to fp32 between the products, which only trained weights need.
     """
     tower = frozen_tower_of(model)
     if tower is None or tower.dtype == torch.float32:

@@ -1,7 +1,7 @@
 """Dequantization of bitsandbytes' 4-bit weights (NF4, FP4; arXiv 2305.14314).
 
-The values are those of bitsandbytes' own kernel, which writes dense rows only. Here `out` may be rows with room for LoRA's
-low-rank columns, so that the product needs no copy.
+The values are those of bitsandbytes' own kernel, which writes dense rows only. Here `out` may be rows with room for
+LoRA's low-rank columns, so that the product needs no copy.
 """
 
 import torch
@@ -13,8 +13,8 @@ from finetuning.kernels.dispatch import runs_triton, tl, triton
 def dequantize_4bit(packed: Tensor, scales: Tensor, code: Tensor, block_size: int, out: Tensor) -> Tensor:
     """Dequantize `packed` into `out` (rows, even width), of stride (any, 1); returns `out`.
 
-    `packed` has two 4-bit indices a byte, the first in the upper half. Element i is code[index i] * scales[i // block_size],
-    with `code` (16,) and `scales` (blocks,) in fp32.
+    `packed` has two 4-bit indices a byte, the first in the upper half. Element i of `out` is
+    code[index i] * scales[i // block_size], with `code` (16,) and `scales` (blocks,) in fp32.
     """
     packed = packed.flatten().view(torch.uint8)
     if runs_triton(packed):

@@ -1,8 +1,8 @@
 """Attention over packed rows without the FlashAttention package: `attn_implementation: packed`.
 
-TRL packs rows into one long row and passes where each begins (`cu_seq_lens_q`). transformers' own sdpa would build a
-mask of length x length and compute every pair. Here each row attends to itself only: through the kernel that torch
-itself ships (`varlen_attn`, capability 8.0 and newer), and elsewhere by one sdpa call per row.
+TRL packs rows into one long row and passes the offset of each (`cu_seq_lens_q`). transformers' sdpa would build a mask
+of length x length and compute every pair. Here each row attends to itself only: by torch's own kernel (`varlen_attn`,
+capability 8.0 and newer), elsewhere by one sdpa call per row.
 """
 
 import torch
@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "packed"
+ATTENTION_NAME = "packed"
 
 
 def packed_attention(
@@ -27,9 +27,10 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, tokens, width) -> (1, tokens, heads, width); `cu_seq_lens_q` (rows + 1) says where rows begin.
+    """query (1, heads, tokens, width) -> (1, tokens, heads, width); `cu_seq_lens_q` (rows + 1,): offsets of rows.
 
-    Without `cu_seq_lens_q` (rows side by side, padded or not) it is transformers' sdpa.
+    Without `cu_seq_lens_q` (a batch of separate rows) it is transformers' sdpa. Raises ValueError for packed rows in a
+    batch of more than 1, or with attention dropout.
     """
     if cu_seq_lens_q is None or attention_mask is not None:
         return sdpa_attention_forward(
@@ -54,11 +55,11 @@ def packed_attention(
 
 
 def packed_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    # No padding, no mask: rows and their order are known from `cu_seq_lens_q`.
+    """sdpa's mask for padded rows; None for packed ones, whose limits `cu_seq_lens_q` has."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def register_packed_attention() -> None:
     """Make `attn_implementation="packed"` known to transformers."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, packed_mask)
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, packed_mask)

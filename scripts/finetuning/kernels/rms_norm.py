@@ -1,7 +1,7 @@
 """RMSNorm of Llama and Gemma (arXiv 1910.07467), forward and backward, each in one pass over memory.
 
-Liger-Kernel has one too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that the next
-product needs no copy.
+Liger-Kernel has one too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that
+the next product needs no copy.
 """
 
 import torch

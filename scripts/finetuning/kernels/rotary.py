@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) of stacked queries, keys and values, forward and backward.
 
-Liger-Kernel has one too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that the next
-product needs no copy.
+Liger-Kernel has one too, but writes dense rows. Here `out` may be rows with room for LoRA's low-rank columns, so that
+the next product needs no copy.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Attention over an image prefix and the dialogues that share it (`finetuning.data.shared_prefix`)."""
+"""Attention of dialogues that share an image prefix: each sees the prefix and itself (`data/shared_prefix.py`).
+
+[image prefix | dialogue 1 | dialogue 2 | ...]
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +17,13 @@ from finetuning.models.parts import base_model_of
 if is_torch_flex_attn_available():
     from torch.nn.attention.flex_attention import create_block_mask
 
-NAME = "shared_prefix"
+ATTENTION_NAME = "shared_prefix"
 
 
 def enable_shared_prefix(model: nn.Module) -> None:
-    """Let the language model of `model` read `branch_ids` and, where it is given, `prefix_length`.
+    """Let the language model of `model` take `branch_ids` and, where it is given, `prefix_length`; in place.
 
-    Works with eager, sdpa and flex_attention. Raises ValueError for another attention, which takes no mask.
+    `attn_implementation` may be eager, sdpa or flex_attention. Raises ValueError for any other, which takes no mask.
     """
     language_model = base_model_of(model).model.language_model
     attention = language_model.config._attn_implementation
@@ -30,13 +33,14 @@ def enable_shared_prefix(model: nn.Module) -> None:
             "flex_attention or eager"
         )
     if attention == "sdpa":
-        AttentionInterface.register(NAME, shared_prefix_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        language_model.set_attn_implementation(NAME)
+        AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        language_model.set_attn_implementation(ATTENTION_NAME)
     language_model.register_forward_pre_hook(mask_branches_hook, with_kwargs=True)
 
 
 def mask_branches_hook(language_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the language model: `branch_ids` of the batch become its attention mask."""
     branch_ids = kwargs.pop("branch_ids", None)
     if branch_ids is not None:
         attention = language_model.config._attn_implementation
@@ -53,17 +57,21 @@ def shared_prefix_attention(
     prefix_length: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """sdpa; with `prefix_length` the prefix's keys need no mask, and only the rest, a tenth of a sequence, has one."""
+    """query, key, value (batch, heads, tokens, width) -> (batch, tokens, heads, width), by sdpa.
+
+    With `prefix_length` (tokens, the same for all sequences) only the rest of a sequence, a tenth of it, needs a mask:
+    the prefix is causal. Without it `attention_mask` (batch, 1, tokens, tokens) masks everything.
+    """
     if prefix_length is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if can_merge_attention(query, key, value, **kwargs):
-        of_rest = attention_mask[:, :, prefix_length:, prefix_length:]
-        # Not -inf, which cuDNN takes badly; exp() of it is 0 all the same.
-        bias = torch.where(of_rest, 0.0, -65504.0).to(query.dtype)
+        rest_mask = attention_mask[:, :, prefix_length:, prefix_length:]
+        # The least fp16 value, whose exp() is 0: cuDNN does not handle -inf well.
+        bias = torch.where(rest_mask, 0.0, -65504.0).to(query.dtype)
         key, value = (repeat_kv(state, query.shape[1] // state.shape[1]) for state in (key, value))
         return MergedAttention.apply(query, key, value, bias, prefix_length, kwargs.get("scaling")), None
-    *of_prefix, rest_query, key, value = SplitPrefix.apply(query, key, value, prefix_length)
-    prefix, _ = sdpa_attention_forward(module, *of_prefix, None, **kwargs)
+    *prefix_states, rest_query, key, value = SplitPrefix.apply(query, key, value, prefix_length)
+    prefix, _ = sdpa_attention_forward(module, *prefix_states, None, **kwargs)
     rest, _ = sdpa_attention_forward(module, rest_query, key, value, attention_mask[:, :, prefix_length:], **kwargs)
     return torch.cat([prefix, rest], dim=1), None
 
@@ -71,22 +79,22 @@ def shared_prefix_attention(
 def can_merge_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, softcap: float | None = None, **kwargs
 ) -> bool:
-    """Whether `MergedAttention` can compute this: where torch itself takes cuDNN (Hopper on, 16 bits), or on a CPU."""
+    """Whether `MergedAttention` has a kernel: where torch chooses cuDNN (from Hopper on, 16 bits), or on a CPU."""
     kernel = torch._fused_sdp_choice(
         query, key, value, None, dropout, is_causal=True, enable_gqa=key.shape[1] < query.shape[1]
     )
-    fitting = SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.FLASH_ATTENTION
-    return query.device.type in ("cuda", "cpu") and kernel == fitting.value and dropout == 0 and softcap is None
+    required = SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.FLASH_ATTENTION
+    return query.device.type in ("cuda", "cpu") and kernel == required.value and dropout == 0 and softcap is None
 
 
 class MergedAttention(torch.autograd.Function):
     """Queries, keys, values (batch, heads, tokens, width) -> outputs (batch, tokens, heads, width).
 
-    All queries attend to the first `length` keys, causally, and those after `length` also to the other keys, with
-    `bias` (batch, 1, rest, rest) of 0 and -65504. Softmax over both sets is the two outputs weighted by their shares of
-    the sum of exponentials (Milakov & Gimelshein, arXiv 1805.02867). The gradient of one set needs of the other only the
-    merged output and log-sum-exp (Liu et al., arXiv 2310.01889), so that each key's is computed once and nothing as
-    long as the prefix is added.
+    All queries attend causally to the first `length` keys. Queries after `length` also attend to the other keys, with
+    `bias` (batch, 1, rest, rest) of 0 and -65504. The softmax over both sets is the sum of the two outputs, weighted by
+    their shares of the sum of exponentials (Milakov & Gimelshein, arXiv 1805.02867). The backward pass of one set needs
+    only the merged output and log-sum-exp of both (Liu et al., arXiv 2310.01889): each key's gradient is computed once,
+    and no tensor as long as the prefix is added.
     """
 
     @staticmethod
@@ -111,11 +119,11 @@ class MergedAttention(torch.autograd.Function):
         query, key, value, bias, attended, logsumexp = ctx.saved_tensors
         length, scale = ctx.length, ctx.scale
         out, grad = attended.transpose(1, 2), grad.contiguous().transpose(1, 2)
-        of_prefix = key[:, :, :length], value[:, :, :length]
-        grad_query, *prefix_grads = attention_backward(grad, query, *of_prefix, out, logsumexp, None, scale)
-        of_rest = [state[:, :, length:] for state in (grad, query, key, value, out)]
+        prefix_states = key[:, :, :length], value[:, :, :length]
+        grad_query, *prefix_grads = attention_backward(grad, query, *prefix_states, out, logsumexp, None, scale)
+        rest_states = [state[:, :, length:] for state in (grad, query, key, value, out)]
         rest_logsumexp = logsumexp[:, :, length:].contiguous()
-        rest_grad_query, *rest_grads = attention_backward(*of_rest, rest_logsumexp, bias, scale)
+        rest_grad_query, *rest_grads = attention_backward(*rest_states, rest_logsumexp, bias, scale)
         grad_query[:, :, length:] += rest_grad_query
         return grad_query, *map(concatenate_tokens, prefix_grads, rest_grads), None, None, None
 
@@ -123,9 +131,9 @@ class MergedAttention(torch.autograd.Function):
 def attention_with_logsumexp(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and the natural logarithm of the sum of exponentials: (batch, heads, tokens) or, of cuDNN, (..., 1).
+    """Outputs (batch, heads, tokens, width), and the log-sum-exp (batch, heads, tokens), of cuDNN (..., 1).
 
-    Without `bias` query i sees the keys up to i.
+    Without `bias` attention is causal: query i sees the keys up to i.
     """
     if query.is_cuda:
         out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -147,9 +155,9 @@ def attention_backward(
     bias: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; `out` and `log_sum` may be of more keys than these."""
+    """Gradients of queries, keys and values; `out` and `logsumexp` may have been merged with those of other keys."""
     if query.is_cuda:
-        no_dropout = logsumexp.new_empty((), dtype=torch.int64)  # in place of its seed and offset
+        no_dropout = logsumexp.new_empty((), dtype=torch.int64)  # for the seed and offset that cuDNN takes
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad, query, key, value, out, logsumexp, no_dropout, no_dropout, bias, None, None,
             query.shape[2], key.shape[2], 0.0, bias is None, scale=scale,
@@ -160,21 +168,24 @@ def attention_backward(
 
 
 def concatenate_tokens(first: Tensor, second: Tensor) -> Tensor:
-    """Along the tokens; (batch, tokens, heads, width) in memory, as the layer below reads it."""
+    """Concatenate (batch, heads, tokens, width) along the tokens; contiguous as (batch, tokens, heads, width).
+
+    The backward pass of the rotary embedding reads it in this layout.
+    """
     return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 class SplitPrefix(torch.autograd.Function):
-    """Queries, keys, values (batch, heads, tokens, width) -> the prefix's of each, the other queries, all keys, all values.
+    """Queries, keys, values (batch, heads, tokens, width) -> the prefix's three, other queries, all keys, all values.
 
-    Where `merges` says no. Slices would do the same, but their gradients are padded with zeros and then added: in a
-    model of 7 billion those passes over memory took 17 ms of a step of 284.
+    For hardware without `MergedAttention`. Slices would do the same, but autograd pads their gradients with zeros and
+    adds them: 17 ms of a step of 284 in a 7B model.
     """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, ...]:
-        of_prefix = (state[:, :, :length] for state in (query, key, value))
-        return *of_prefix, query[:, :, length:], key, value
+        prefix_states = (state[:, :, :length] for state in (query, key, value))
+        return *prefix_states, query[:, :, length:], key, value
 
     @staticmethod
     def backward(
@@ -186,28 +197,29 @@ class SplitPrefix(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        # Attention has just made these two, and nobody else has them.
+        # In place: attention has just allocated both gradients, and nobody else holds them.
         key[:, :, : prefix_key.shape[2]] += prefix_key
         value[:, :, : prefix_value.shape[2]] += prefix_value
         return concatenate_tokens(prefix_query, rest_query), key, value, None
 
 
 def branch_mask(branch_ids: Tensor, attention: str, dtype: torch.dtype) -> "Tensor | BlockMask":
-    """(sequences, tokens) -> who sees whom: what came before, in the prefix or in the same dialogue.
+    """branch_ids (sequences, tokens) -> mask: a token sees earlier tokens of the prefix and of its own dialogue.
 
-    sdpa: booleans (sequences, 1, tokens, tokens); eager: 0 or the least number of `dtype`; flex: a block mask.
+    sdpa: booleans (sequences, 1, tokens, tokens), True where it sees; eager: 0 there and the least value of `dtype`
+    elsewhere; flex_attention: a BlockMask.
     """
     sequences, tokens = branch_ids.shape
 
-    def seen(sequence, head, query, key):
+    def is_visible(sequence, head, query, key):
         other, own = branch_ids[sequence, key], branch_ids[sequence, query]
         return (key <= query) & ((other == own) | (other == PREFIX))
 
     if attention == "flex_attention":
-        return create_block_mask(seen, sequences, None, tokens, tokens, device=branch_ids.device)
+        return create_block_mask(is_visible, sequences, None, tokens, tokens, device=branch_ids.device)
     own, other = branch_ids[:, :, None], branch_ids[:, None, :]
-    places = torch.arange(tokens, device=branch_ids.device)
-    mask = ((places[None, :] <= places[:, None]) & ((other == own) | (other == PREFIX)))[:, None]
+    positions = torch.arange(tokens, device=branch_ids.device)
+    mask = ((positions[None, :] <= positions[:, None]) & ((other == own) | (other == PREFIX)))[:, None]
     if attention != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning import upstream
 
-# Part of the model -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
+# Part -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
 MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
 
 
@@ -43,7 +43,7 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Part -> `{"trainable": n, "lora": n, "total": n}`; packed 4-bit and sharded weights count unpacked and in full."""
+    """Part -> `{"trainable": n, "lora": n, "total": n}`; 4-bit and sharded weights count in full."""
     counts: dict[str, Counter] = {part: Counter(trainable=0, lora=0, total=0) for part in parts_of(model)}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # PEFT's frozen copy of a part that is trained in full
@@ -75,7 +75,7 @@ def cache_named_parameters(module: nn.Module) -> None:
 
 
 def switch_mode_only_on_change(model: nn.Module) -> None:
-    """Let `model.train(mode)` visit the modules only when `mode` changes, in place: transformers calls it at every step."""
+    """Let `model.train(mode)` visit modules only when `mode` changes, in place: transformers calls it each step."""
     switch, switched_to = model.train, None
 
     def train(mode: bool = True) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which weights are trainable: each part of the model is frozen, gets LoRA or is trained in full, as the recipe says."""
+"""Which weights are trainable: each part of the model is frozen, gets LoRA or is trained in full."""
 
 import re
 
@@ -15,8 +15,8 @@ from finetuning.strategy import Strategy
 def gets_no_gradient(name: str, config: PreTrainedConfig) -> bool:
     """Whether the parameter or module `name` comes after the vision layer that LLaVA reads, where no gradient arrives.
 
-    LLaVA-1.5 reads `hidden_states[-2]`: the last CLIP block and the final norm get no gradient, and DDP fails if they are
-    trainable (LlamaFactory#6376, ms-swift#587).
+    LLaVA-1.5 reads `hidden_states[-2]`: the last CLIP block and the final norm get no gradient, and DDP fails if they
+    are trainable (LlamaFactory#6376, ms-swift#587).
     """
     if part_of(name) != "vision_tower":
         return False
@@ -82,9 +82,10 @@ def set_trainable(
 def lora_targets(model: nn.Module, wanted: dict[str, str], suffixes: list[str] | str | None) -> str:
     """A regular expression that matches the full names of the linear layers that get LoRA, and no others.
 
-    `wanted` is part -> `frozen`, `lora` or `full`. `suffixes` is `lora_target_modules` of the recipe: None or `all-linear`
-    for every linear layer of the `lora` parts, or last names such as q_proj, matched in those parts only. (PEFT alone
-    would match them in the vision tower too: LLaVA#1380, peft#2615.) Raises ValueError for a suffix without a match.
+    `wanted` is part -> `frozen`, `lora` or `full`. `suffixes` is `lora_target_modules` of the recipe: None or
+    `all-linear` for every linear layer of the `lora` parts, or last names such as q_proj, matched in those parts only.
+    (PEFT alone would match them in the vision tower too: LLaVA#1380, peft#2615.) Raises ValueError for a suffix without
+    a match.
     """
     linear = [
         name
