@@ -184,7 +184,7 @@ def test_sharded_run_continues_where_it_stopped(train, trained, tmp_path, strate
 def test_a_checkpoint_of_replicated_weights_is_not_read_as_one_of_sharded_weights(trained):
     checkpoint = trained("deepspeed_zero3") / "checkpoint-4"
     refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 2}})
-    with pytest.raises(ValueError, match="are replicated, in this launch they are sharded"):
+    with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
         refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 3}})
 
 
