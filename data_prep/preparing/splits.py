@@ -1,7 +1,7 @@
 """Who goes into train, validation and test, and who stands between them so that nothing leaks."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -41,6 +41,68 @@ def split_into_blocks(
         "test": list(items[start_test:]),
     }
     return splits, [*items[num_train:start_validation], *items[end_validation:start_test]]
+
+
+def split_videos(
+    videos: Mapping[str, Sequence[Item]], validation_size: float, test_size: float, gap: int, seed: int
+) -> tuple[Splits, list[Item], int]:
+    """(splits, items left out in gaps, number of videos that went whole to one side).
+
+    Each video is cut into blocks of time. One that is too short for it, or of which less would be left to train than the
+    gaps take, goes whole to one side, if there are as many videos as splits. Raises ValueError naming every video that is
+    too short where there are not.
+    """
+    splits: Splits = {"train": [], "validation": [], "test": []}
+    wanted = 1 + (validation_size > 0) + (test_size > 0)
+    in_gap: list[Item] = []
+    short: list[Sequence[Item]] = []
+    too_short = []
+    for name, items in videos.items():
+        try:
+            blocks, gaps = split_into_blocks(items, validation_size, test_size, gap)
+        except ValueError as error:
+            too_short.append(f"{name}: {error}")
+            short.append(items)
+            continue
+        if len(blocks["train"]) <= len(gaps) and len(videos) >= wanted:
+            short.append(items)
+            continue
+        in_gap += gaps
+        for split, block in blocks.items():
+            splits[split] += block
+    if too_short and len(videos) < wanted:
+        raise ValueError("\n".join(too_short))
+    if short:
+        fill = all(not items for items in splits.values())
+        for split, items in split_whole(short, validation_size, test_size, seed, fill=fill).items():
+            splits[split] += items
+    return splits, in_gap, len(short)
+
+
+def split_whole(
+    groups: Sequence[Sequence[Item]], validation_size: float, test_size: float, seed: int, *, fill: bool
+) -> Splits:
+    """Shuffles groups that must stay together and fills test, then validation, then train, up to their shares.
+
+    `fill`: a split that would stay empty, because every group is larger than its share, gets the smallest group of train.
+    """
+    num_validation, num_test = split_sizes(sum(map(len, groups)), validation_size, test_size)
+    sides: dict[str, list[Sequence[Item]]] = {"train": [], "validation": [], "test": []}
+    for group in random.Random(seed).sample(groups, len(groups)):
+        room = {"test": num_test, "validation": num_validation}
+        fitting = [name for name, size in room.items() if sum(map(len, sides[name])) + len(group) <= size]
+        sides[fitting[0] if fitting else "train"].append(group)
+    for name, size in {"test": num_test, "validation": num_validation}.items():
+        if fill and size and not sides[name] and len(sides["train"]) > 1:
+            sides[name].append(
+                sides["train"].pop(min(range(len(sides["train"])), key=lambda n: len(sides["train"][n])))
+            )
+    # In the order in which they came: a video's frames in order of time.
+    places = {id(group): place for place, group in enumerate(groups)}
+    return {
+        name: [item for group in sorted(of_side, key=lambda group: places[id(group)]) for item in group]
+        for name, of_side in sides.items()
+    }
 
 
 def split_in_order(items: Sequence[Item], num_train: int, num_validation: int, gap: int) -> tuple[Splits, list[Item]]:
