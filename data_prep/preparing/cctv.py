@@ -128,7 +128,7 @@ def pass_problems_on(frames: list[Frame], labels: list[Label], dialogues: list[D
     """What hangs on a rejected thing is rejected too."""
     for frame in frames:
         if frame.label is None:
-            frame.reject("unlabelled", "labels.csv does not name it")
+            frame.reject("unlabelled", "no label names it")
         elif frame.label.problem:
             frame.reject("label_rejected", f"{frame.label.where} {frame.label.problem[0]}")
     for item in [*labels, *dialogues]:

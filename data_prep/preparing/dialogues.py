@@ -160,12 +160,13 @@ def check_template(template: str, columns: list[str]) -> tuple[set[str], list[st
     """(columns that the template fills in, what is wrong with it)."""
     names: set[str] = set()
     problems = []
-    literals = []
+    text = ""  # without what is filled in
     try:
         for literal, name, format_spec, conversion in string.Formatter().parse(template):
-            literals.append(literal)
+            text += literal
             if name is None:
                 continue
+            text += "\0"
             if literal.endswith(("$", "%")) and not literal[-2:-1].isalnum():
                 problems.append(f"{literal[-1]}{{{name}}} would keep its {literal[-1]}: write {{{name}}}")
             names.add(name)
@@ -177,14 +178,10 @@ def check_template(template: str, columns: list[str]) -> tuple[set[str], list[st
     except ValueError as error:
         return set(), [f"{template!r:.60}: {error} (a brace that is meant is written twice)"]
     known = {name.casefold() for name in columns}
-    for literal in literals:
-        for word in re.findall(r"\{\s*([^{}]*?)\s*\}", literal):
-            if word.casefold() in known:
-                problems.append(
-                    f"{{{{{word}}}}} would be taught as the words {{{word}}}: write {{{word}}} to fill it in"
-                )
+    for word in re.findall(r"\{\s*([^{}]*?)\s*\}", text):
+        if word.casefold() in known:
+            problems.append(f"{{{{{word}}}}} would be taught as the words {{{word}}}: write {{{word}}} to fill it in")
     words = "|".join(re.escape(word) for word in sorted({*known, *NUMBER_WORDS}, key=len, reverse=True))
-    text = "\0".join(literals)
     unfilled = re.findall(
         rf"<\s*(?:{words})\s*>|\[\s*(?:{words})\s*\]|\$(?:{words})\b|%(?:{words})%|«(?:{words})»", text, re.IGNORECASE
     )

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from finetuning.data.pictures import SUFFIXES, is_litter
@@ -32,6 +32,7 @@ DAYS = (
     re.compile(rf"(?<!\d)(?P<day>{_day}(?P<mark>[-_.]){_month}(?P=mark){_year})(?!\d)"),
     re.compile(rf"(?<!\d)(?P<day>\d\d{_month}{_day})(?=[-_t]{_time}(?!\d))"),
 )
+LONGEST_NAME = 200  # a longer one may be more than the file system can be asked for
 SECONDS = re.compile(r"(?<!\d)(?P<seconds>1[4-9]\d{8})(?:\d{3})?(?!\d)")
 
 
@@ -148,11 +149,8 @@ class FrameIndex:
                 f"{original}.{suffix}",
                 original,
             )
-            seen: set[str] = set()
             for names, key in zip(self.names, known, strict=True):
-                if key not in seen:
-                    names.setdefault(key, []).append(frame)
-                seen.add(key)
+                names.setdefault(key, []).append(frame)
             if frame.number is not None:
                 self.numbers.setdefault(frame.number, []).append(frame)
         self.videos = {normalise_name(name) for frame in self.frames for name in video_names(frame)}
@@ -180,9 +178,10 @@ class FrameIndex:
             video = video or wanted.rpartition("/")[0]
             lookups.append(self.numbers.get(number + self.number_offset))
             by.append("number")
-        elif (original := original_stem(wanted.rpartition("/")[2].rpartition(".")[0])) != wanted.rpartition(".")[0]:
+        elif (original := original_stem(stem := PurePosixPath(wanted).stem)) != stem:
             # The labels keep a tool's hash and the files lost it. A file with another hash is another picture.
-            lookups.append(self.names[4].get(original))
+            parent = wanted.rpartition("/")[0]
+            lookups.append(self.names[1].get(f"{parent}/{original}") if parent else self.names[4].get(original))
             by.append("name")
         for found, how in zip(lookups, by, strict=True):
             if found and video:
@@ -192,9 +191,10 @@ class FrameIndex:
             if found:
                 ids = ", ".join(frame.image_id for frame in found[:3])
                 return "ambiguous_frame", f"{key!r} fits {len(found)} files ({ids}): write the path inside the folder"
-        outside = find_inside(key.strip(), self.folder)
-        if isinstance(outside, tuple) and outside[0] != "missing_image":
-            return outside
+        if wanted.startswith(("/", "..")) or "/../" in wanted or len(wanted) > LONGEST_NAME:
+            outside = find_inside(key.strip(), self.folder)
+            if isinstance(outside, tuple) and outside[0] != "missing_image":
+                return outside
         where = f"{self.folder}, video {video!r}" if video else self.folder
         detail = f"{key!r} fits no image in {where}"
         if number is not None and not self.numbers:

@@ -28,6 +28,13 @@ FRAME_NAMES = {
 }  # fmt: skip
 # These name a frame where nothing else does; beside a file name they only number the rows.
 ROW_NAMES = {"", "id", "no", "index", "idx", "number", "num", "n", "row", "rowid", "seq", "번호", "순번", "연번"}
+# These say something of a frame and never which frame it is, even in the first column.
+QUANTITIES = COUNT_NAMES | {
+    "men", "women", "man", "woman", "male", "female", "males", "females", "adults", "children", "kids", "boys", "girls",
+    "age", "time", "timestamp", "second", "seconds", "fps", "width", "height", "score", "camera", "cam", "video", "clip",
+    "day", "date", "hour", "weather", "zone", "region", "regionid", "남자", "여자", "남성", "여성", "어른", "아이", "시간",
+    "날짜", "카메라", "구역",
+}  # fmt: skip
 PANDAS_INDEX = re.compile(r"(unnamed: ?\d+|level_0|index)?", re.IGNORECASE)
 EXAMPLES = 3
 
@@ -76,12 +83,13 @@ def read_label_table(
     if header[0] == "" and key_at != 0 and 0 in kept:
         kept.remove(0)
         rules.append("the first column has no name and numbers the rows: it is left out")
-    taken = [header[place] for place in kept if place != key_at and header[place] in RESERVED_COLUMNS]
-    if taken:
+    reserved = [header[place] for place in kept if place != key_at and header[place] in RESERVED_COLUMNS]
+    if taken := [name for name in reserved if plain(name) not in FRAME_NAMES]:
         raise ValueError(
             f"{path} opens with the columns {', '.join(header)}: {', '.join(taken)} means something else to training, "
             "choose another name"
         )
+    rules += [f"the column {name!r} can be filled in, and does not go into the dataset" for name in reserved]
     video_at = find_video_column(table, index, {key_at, count_at})
     columns = [header[place] for place in kept]
     labels = Labels([], columns, {"count"}, header[key_at], [path], rules=rules)
@@ -167,19 +175,19 @@ def find_frame_column(
         rule = leave_off_folders(index, column(table, key_at))
         return key_at, [f"frames are named by the column {wanted!r}", *([rule] if rule else [])]
     places = [place for place in range(len(header)) if place != count_at]
-    of_files = [place for place in places if names_files(column(table, place))]
+    of_files = [place for place in places if names_files(column(table, place), index)]
     by_name = [place for place in of_files if hits(table, place, index)] or of_files
     numbered = [place for place in places if plain(header[place]) in FRAME_NAMES and place not in of_files]
     candidates = by_name or [place for place in numbered if hits(table, place, index)]
-    if (by_name and 0 in by_name) or (not by_name and 0 in places and is_first_choice(table, index)):
+    first = 0 in by_name if by_name else 0 in places and is_first_choice(table, index)
+    if first or (0 in places and not candidates and plain(header[0]) not in QUANTITIES):
         key_at = 0
     elif candidates:
         key_at = max(candidates, key=lambda place: (hits(table, place, index), -place))
-    elif 0 in places:
-        key_at = 0
     else:
         raise ValueError(
-            f"{path} opens with the columns {', '.join(header)}: say with --frame_column which names the frame"
+            f"{path} opens with the columns {', '.join(header)}, and none is known to name the frame: say which, with "
+            "--frame_column"
         )
     rule = leave_off_folders(index, column(table, key_at))
     left_off = index.left_off
@@ -200,9 +208,10 @@ def find_frame_column(
 def is_first_choice(table: Table, index: FrameIndex) -> bool:
     """Whether the first column names the frame, in a table without file names: unless it only numbers the rows."""
     name = table.header[0]
+    if plain(name) in QUANTITIES:
+        return False
     others = [place for place, other in enumerate(table.header) if place and plain(other) in FRAME_NAMES]
-    others = [place for place in others if hits(table, place, index)]
-    if not others:
+    if not any(hits(table, place, index) for place in others):
         return True
     if PANDAS_INDEX.fullmatch(name) or not hits(table, 0, index):
         return False
@@ -236,9 +245,14 @@ def column(table: Table, place: int) -> list[str]:
     return [cells[place] for _, cells in table.rows if len(cells) == len(table.header) and cells[place]]
 
 
-def names_files(cells: Sequence[str]) -> bool:
-    """Whether most cells end as picture files do."""
-    return sum(cell.lower().endswith(SUFFIXES) for cell in cells) * 2 > len(cells)
+def names_files(cells: Sequence[str], index: FrameIndex) -> bool:
+    """Whether most of the first thousand cells end as picture files do, or are whole names of frames without that end."""
+    cells = cells[:1000]
+    number = sum(
+        cell.lower().endswith(SUFFIXES) or (number_named(cell) is None and isinstance(index.find(cell), Found))
+        for cell in cells
+    )
+    return number * 2 > len(cells)
 
 
 def hits(table: Table, place: int, index: FrameIndex) -> int:
