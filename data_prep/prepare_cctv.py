@@ -51,7 +51,7 @@ from preparing.images import (
 from preparing.labels import Labels, match_labels, read_label_table
 from preparing.ledger import Ledger
 from preparing.records import Dialogue, Frame, settle
-from preparing.splits import connected_groups, split_groups, split_in_order, split_videos
+from preparing.splits import connected_groups, split_groups, split_in_order, split_videos, split_whole
 
 # Frames on each side of a cut that are left out. On the mall frames, labels 1 frame apart differ by 1.7 people, 10
 # apart by 5.2, 100 apart by 7.5, and frames 10 apart look as different as frames 300 apart.
@@ -89,6 +89,7 @@ def split_frames(frames: list[Frame], args: argparse.Namespace) -> tuple[dict[st
     videos: dict[str, list[Frame]] = {}
     for frame in frames:
         videos.setdefault(frame.video, []).append(frame)
+    sizes = {"train": 1, "validation": args.validation_size, "test": args.test_size}
     if args.split == "ordered":
         splits, in_gap = split_in_order(frames, args.train, args.validation, args.gap)
         rule = f"ordered: first {args.train} frames to learn from, all later ones to test; validation is the last "
@@ -97,11 +98,18 @@ def split_frames(frames: list[Frame], args: argparse.Namespace) -> tuple[dict[st
         groups = [[frame] for frame in frames]
         splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
         rule = f"random frames, seed {args.seed}: neighbouring frames fall on both sides"
+    elif args.split == "groups" and len(videos) > 1:
+        splits = split_whole(list(videos.values()), args.validation_size, args.test_size, args.seed, fill=True)
+        rule = f"{len(videos):,} whole videos to one side each, seed {args.seed}"
+        if empty := [name for name, size in sizes.items() if size and not splits[name]]:
+            raise ValueError(
+                f"{len(videos)} videos ({', '.join(list(videos)[:5])}) leave none for {' and '.join(empty)}: leave "
+                "validation out (--validation_size 0), or choose another --group_by"
+            )
     elif args.split == "groups":
-        groups = list(videos.values()) if len(videos) > 1 else group_look_alikes(frames, args.near_duplicate_bits)
+        groups = group_look_alikes(frames, args.near_duplicate_bits)
         splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
-        what = f"whole videos ({len(groups):,})" if len(videos) > 1 else f"groups of look-alikes ({len(groups):,})"
-        rule = f"{what} to one side, seed {args.seed}"
+        rule = f"{len(groups):,} groups of look-alikes to one side each, seed {args.seed}"
     else:
         named = {str(args.frames / name): of_video for name, of_video in videos.items()}
         splits, in_gap, num_whole = split_videos(named, args.validation_size, args.test_size, args.gap, args.seed)

@@ -142,8 +142,10 @@ def check_templates(dialogues: list[Dialogue], columns: list[str], count_names: 
             continue
         problems = []
         for message in dialogue.messages:
-            message["content"] = escape_json(message["content"], columns)
             names, of_message = check_template(message["content"], columns)
+            if of_message and (escaped := escape_json(message["content"], columns)) != message["content"]:
+                message["content"] = escaped
+                names, of_message = check_template(escaped, columns)
             problems += of_message
             # The count by whichever name: a column `people` that counts is the count.
             dialogue.fields.append(names | {"count"} if names & count_names else names)
