@@ -3,12 +3,14 @@
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from preparing.conversations import Turns, read_turns
 from preparing.frame_names import Found, FrameIndex
+from preparing.record_keys import name_pictures, obey_other_keys, read_conversation_of, say_problem
 from preparing.records import Dialogue, Label
 from preparing.text_files import json_items, read_text
 
@@ -39,58 +41,57 @@ NUMBER_WORDS = (
     "사람수", "사람 수", "숫자", "개수",
 )  # fmt: skip
 BLANK = re.compile(r"_{2,}|\b[xX]{2,}\b|[○◯□]{2,}|(?<!\w)%\(?[a-z_]*\)?[ds](?!\w)")
-USED_KEYS = {"messages", "conversations", "image", "images", "id"}
 
 
 def read_dialogues(path: Path) -> tuple[list[Dialogue], list[str]]:
     """(the dialogues of messages.txt in either form, each with its first problem, if any; keys that are not used)."""
     text = read_text(path)
     dialogues: list[Dialogue] = []
-    unused: dict[str, int] = {}
+    unused: Counter[str] = Counter()
     in_json = text.lstrip().startswith("{") or re.match(r"\s*\[\s*[{\]\[]", text)
-    for line, raw, image, keys in read_json(path, text) if in_json else read_plain(text):
-        for key in keys:
-            unused[key] = unused.get(key, 0) + 1
-        turns = raw if isinstance(raw, Turns) else read_turns(raw, *keys_of_turns(raw))
-        dialogue = Dialogue(str(path), line, messages=turns.messages, image=image if isinstance(image, str) else None)
-        if image is not None and not isinstance(image, str):
-            dialogue.reject("bad_image", f"image is {image!r:.80}, expected the name of one frame")
+    for line, turns, images, keys in read_json(path, text) if in_json else read_plain(text):
+        unused.update([*keys, *turns.unused])
+        image = images[0] if len(images) == 1 and isinstance(images[0], str) else None
+        dialogue = Dialogue(str(path), line, messages=turns.messages, image=image)
+        if images and image is None:
+            shown = images[0] if len(images) == 1 else images
+            dialogue.reject("bad_image", f"image is {shown!r:.80}, expected the name of one frame")
         elif turns.problems:
             dialogue.reject(turns.problems[0][0], "; ".join(detail for _, detail in turns.problems))
+        elif any("weight" in message for message in turns.messages):
+            dialogue.reject("masked_turn", "one of its answers is not to be learnt, which is not done here")
         elif turns.num_image_marks > 1:
             dialogue.reject("image_mark_count", f"{turns.num_image_marks} image marks, but each row has one frame")
         dialogues.append(dialogue)
-    return dialogues, [f"key {key!r} of {number} dialogues is not used" for key, number in unused.items()]
+    return dialogues, [f"key {key!r} of {number:,} dialogues is not used" for key, number in unused.items()]
 
 
-def keys_of_turns(raw: Any) -> tuple[str, str]:
-    """LLaVA and ShareGPT call the keys of a turn `from` and `value`."""
-    first = raw[0] if isinstance(raw, list) and raw else None
-    return (
-        ("from", "value")
-        if isinstance(first, dict) and "from" in first and "role" not in first
-        else ("role", "content")
-    )
-
-
-def read_json(path: Path, text: str) -> Iterator[tuple[int, Any, Any, list[str]]]:
-    """(line, turns, image or None, keys not used) of each conversation: a list of messages, or an object that holds one."""
+def read_json(path: Path, text: str) -> Iterator[tuple[int, Turns, list[Any], list[str]]]:
+    """(line, turns, images, keys not used) of each conversation: a list of messages, or an object that holds one."""
     items = list(json_items(path, text))
     if items and all(isinstance(item, dict) and ("role" in item or "from" in item) for _, item in items):
         items = [(items[0][0], [item for _, item in items])]
     for line, item in items:
         if not isinstance(item, dict):
-            yield line, item, None, []
+            yield line, read_turns(item), [], []
             continue
-        image = item.get("image") or item.get("images") or None
-        if isinstance(image, list) and len(image) == 1:
-            image = image[0]
-        turns = item["messages"] if item.get("messages") is not None else item.get("conversations")
-        yield line, turns, image, [str(key) for key in item if key not in USED_KEYS]
+        try:
+            turns, _, used = read_conversation_of(item)
+            if turns is None:
+                keys = ", ".join(map(str, item))
+                raise ValueError("unknown_form", f"expected messages, or question and answer; got the keys {keys:.120}")
+            # A picture that the text names is the frame, as a key would name it.
+            images: list[Any] = name_pictures(item, used) or [name for name in turns.pictures if name is not None]
+            if not turns.problems:
+                obey_other_keys(item, turns.messages, used, ())
+        except ValueError as error:
+            yield line, Turns([], 0, [say_problem(error)]), [], []
+            continue
+        yield line, turns, images, [str(key) for key in item if key not in used and key != "id"]
 
 
-def read_plain(text: str) -> Iterator[tuple[int, Any, Any, list[str]]]:
-    """(line, turns, image or None, no keys) of each block between blank lines or rules.
+def read_plain(text: str) -> Iterator[tuple[int, Turns, list[Any], list[str]]]:
+    """(line, turns, images, no keys) of each block between blank lines or rules.
 
     A line that opens no turn continues the last. Who speaks is told by the names that open a block: USER and ASSISTANT, or
     those of other tools. A block that mixes the two is refused, because a name that is not known is taught as a word.
@@ -127,8 +128,7 @@ def read_plain(text: str) -> Iterator[tuple[int, Any, Any, list[str]]]:
                 if (mark := turn["mark"].strip()) and content.count(mark) % 2:
                     content = content.removesuffix(mark)  # **USER: ...**
                 turns.append({"role": role, "content": content})
-        told = Turns([], 0, [("bad_turn", problem)]) if problem else turns
-        yield block[0][0], told, images if len(images) > 1 else (images[0] if images else None), []
+        yield block[0][0], Turns([], 0, [("bad_turn", problem)]) if problem else read_turns(turns), images, []
 
 
 def check_templates(dialogues: list[Dialogue], columns: list[str], count_names: set[str]) -> None:
