@@ -1,18 +1,172 @@
 """Asking a model many questions: greedy, batched, over all processes, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.data.collator import prompt_batch, stop_tokens
+from finetuning.inference.answerer import Answerer
+from finetuning.inference.packed_decoder import reason_against
+from finetuning.inference.prompt_reader import PromptReader, group_rows, image_ids_of, read_prompts
 from finetuning.strategy import Strategy
+
+WINDOW = 1024  # rows answered between two results, where the batch size is chosen here
+BATCHES_A_WINDOW = 16
+DEFAULT_BATCH = 16  # of transformers' own generate, where a batch size is to be chosen
+
+
+def answer_rows(
+    model: PreTrainedModel | PeftModel,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    batch_size: int | str = "auto",
+    names: Sequence[str] = ("tuned",),
+    description: str = "Answering",
+) -> Iterator[dict[str, list[str]]]:
+    """Greedy answers in the order of the rows, a window at a time, on every process: for each of `names` a list.
+
+    `rows` is a list or Dataset (or another sequence, with `image_ids`) with `messages` that end with a user turn, and
+    `images` for a vision model. Rows with the same `image_id` share its computation. `names` may hold "tuned" (the model
+    as it is) and "base" (a PeftModel's adapter switched off); both at once see each picture once. `batch_size` is the
+    most rows at once on a process, `auto` what its free memory holds. Windows are dealt out over the processes.
+
+    Raises ValueError for a row that cannot be asked, and where not one row fits the GPU.
+    """
+    state = PartialState()
+    was_training = model.training
+    model.eval()
+    window = WINDOW if batch_size == "auto" else BATCHES_A_WINDOW * int(batch_size)
+    windows = [range(start, min(start + window, len(rows))) for start in range(0, len(rows), window)]
+    if Strategy.from_environment().shards_weights or reason_against(model):
+        size = DEFAULT_BATCH if batch_size == "auto" else int(batch_size)
+        answered = answer_by_transformers(model, processing_class, rows, windows, names, size, max_new_tokens)
+    else:
+        answered = answer_packed(model, processing_class, rows, windows, names, batch_size, max_new_tokens)
+    try:
+        with tqdm(
+            total=len(rows), desc=description, unit="answer", disable=not state.is_main_process, leave=False
+        ) as bar:
+            for numbers in windows:
+                mine: list[tuple[int, dict[str, str]]] = []
+                for answers in next(answered):
+                    mine += answers
+                    bar.update(min(len(answers) * state.num_processes, numbers.stop - bar.n))
+                whole = [answers for _, answers in sorted(gather_object(mine), key=lambda answer: answer[0])]
+                bar.update(numbers.stop - bar.n)
+                yield {name: [answers[name] for answers in whole] for name in names}
+    finally:
+        model.train(was_training)
+        answered.close()
+
+
+def answer_packed(
+    model, processing_class, rows, windows, names, batch_size, max_new_tokens
+) -> Iterator[Iterator[list[tuple[int, dict[str, str]]]]]:
+    """For each window the batches of this process, as (row number, answer of each name)."""
+    state = PartialState()
+    image_ids = image_ids_of(rows)
+    groups = [group_rows(image_ids, numbers)[state.process_index :: state.num_processes] for numbers in windows]
+    answerer = Answerer(
+        model, processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size, say=lambda text: tqdm.write(text)
+    )
+    answerer.most_rows = min(answerer.most_rows, max(sum(map(len, window)) for window in groups) or 1)
+    reader = PromptReader(processing_class, rows, model.dtype)
+
+    def of_window(prompts) -> Iterator[list[tuple[int, dict[str, str]]]]:
+        for batch in answerer.batches(prompts):
+            answers = answerer.answer(batch, names)
+            yield [(row, {name: answers[name][row] for name in names}) for row in answers[names[0]]]
+
+    for prompts in read_prompts(reader, groups):
+        yield of_window(prompts)
+
+
+def answer_by_transformers(
+    model, processing_class, rows, windows, names, batch_size, max_new_tokens
+) -> Iterator[Iterator[list[tuple[int, dict[str, str]]]]]:
+    """The same by `answer_batch`: for divided weights, whose passes all processes make together, and unknown decoders."""
+    state = PartialState()
+    # A Dataset's column is read without decoding a single picture.
+    messages = rows["messages"] if isinstance(rows, Dataset) else [row["messages"] for row in rows]
+    lengths = [sum(len(turn["content"]) for turn in turns) for turns in messages]
+
+    def of_window(numbers: range) -> Iterator[list[tuple[int, dict[str, str]]]]:
+        order = sorted(numbers, key=lengths.__getitem__)
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        mine = batches[state.process_index :: state.num_processes]
+        # Where weights are divided, a process without a batch would keep the others waiting: it answers one unheard.
+        turns = -(-len(batches) // state.num_processes)
+        unheard = batches[:1] if Strategy.from_environment().shards_weights and len(mine) < turns else []
+        for number, indices in enumerate(mine + unheard):
+            batch = [rows[index] for index in indices]
+            texts = {}
+            for name in names:
+                off = model.disable_adapter() if name == "base" and isinstance(model, PeftModel) else nullcontext()
+                with off:
+                    texts[name] = answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens)
+            answers = [(index, {name: texts[name][place] for name in names}) for place, index in enumerate(indices)]
+            yield answers if number < len(mine) else []
+
+    for numbers in windows:
+        yield of_window(numbers)
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    batch_size: int | str = "auto",
+    max_new_tokens: int,
+    description: str = "Answering",
+) -> list[str]:
+    """One greedy answer per row, in the order of the rows, on every process: `answer_rows` to its end."""
+    windows = answer_rows(
+        model,
+        processing_class,
+        rows,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        description=description,
+    )
+    return [text for window in windows for text in window["tuned"]]
+
+
+def answer_one(
+    model: PreTrainedModel | PeftModel,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> str:
+    """The greedy answer of one row, on this process; `streamer` shows its words as they come."""
+    if Strategy.from_environment().shards_weights or reason_against(model):
+        return answer_batch(model, processing_class, [row], max_new_tokens=max_new_tokens, streamer=streamer)[0]
+    answerer = Answerer(model, processing_class, max_new_tokens=max_new_tokens, batch_size=1)
+    groups = PromptReader(processing_class, [row], model.dtype).read([0])
+    on_token = None
+    if streamer is not None:
+        streamer.put(groups[0].prefix[None])  # the prompt, which streamers of transformers expect first
+
+        def on_token(token: int) -> None:
+            streamer.put(torch.tensor([token]))
+
+    answer = answerer.answer(groups, on_token=on_token)["tuned"][0]
+    if streamer is not None:
+        streamer.end()
+    return answer
 
 
 @torch.no_grad()
@@ -24,7 +178,10 @@ def answer_batch(
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """One greedy answer per row, as one batch on this process; `streamer` shows a single row's words as they come."""
+    """One greedy answer per row by transformers' `generate`, as one left-padded batch on this process.
+
+    What `answer_rows` is held against, and what proofs of merged models ask.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     inputs = prompt_batch(processing_class, rows).to(model.device)
     if "pixel_values" in inputs:
@@ -40,39 +197,3 @@ def answer_batch(
     )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    description: str = "Answering",
-) -> list[str]:
-    """One greedy answer per row, in the order of the rows, on every process.
-
-    `rows` is a list or Dataset with `messages` that end with a user turn, and `images` for a vision model. Rows are
-    batched by length, so that little is padded, and the batches are dealt out over the processes.
-    """
-    # A Dataset's column is read without decoding a single picture.
-    messages = rows["messages"] if isinstance(rows, Dataset) else [row["messages"] for row in rows]
-    lengths = [sum(len(turn["content"]) for turn in turns) for turns in messages]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    state = PartialState()
-    answers: list[tuple[int, str]] = []
-    was_training = model.training
-    model.eval()
-    mine = batches[state.process_index :: state.num_processes]
-    # Where the weights are divided, a process without a batch would keep the others waiting: it answers one unheard.
-    turns = -(-len(batches) // state.num_processes)
-    unheard = batches[:1] if Strategy.from_environment().shards_weights and len(mine) < turns else []
-    for indices in tqdm(mine + unheard, desc=description, unit="batch", disable=not state.is_main_process, leave=False):
-        batch = [rows[index] for index in indices]
-        texts = answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens)
-        if len(answers) < sum(map(len, mine)):
-            answers += zip(indices, texts, strict=True)
-    model.train(was_training)
-    return [text for _, text in sorted(gather_object(answers))]

@@ -1,0 +1,274 @@
+"""A Llama or Gemma decoder without gradients, over flat tokens and a pool of keys and values.
+
+The layers and their weights are transformers' own and PEFT's; what is computed is what `generate` computes. Here prompts
+are not padded, a layer is four products with fused LoRA (`finetuning.kernels.lora_layers`), keys and values are written
+where the next tokens read them, and the last layer computes only the tokens whose next one is asked for.
+"""
+
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from finetuning.inference.packed_prompts import PackedPrompts, packed_attention
+from finetuning.kernels.decode_attention import decode_attention, slots_of
+from finetuning.kernels.dispatch import runs_triton
+from finetuning.kernels.gated_mlp import gated_activation
+from finetuning.kernels.lora_layers import (
+    IS_GELU,
+    PROJECTIONS,
+    FusedGemmaDecoderLayer,
+    FusedLlamaDecoderLayer,
+    add_residual,
+    fuse_lora,
+    norm_arguments,
+    projection_stacks,
+)
+from finetuning.kernels.lora_projections import ProjectionStack, refresh_stacks
+from finetuning.kernels.rms_norm import rms_norm
+from finetuning.kernels.rotary import launch_rotate, split_and_rotate
+from finetuning.models.parts import base_model_of
+
+LAYER_CLASSES = (LlamaDecoderLayer, GemmaDecoderLayer, FusedLlamaDecoderLayer, FusedGemmaDecoderLayer)
+# 4-bit products of so few rows are bitsandbytes' own, which read the packed weights; others unpack them first.
+MOST_ROWS_OF_4BIT_PRODUCT = 32
+# Rotary embeddings whose angles do not depend on the longest row of a batch.
+FIXED_ROTARY = ("default", "linear", "llama3")
+
+
+class Linears:
+    """Linear layers that read the same activation, as one product where their weights can be stacked.
+
+    Fused LoRA keeps its own stack. Plain frozen weights of one type are stacked here, and the layers' weights become
+    views of the stack. All others (PEFT's own code, 4 bits without an adapter) are called one by one.
+    """
+
+    def __init__(self, modules: list[nn.Module], fused: ProjectionStack | None, dtype: torch.dtype):
+        self.modules, self.fused, self.dtype = modules, fused, dtype
+        self.stack = None
+        plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
+        if fused is None and plain and not any(module.weight.requires_grad for module in modules):
+            weights = [module.weight for module in modules]
+            if {weight.dtype for weight in weights} == {dtype}:
+                self.stack = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
+                for weight, rows in zip(weights, self.stack.split([len(weight) for weight in weights]), strict=True):
+                    weight.data = rows
+
+    @property
+    def has_lora(self) -> bool:
+        return self.fused is not None and self.fused.in_use
+
+    def new_input(self, tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Memory for x (tokens, width), and the same with room for the low-rank columns where LoRA needs it."""
+        if self.has_lora and not self.reads_4bit(tokens):
+            return self.fused.allocate_input(tokens)
+        return torch.empty(tokens, width, dtype=self.dtype, device=device), None
+
+    def reads_4bit(self, tokens: int) -> bool:
+        return self.fused is not None and self.fused.is_quantized and tokens <= MOST_ROWS_OF_4BIT_PRODUCT
+
+    def __call__(self, x: Tensor, wide: Tensor | None = None) -> Tensor:
+        """x (tokens, in) -> (tokens, sum of out); `wide` is what `new_input` gave with x."""
+        fused = self.fused
+        if fused is None:
+            if self.stack is not None:
+                return torch.mm(x, self.stack.T)
+            outputs = [module(x) for module in self.modules]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if self.reads_4bit(len(x)):
+            y = torch.cat([layer.get_base_layer()(x) for layer in fused.layers], dim=-1)
+            return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.in_use else y
+        return fused.forward(x, None, wide)[0] if fused.in_use else torch.mm(x, fused.weight().T)
+
+
+class Layer:
+    """One decoder layer: its products, norms and attention."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        by_name = {name.split(".")[-1]: child for name, child in layer.named_modules() if name.endswith("_proj")}
+        query, key, value, output, gate, up, down = (by_name[name] for name in PROJECTIONS)
+        fused = projection_stacks(layer) if hasattr(layer, "fused_qkv") else [None] * 4
+        groups = [[query, key, value], [output], [gate, up], [down]]
+        self.qkv, self.output, self.gate_up, self.down = (
+            Linears(modules, stack, dtype) for modules, stack in zip(groups, fused, strict=True)
+        )
+        self.norms = norm_arguments(layer.input_layernorm), norm_arguments(layer.post_attention_layernorm)
+        self.is_gelu = IS_GELU[type(layer.mlp.act_fn)]
+        self.heads = query.out_features // layer.self_attn.head_dim, key.out_features // layer.self_attn.head_dim
+        self.attended_width, self.inner_width = output.in_features, down.in_features
+        self.scale = layer.self_attn.scaling
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        """(tokens, width) -> stacked queries, keys and values (tokens, q + k + v)."""
+        x, wide = self.qkv.new_input(*hidden.shape, hidden.device)
+        return self.qkv(rms_norm(hidden, *self.norms[0], x), wide)
+
+    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream and what was attended to (tokens, heads * width) -> the residual stream behind the layer."""
+        hidden = add_residual(self.output(attended), hidden)
+        x, wide = self.gate_up.new_input(*hidden.shape, hidden.device)
+        gate_up = self.gate_up(rms_norm(hidden, *self.norms[1], x), wide)
+        x, wide = self.down.new_input(len(hidden), self.inner_width, hidden.device)
+        return add_residual(self.down(gated_activation(gate_up, self.is_gelu, x), wide), hidden)
+
+
+class KeyValuePool:
+    """Keys and values of all layers, (slots + 1, kv heads, width) each; the last slot belongs to no row."""
+
+    def __init__(self, decoder: "PackedDecoder", slots: int):
+        shape = (len(decoder.layers), 2, slots + 1, decoder.layers[0].heads[1], decoder.head_dim)
+        self.slots = slots
+        self.memory = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        # What is masked is multiplied by zero, so it must be finite; the kernel reads a row's own slots only.
+        (self.memory[:, :, slots] if runs_triton(self.memory) else self.memory).zero_()
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.memory[number]
+        return keys, values
+
+
+class PackedDecoder:
+    """The decoder of `model`; raises ValueError where `reason_against` gives one.
+
+    A PeftModel that is not trained gets fused LoRA in place. Under `model.disable_adapter()` the base answers. Call
+    `refresh` after every change of the adapters or of their being switched on.
+    """
+
+    def __init__(self, model: nn.Module):
+        if reason := reason_against(model):
+            raise ValueError(reason)
+        if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
+            fuse_lora(model)
+        self.model, self.base = model, base_model_of(model)
+        self.text_model = getattr(self.base.model, "language_model", self.base.model)
+        self.device = self.text_model.embed_tokens.weight.device
+        self.dtype = compute_dtype(self.text_model.layers[0].self_attn.q_proj)
+        self.layers = [Layer(layer, self.dtype) for layer in self.text_model.layers]
+        self.head_dim = self.text_model.layers[0].self_attn.head_dim
+        modules = model.modules()
+        self.stacks = [value for module in modules for value in vars(module).values() if type(value) is ProjectionStack]
+
+    def refresh(self) -> None:
+        if self.stacks:
+            refresh_stacks(self.stacks)
+
+    def bytes_of_slot(self) -> int:
+        return len(self.layers) * 2 * self.layers[0].heads[1] * self.head_dim * self.dtype.itemsize
+
+    def bytes_of_token(self) -> int:
+        """Memory that a token needs while a prompt is computed, beside its slot: about what a layer holds at once."""
+        first = self.layers[0]
+        width = self.text_model.config.hidden_size
+        stacked = (first.heads[0] + 2 * first.heads[1]) * self.head_dim
+        return self.dtype.itemsize * (8 * width + 2 * first.attended_width + stacked + 3 * first.inner_width)
+
+    def prefill(
+        self, hidden: Tensor, prompts: PackedPrompts, asked: Tensor, pool: KeyValuePool, first_slot: int
+    ) -> Tensor:
+        """Embeddings (tokens, width) -> last hidden states of the tokens `asked` (indices into the flat tokens).
+
+        Keys and values of token i lie in slot `first_slot + i` afterwards.
+        """
+        slots = slice(first_slot, first_slot + len(hidden))
+
+        def attend(number: int, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            key, value = (states[slots] for states in pool.layer(number))
+            query = rotate_into(qkv, cos, sin, layer.heads, key, value)
+            return packed_attention(prompts, query, key, value, layer.scale)
+
+        return self.run_layers(hidden, prompts.positions, attend, asked)
+
+    def decode(self, hidden: Tensor, positions: Tensor, runs: Tensor, slots: Tensor, pool: KeyValuePool) -> Tensor:
+        """Embeddings of one token a row (rows, width) -> last hidden states; its keys and values go to `slots` (rows,)."""
+        places = None if runs_triton(hidden) else slots_of(runs)
+
+        def attend(number: int, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            query, key, value = (state[0] for state in split_and_rotate(qkv[None], cos, sin, layer.heads))
+            keys, values = pool.layer(number)
+            keys.index_copy_(0, slots, key)
+            values.index_copy_(0, slots, value)
+            return decode_attention(query, keys, values, runs, layer.scale, places)
+
+        return self.run_layers(hidden, positions, attend)
+
+    def run_layers(self, hidden: Tensor, positions: Tensor, attend: Callable, asked: Tensor | None = None) -> Tensor:
+        cos, sin = self.text_model.rotary_emb(hidden[None].to(self.dtype), position_ids=positions[None])
+        for number, layer in enumerate(self.layers):
+            attended = attend(number, layer, layer.attention_input(hidden), cos, sin).flatten(1)
+            if asked is not None and number == len(self.layers) - 1:
+                attended, hidden = attended[asked], hidden[asked]
+            hidden = layer.after_attention(hidden, attended)
+        return self.text_model.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.base.lm_head(hidden)
+
+
+def rotate_into(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], key_out: Tensor, value_out: Tensor
+) -> Tensor:
+    """`split_and_rotate` of flat tokens, whose keys and values are written where they stay. Returns the queries."""
+    if runs_triton(qkv):
+        query = qkv.new_empty(1, len(qkv), heads[0], cos.shape[-1])
+        launch_rotate(qkv, query, key_out[None], value_out[None], cos, sin, backward=False)
+        return query[0]
+    query, key, value = split_and_rotate(qkv[None], cos, sin, heads)
+    key_out.copy_(key[0])
+    value_out.copy_(value[0])
+    return query[0]
+
+
+def compute_dtype(linear: nn.Module) -> torch.dtype:
+    """The type of a linear layer's products: autocast's where it is on, else that of its weights."""
+    base = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    device_type = base.weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    state = getattr(base.weight, "quant_state", None)
+    return base.weight.dtype if state is None else state.dtype
+
+
+def reason_against(model: nn.Module) -> str | None:
+    """Why `PackedDecoder` cannot run this model, in words; None where it can."""
+    base = base_model_of(model)
+    text_model = getattr(getattr(base, "model", None), "language_model", getattr(base, "model", None))
+    layers = getattr(text_model, "layers", [])
+    if not len(layers) or any(type(layer) not in LAYER_CLASSES for layer in layers):
+        return f"{type(base).__name__} has no Llama or Gemma decoder"
+    if text_model is not base.model and base.config.model_type != "llava":
+        return f"pictures of {base.config.model_type} are not known here"
+    config = base.config.get_text_config()
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in FIXED_ROTARY:
+        return f"its rotary embedding ({kind}) depends on the length of the row"
+    if any(type(layer.mlp.act_fn) not in IS_GELU for layer in layers):
+        return f"its activation is {type(layers[0].mlp.act_fn).__name__}"
+    generation = base.generation_config
+    changed = [
+        name
+        for name, neutral in NEUTRAL_GENERATION.items()
+        if getattr(generation, name, None) not in (None, neutral, [])
+    ]
+    return f"its generation_config sets {', '.join(changed)}" if changed else None
+
+
+# Settings of greedy generation that would change its answers.
+NEUTRAL_GENERATION = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+}

@@ -1,0 +1,212 @@
+"""Prompts made ready by loader processes: pictures decoded and preprocessed, dialogues tokenised, while the GPU answers."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from finetuning.data.collator import prompt_batch
+
+MOST_WORKERS = 8
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where loader processes leave tensors; only its size is read
+GROUPS_A_FETCH = 4  # groups that a loader process hands over at once
+SHORTEST_SHARED_PREFIX = 16  # tokens; a shorter one is not worth a segment of its own
+
+
+@dataclass
+class PromptGroup:
+    """The prompts about one image: their common tokens, and each prompt's own, at least one each.
+
+    `rows` are their numbers. A prompt alone is all prefix, and its own tokens are none. `pixel_values` is
+    (pictures, 3, height, width) or None.
+    """
+
+    rows: list[int]
+    prefix: Tensor
+    own: list[Tensor]
+    pixel_values: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix) + sum(map(len, self.own))
+
+    def split(self) -> tuple["PromptGroup", "PromptGroup"] | None:
+        """Two halves, each with the prefix; None for a prompt alone."""
+        if len(self.rows) == 1:
+            return None
+        half = len(self.rows) // 2
+        parts = (self.rows[:half], self.own[:half]), (self.rows[half:], self.own[half:])
+        return tuple(PromptGroup(rows, self.prefix, own, self.pixel_values) for rows, own in parts)
+
+
+class PromptReader:
+    """Row numbers of groups -> `PromptGroup`s; the `collate_fn` of a DataLoader over row numbers.
+
+    The tokens are those of `prompt_batch`, row by row. A mistake in a row comes back as a ValueError, not raised: raised
+    in a loader process it would reach the user inside a stack trace.
+    """
+
+    def __init__(
+        self,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        rows: Sequence[dict[str, Any]],
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.processing_class, self.rows, self.dtype = processing_class, rows, dtype
+
+    def __call__(self, groups: list[list[int]]) -> list[PromptGroup] | ValueError:
+        try:
+            return [group for numbers in groups for group in self.read(numbers)]
+        except ValueError as error:
+            return error
+
+    def read(self, numbers: list[int]) -> list[PromptGroup]:
+        """The rows' prompts; those that begin alike up to behind all pictures are one group, any other is alone."""
+        first = self.rows[numbers[0]]
+        batch = prompt_batch(self.processing_class, [first])
+        pixel_values = batch.get("pixel_values")
+        if pixel_values is not None:
+            pixel_values = pixel_values.to(self.dtype)  # as the model would, and half as much to hand over
+        prompts = {numbers[0]: batch["input_ids"][0]}
+        for number in numbers[1:]:
+            if pixel_values is None:
+                prompts[number] = prompt_batch(self.processing_class, [self.rows[number]])["input_ids"][0]
+            else:
+                prompts[number] = self.tokenize(self.messages_of(number), first["images"], prompts[numbers[0]])
+        groups = []
+        while prompts:
+            rows = [number for number in prompts if self.begin_alike(next(iter(prompts.values())), prompts[number])]
+            tokens = [prompts.pop(number) for number in rows]
+            prefix = common_length(tokens) if len(rows) > 1 else len(tokens[0])
+            own = [prompt[prefix:] for prompt in tokens] if len(rows) > 1 else []
+            groups.append(PromptGroup(rows, tokens[0][:prefix], own, pixel_values))
+        return groups
+
+    def begin_alike(self, prompt: Tensor, other: Tensor) -> bool:
+        """Whether their common beginning is worth a segment of its own, and holds all image tokens."""
+        if prompt is other:
+            return True
+        common = common_length([prompt, other])
+        image_token = getattr(self.processing_class, "image_token_id", -1)
+        return common >= SHORTEST_SHARED_PREFIX and not any(
+            (tokens[common:] == image_token).any() for tokens in (prompt, other)
+        )
+
+    def messages_of(self, number: int) -> list[dict[str, str]]:
+        # A Dataset would decode the picture with the row.
+        rows = self.rows
+        return (
+            rows.select_columns("messages")[number]["messages"]
+            if isinstance(rows, Dataset)
+            else rows[number]["messages"]
+        )
+
+    def tokenize(self, messages: list[dict[str, str]], images: list, first: Tensor) -> Tensor:
+        """Token ids of a prompt about the pictures of the prompt `first`, which are not read again."""
+        processor = self.processing_class
+        encoded = processor.tokenizer.apply_chat_template(
+            prepare_multimodal_messages(messages, images=images),
+            chat_template=processor.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            add_special_tokens=False,
+        )
+        tokens = torch.tensor(encoded["input_ids"])
+        is_image = tokens == processor.image_token_id
+        num_image_tokens = int((first == processor.image_token_id).sum())
+        return tokens.repeat_interleave(torch.where(is_image, num_image_tokens // max(int(is_image.sum()), 1), 1))
+
+
+def common_length(prompts: Sequence[Tensor]) -> int:
+    """Tokens with which all prompts begin; at least one of each prompt is left over."""
+    shortest = min(map(len, prompts)) - 1
+    first = prompts[0][:shortest]
+    same = torch.ones(shortest, dtype=torch.bool)
+    for prompt in prompts[1:]:
+        same &= prompt[:shortest] == first
+    return shortest if same.all() else int(same.int().argmin())
+
+
+def image_ids_of(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """What says that rows are about the same image: their `image_id`, else each row's own number."""
+    if isinstance(rows, Dataset):
+        ids = list(rows["image_id"]) if "image_id" in rows.column_names else [None] * len(rows)
+    elif isinstance(rows, list):
+        ids = [row.get("image_id") for row in rows]
+    else:
+        ids = list(getattr(rows, "image_ids", [None] * len(rows)))
+    return [("row", number) if image_id is None else image_id for number, image_id in enumerate(ids)]
+
+
+def group_rows(image_ids: Sequence[Any], numbers: Sequence[int], most: int = 16) -> list[list[int]]:
+    """Row numbers with the same image id together, in the order of first appearance, at most `most` in a group."""
+    groups: dict[Any, list[list[int]]] = {}
+    for number in numbers:
+        of_image = groups.setdefault(image_ids[number], [[]])
+        if len(of_image[-1]) == most:
+            of_image.append([])
+        of_image[-1].append(number)
+    return [group for of_image in groups.values() for group in of_image]
+
+
+def read_prompts(
+    reader: PromptReader, windows: Sequence[Sequence[list[int]]], num_workers: int | None = None
+) -> Iterator[Iterator[PromptGroup]]:
+    """For each window of groups an iterator over its prompts; loader processes read ahead over the windows' ends."""
+    batches = [
+        [groups[start : start + GROUPS_A_FETCH] for start in range(0, len(groups), GROUPS_A_FETCH)]
+        for groups in windows
+    ]
+    fetches = [fetch for window in batches for fetch in window]
+    has_pictures = bool(fetches) and has_images(reader.rows, fetches[0][0][0])
+    workers = loader_processes(len(fetches), has_pictures) if num_workers is None else num_workers
+    loader = DataLoader(
+        fetches,
+        batch_size=None,
+        collate_fn=reader,
+        num_workers=workers,
+        prefetch_factor=read_ahead(workers) if workers else None,
+        pin_memory=False,
+    )
+    fetched = iter(loader)
+
+    def of_window(number: int) -> Iterator[PromptGroup]:
+        for _ in range(number):
+            groups = next(fetched)
+            if isinstance(groups, ValueError):
+                raise ValueError(str(groups))
+            yield from groups
+
+    for window in batches:
+        yield of_window(len(window))
+
+
+def has_images(rows: Sequence[dict[str, Any]], number: int) -> bool:
+    if isinstance(rows, Dataset):
+        return "images" in rows.column_names
+    return bool(rows[number].get("images"))
+
+
+def loader_processes(num_fetches: int, has_pictures: bool) -> int:
+    """None where starting them costs more than they save: for text, and for a few pictures."""
+    if not has_pictures or num_fetches < 4:
+        return 0
+    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1, num_fetches // 2))
+
+
+def read_ahead(workers: int, bytes_of_fetch: int = GROUPS_A_FETCH * 3 * 336 * 336 * 4) -> int:
+    """Fetches that each process keeps ready: enough for one large batch, within half of the shared memory."""
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        free = 2**30
+    return max(1, min(16, free // 2 // bytes_of_fetch // workers))
