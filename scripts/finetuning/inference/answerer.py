@@ -14,7 +14,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from torch.profiler import record_function
 
 from finetuning.data.collator import stop_tokens
 from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
@@ -38,7 +37,6 @@ class Chunk:
     last: list[int]
     runs: list[list[tuple[int, int]]]  # of each row: (first token, tokens) of the prefix and of its own part
     pixel_values: Tensor | None
-    feature_order: Tensor | None  # which picture fills the image tokens, in their order
 
 
 class Answerer:
@@ -181,7 +179,7 @@ class Answerer:
         segments = [Segment(group.prefix) for group in ordered]
         segments += [Segment(own, len(alone) + number) for number, group in enumerate(shared) for own in group.own]
         prompts = PackedPrompts(segments, self.decoder.device)
-        rows, last, runs = [], [], []
+        last, runs = [], []
         leaves = [(number, None) for number in range(len(alone))]
         leaves += [(segment.parent, len(ordered) + place) for place, segment in enumerate(segments[len(ordered) :])]
         for first, own in leaves:
@@ -192,7 +190,7 @@ class Answerer:
         rows = [number for group in ordered for number in group.rows]
         pictures = [group.pixel_values for group in ordered if group.pixel_values is not None]
         pixel_values = torch.cat(pictures) if pictures else None
-        return Chunk(prompts, rows, last, runs, pixel_values, None)
+        return Chunk(prompts, rows, last, runs, pixel_values)
 
     def sees_alike(self) -> bool:
         """Whether base and adapter see a picture alike: nothing of the tower or the projector was trained."""
@@ -205,28 +203,31 @@ class Answerer:
         if chunk.pixel_values is None:
             return None
         base = self.decoder.base
-        with record_function("answer: see"):
-            pixel_values = chunk.pixel_values.to(self.decoder.device, base.dtype, non_blocking=True)
-            return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values).pooler_output))
+        pixel_values = chunk.pixel_values.to(self.decoder.device, base.dtype, non_blocking=True)
+        return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values).pooler_output))
 
     def decode_rows(self, chunks: Sequence[Chunk], features: Sequence[Tensor | None], on_token) -> dict[int, str]:
         rows = [row for chunk in chunks for row in chunk.rows]
         self.steps.begin(len(rows))
         first_slot = 0
         for chunk, seen in zip(chunks, features, strict=True):
-            with record_function("answer: prefill"):
-                hidden = self.embed(chunk.prompts.tokens, seen)
-                asked = torch.tensor(chunk.last, device=self.decoder.device)
-                last = self.decoder.prefill(hidden, chunk.prompts, asked, self.pool, first_slot)
-                lengths = [sum(length for _, length in runs) for runs in chunk.runs]
-                runs = [[(start + first_slot, length) for start, length in runs] for runs in chunk.runs]
-                self.steps.add(self.decoder.logits(last).argmax(-1), lengths, runs)
-            first_slot += len(hidden)
+            first_slot = self.prefill_chunk(chunk, seen, first_slot)
         self.steps.place_answers(first_slot)
-        with record_function("answer: decode"):
-            tokens = self.steps.run(on_token)
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(self.decode_steps(on_token), skip_special_tokens=True)
         return {row: text.strip() for row, text in zip(rows, texts, strict=True)}
+
+    def prefill_chunk(self, chunk: Chunk, features: Tensor | None, first_slot: int) -> int:
+        """Compute prompts, whose tokens take the slots from `first_slot` on. Returns the next free slot."""
+        hidden = self.embed(chunk.prompts.tokens, features)
+        asked = torch.tensor(chunk.last, device=self.decoder.device)
+        last = self.decoder.prefill(hidden, chunk.prompts, asked, self.pool, first_slot)
+        lengths = [sum(length for _, length in runs) for runs in chunk.runs]
+        runs = [[(start + first_slot, length) for start, length in runs] for runs in chunk.runs]
+        self.steps.add(self.decoder.logits(last).argmax(-1), lengths, runs)
+        return first_slot + len(hidden)
+
+    def decode_steps(self, on_token: Callable[[int], None] | None) -> list[list[int]]:
+        return self.steps.run(on_token)
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
         embeddings = self.decoder.text_model.embed_tokens(tokens)
@@ -340,7 +341,7 @@ class DecodeSteps:
 
     def step(self, size: int) -> None:
         """A token for each of the first `size` places: recorded at its second use, launched as one from then on."""
-        uses_lora = bool(self.decoder.stacks) and self.decoder.stacks[0].in_use
+        uses_lora = bool(self.decoder.stacks) and self.decoder.stacks[0].is_active
         key = (size, uses_lora)
         if not self.is_cuda:
             self.compute(size)

@@ -48,6 +48,7 @@ class Linears:
 
     def __init__(self, modules: list[nn.Module], fused: ProjectionStack | None, dtype: torch.dtype):
         self.modules, self.fused, self.dtype = modules, fused, dtype
+        self.is_4bit = fused is not None and hasattr(fused.layers[0].get_base_layer().weight, "quant_state")
         self.stack = None
         plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
         if fused is None and plain and not any(module.weight.requires_grad for module in modules):
@@ -59,7 +60,7 @@ class Linears:
 
     @property
     def has_lora(self) -> bool:
-        return self.fused is not None and self.fused.in_use
+        return self.fused is not None and self.fused.is_active
 
     def new_input(self, tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Memory for x (tokens, width), and the same with room for the low-rank columns where LoRA needs it."""
@@ -68,7 +69,7 @@ class Linears:
         return torch.empty(tokens, width, dtype=self.dtype, device=device), None
 
     def reads_4bit(self, tokens: int) -> bool:
-        return self.fused is not None and self.fused.is_quantized and tokens <= MOST_ROWS_OF_4BIT_PRODUCT
+        return self.is_4bit and tokens <= MOST_ROWS_OF_4BIT_PRODUCT
 
     def __call__(self, x: Tensor, wide: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, sum of out); `wide` is what `new_input` gave with x."""
@@ -80,8 +81,8 @@ class Linears:
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if self.reads_4bit(len(x)):
             y = torch.cat([layer.get_base_layer()(x) for layer in fused.layers], dim=-1)
-            return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.in_use else y
-        return fused.forward(x, None, wide)[0] if fused.in_use else torch.mm(x, fused.weight().T)
+            return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.is_active else y
+        return fused.forward(x, None, wide)[0] if fused.is_active else torch.mm(x, fused.weight().T)
 
 
 class Layer:
