@@ -25,12 +25,7 @@ def hold_base_in_fp8(model: nn.Module) -> int:
 
 
 def forward(
-    stack: ProjectionStack,
-    values: Tensor,
-    scale: Tensor,
-    x: Tensor,
-    seeds: Tensor | None,
-    extended: Tensor | None = None,
+    stack: ProjectionStack, values: Tensor, scale: Tensor, x: Tensor, seeds: Tensor | None, _room: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`ProjectionStack.forward`, the sum rounded once: two roundings lose small updates, and learning lags.
 

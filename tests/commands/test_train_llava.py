@@ -18,14 +18,14 @@ from datasets import load_from_disk
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
-from finetuning.arguments import ScriptArguments, parse_arguments
+from finetuning.arguments import parse_arguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.device import choose_precision
 from finetuning.models.loading import load_for_inference, load_processing_class
 from finetuning.models.parts import base_model_of, decoder_layers
-from finetuning.models.trainable import gets_no_gradient, set_trainable
+from finetuning.models.trainable import set_trainable
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 from support.training import SAMPLE, build, train
 
@@ -93,40 +93,6 @@ def test_an_image_mark_in_the_text_is_an_error(tiny_llava):
         collate([{"messages": messages, "images": [Image.new("RGB", (40, 40))], "row": 7}])
 
 
-# ---- placement -------------------------------------------------------------------------------------------------------
-
-
-def model_args(**flags):
-    argv = [
-        word for key, value in flags.items() for word in (f"--{key}", *([value] if isinstance(value, str) else value))
-    ]
-    return parse_arguments(SAMPLE, argv)[2]
-
-
-@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "v_proj"], None])
-def test_lora_on_the_language_model_never_reaches_the_vision_tower(tiny_llava, target):
-    args = model_args(**({"lora_target_modules": target} if target else {}))
-    model = set_trainable(build(tiny_llava), ScriptArguments(dataset_name="x"), args)
-    adapted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert adapted and all(".language_model.layers." in name and ".lora_" in name for name in adapted)
-    layers = 2 * (2 if isinstance(target, list) else 7)
-    assert len(adapted) == layers * 2  # A and B
-
-
-def test_parts_that_no_gradient_reaches_are_left_out(tiny_llava):
-    """LLaVA-1.5 reads hidden_states[-2]: of 4 CLIP layers the last one, and the final norm, see no gradient."""
-    script_args = ScriptArguments(dataset_name="x", vision_tower="full", projector="full", language_model="frozen")
-    model = set_trainable(build(tiny_llava), script_args, model_args())
-    processor = load_processing_class(str(tiny_llava))
-    row = {"messages": dialogue("a?", "b"), "images": [Image.new("RGB", (64, 64))]}
-    model(**LlavaDataCollator(processor)([row])).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (parameter.grad is not None), name
-    config = AutoConfig.from_pretrained(tiny_llava)
-    assert gets_no_gradient("model.vision_tower.encoder.layers.3.mlp.fc1.weight", config)
-    assert not gets_no_gradient("model.vision_tower.encoder.layers.2.mlp.fc1.weight", config)
-
-
 def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cctv_dataset, tmp_path):
     """transformers would checkpoint every part, and compute the gradient of the picture through the whole tower."""
     script_args, args, lora_args = parse_arguments(SAMPLE, [
@@ -154,19 +120,6 @@ def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cc
     assert len(features) == 1 and not features[0].requires_grad
     assert not any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
     assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("placement", "flags", "message"),
-    [
-        ({"language_model": "frozen"}, {}, "every part is frozen"),
-        ({"language_model": "full", "vision_tower": "lora"}, {}, "language_model: full beside LoRA"),
-        ({}, {"lora_target_modules": ["q_proj,", "v_proj"]}, r"\['q_proj,'\] match no linear layer.*without commas"),
-    ],
-)
-def test_a_placement_that_cannot_be_had_is_refused(tiny_llava, placement, flags, message):
-    with pytest.raises(ValueError, match=message):
-        set_trainable(build(tiny_llava), ScriptArguments(dataset_name="x", **placement), model_args(**flags))
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

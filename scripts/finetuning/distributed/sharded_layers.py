@@ -83,10 +83,12 @@ class FrozenLayerShards:
         return F.pad(flat, (0, length * self.processes - len(flat)))[start : start + length].clone()
 
     def before_forward(self, index: int, layer: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of layer `index`."""
         # A forward pass inside the backward pass is activation checkpointing: layers come in descending order.
         self.gather_and_prefetch(index, 1 if torch._C._current_graph_task_id() == -1 else -1)
 
     def after_forward(self, index: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of layer `index`: its gradient's arrival begins the layer's backward pass."""
         if output.requires_grad:
             output.register_hook(lambda grad: self.gather_and_prefetch(index, -1))
 
@@ -98,6 +100,7 @@ class FrozenLayerShards:
             self.start_all_gather(index + step)
 
     def start_all_gather(self, index: int) -> None:
+        """Start filling the buffer of layer `index`, unless it holds the layer already."""
         buffer, shard = index % 2, self.shards[index]
         if self.layer_in_buffer[buffer] != index:
             self.wait_for_buffer(buffer)
@@ -106,6 +109,7 @@ class FrozenLayerShards:
             self.layer_in_buffer[buffer] = index
 
     def wait_for_buffer(self, buffer: int) -> None:
+        """Wait until nothing is being gathered into `buffer` (0 or 1)."""
         if self.pending[buffer] is not None:
             self.pending[buffer].wait()  # on a GPU the stream waits, not the host
             self.pending[buffer] = None
@@ -123,12 +127,15 @@ class BufferedWeights(FrozenWeights):
         self.stack = rows[:, : stack.in_features]
 
     def write_into(self, rows: Tensor) -> None:
+        """One copy of the rows in the buffer."""
         rows.copy_(self.stack)
 
     def weight(self, stack: ProjectionStack) -> Tensor:
+        """The rows in the buffer, where they have the dtype of the products."""
         return self.stack.to(stack.dtype)
 
     def weight_and_b(self, stack: ProjectionStack) -> Tensor:
+        """The rows in the buffer with B written behind them, where dtypes are equal."""
         if self.rows.dtype != stack.dtype:
             return super().weight_and_b(stack)
         self.rows[:, stack.in_features :] = stack.b

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base, and the proof that the merged model answers as the tuned one does."""
+"""Merging of an adapter into its base, and a proof that the merged model answers as base + adapter do."""
 
 import json
 import re
@@ -28,11 +28,11 @@ from finetuning.data.dataset import open_dataset, spread
 from finetuning.inference.generation import answer_batch
 from finetuning.models.loading import is_vision
 
-# Largest mean KL divergence (nats a token) of the merged model's next tokens from those of base + adapter. The two
-# compute the same in another order. Measured rounding on SmolLM2-135M, LoRA on every layer: 1e-11 in float32, 3e-5 in
+# Largest mean KL divergence (nats a token) between the next tokens of the merged model and of base + adapter. Both
+# compute the same in another order. Rounding measured on SmolLM2-135M, LoRA on every layer: 1e-11 in float32, 3e-5 in
 # float16, 2e-3 in bfloat16.
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
-# ... and it must be a small part of what training changed, else the training is lost in rounding (peft#2586).
+# Largest ratio to the divergence of the base alone; above it rounding has lost the training (peft#2586).
 LARGEST_SHARE = 0.5
 QUESTIONS = {
     True: ["How many circles are in the picture?", "이 그림을 한 문장으로 설명해 주세요."],
@@ -42,10 +42,9 @@ QUESTIONS = {
 
 @dataclass
 class Observation:
-    """What a model says to a probe: its greedy answer, the answer's token ids, and next-token logits on the CPU.
+    """A model's output for a probe: its greedy answer, token ids of the answer that is followed, next-token logits.
 
-    `logits` has shape (answer tokens + 1, vocabulary), fp32: at the prompt's end and after each token of the answer
-    that is followed.
+    `logits` is (answer tokens + 1, vocabulary), fp32 on the CPU: at the prompt's end and after each of `answer_ids`.
     """
 
     answer: str
@@ -66,7 +65,7 @@ def num_weights(config: PreTrainedConfig) -> int:
 
 
 def draw_picture() -> Image.Image:
-    """The picture that every vision model is asked about: three discs and two squares on grey."""
+    """The built-in picture of the probes: 640 x 480, three discs and two squares on grey."""
     image = Image.new("RGB", (640, 480), (190, 190, 190))
     draw = ImageDraw.Draw(image)
     for x, y, colour in ((120, 130, "red"), (330, 250, "blue"), (520, 120, "green")):
@@ -77,9 +76,10 @@ def draw_picture() -> Image.Image:
 
 
 def make_probes(vision: bool, dataset_name: str | None, num_rows: int) -> list[dict[str, Any]]:
-    """Fixed questions, and the first question of `num_rows` rows that the run did not train on, where they are at hand.
+    """The built-in questions, and the first question of `num_rows` rows of the dataset, if its folder is here.
 
-    Returns dicts with `messages` (ending with the question), `images` and `source`.
+    The rows are of the validation or the test split, if there is one. Returns dicts with `messages` (ending with the
+    question), `images` and `source`.
     """
     images = [draw_picture()] if vision else []
     probes = [
@@ -108,7 +108,7 @@ def observe(
     follow: Sequence[Observation] | None = None,
     max_new_tokens: int = 24,
 ) -> list[Observation]:
-    """Greedy answer and logits of each probe; the logits along the answers of `follow`, if given, else its own."""
+    """Greedy answer and logits of each probe. Logits are along the answers of `follow`, or of the model itself."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     observations = []
     for number, probe in enumerate(tqdm(probes, desc=description, unit="question")):
@@ -126,10 +126,10 @@ def observe(
 
 
 def compare_observations(reference: Sequence[Observation], other: Sequence[Observation]) -> dict[str, float | int]:
-    """How far `other` is from `reference`, over all positions of all probes.
+    """Distance of `other` from `reference`, over all positions of all probes.
 
-    Returns `mean_kl` (nats a token, KL(reference || other) of the next-token distributions), `largest_logit_difference`
-    and `equal_answers`.
+    Returns `mean_kl` (nats a token: KL(reference || other) of the next-token distributions), `largest_logit_difference`
+    and `equal_answers` (of the greedy answers).
     """
     divergences, differences = [], []
     for one, two in zip(reference, other, strict=True):
@@ -144,10 +144,10 @@ def compare_observations(reference: Sequence[Observation], other: Sequence[Obser
 
 
 def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Merge layer by layer: beyond the model one layer's weights are held. Returns the plain model and what changed.
+    """Merge layer by layer, with memory for one more layer. Returns the model without PEFT, and counts of what changed.
 
-    What changed: `adapted_layers`, `weights_in_them`, `weights_changed`, and `whole_parts`, the parts that were trained
-    in full. Raises ValueError if an adapter is broken (not finite) or if nothing changed at all.
+    The counts: `adapted_layers`, `weights_in_them`, `weights_changed`, `whole_parts` (names of parts trained in full)
+    and `weights_changed_in_whole_parts`. Raises ValueError if an adapter is not finite or if no weight changed.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     parts = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
@@ -180,7 +180,7 @@ def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def check_proof(report: dict[str, Any]) -> None:
-    """Raise ValueError if the merged model is not what was trained, by the tolerances that the report states."""
+    """Raise ValueError, naming each violation, if the merged model exceeds a tolerance of `report`."""
     merged, base = report["merged_against_tuned"], report["base_against_tuned"]
     tolerance, share = report["tolerance"]["mean_kl"], report["tolerance"]["share_of_training"]
     problems = []
@@ -207,4 +207,5 @@ def without_training_marks(template: str) -> str:
 
 
 def write_merge_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `merge_report.json` into `folder`."""
     (folder / "merge_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ RECIPE_KEYS = [
 
 
 def licence_of(base: str) -> str | None:
-    """The licence that the base's own card names, else the one of its model type; None if neither is known."""
+    """The licence on the base's own card, else that of its model type; None if neither is known."""
     card = Path(base) / "README.md"
     if card.is_file():
         return ModelCard.load(card).data.license
@@ -27,12 +27,13 @@ def licence_of(base: str) -> str | None:
 
 
 def table(values: dict[str, Any]) -> str:
+    """A Markdown table with a row for each key, or a sentence that there are none."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in values.items())
     return f"| | |\n|---|---|\n{rows}" if rows else "None were recorded."
 
 
 def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report: dict[str, Any]) -> None:
-    """Write `folder/README.md` from what the run and the merge report say; nothing in it is made up."""
+    """Write `folder/README.md` from the run's files and the merge report."""
     base, licence = report["base_model"], licence_of(report["base_model"])
     data = Path(find_again(run, arguments["dataset_name"])) if "dataset_name" in arguments else None
     about_data = f"`{data.name}`" if data else "Not recorded."

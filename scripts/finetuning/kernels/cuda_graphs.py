@@ -47,6 +47,7 @@ class CudaGraphs(TrainerCallback):
             )
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Put a GraphedModel in place of the language model's `forward`."""
         trainer = self.trainer
         if trainer.layer_checkpointing is not None and trainer.layer_checkpointing.count:
             trainer.accelerator.print("  cuda_graphs: not used, because layers are checkpointed")
@@ -160,6 +161,7 @@ class ReplayGraphs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, passes: GraphedPasses, batch: dict[str, Tensor], parameter: nn.Parameter) -> Tensor:
+        """Hidden states (rows, padded tokens, width) of `batch`, from the recorded forward pass."""
         ctx.passes = passes
         passes.copy_inputs(batch)
         passes.forward.replay()
@@ -167,6 +169,7 @@ class ReplayGraphs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        """Accumulate the adapters' gradients by the recorded backward pass; the inputs get none."""
         ctx.passes.model.assign_grads()
         ctx.passes.grad.copy_(grad)
         ctx.passes.backward.replay()

@@ -9,7 +9,7 @@ E4M3_MAX = 448.0
 
 
 def quantize_rows_to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """tensor (rows, columns), contiguous -> FP8 values (rows, columns) and fp32 scales (rows, 1), whose product it is."""
+    """tensor (rows, columns), contiguous -> FP8 values (rows, columns) and fp32 scales (rows, 1), its two factors."""
     if runs_triton(tensor):
         rows, width = tensor.shape
         values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=tensor.device)

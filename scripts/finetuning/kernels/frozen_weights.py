@@ -47,6 +47,7 @@ class FrozenWeights:
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights, which is also that of the products."""
         return self.bases[0].weight.device
 
     def reset(self) -> None:
@@ -93,10 +94,12 @@ class DenseWeights(FrozenWeights):
         self.reset()
 
     def reset(self) -> None:
+        """Drop the stack: the next `refresh` makes one."""
         self.joined: Tensor | None = None  # (sum of out + sum of ranks, in + sum of ranks)
         self.views: list[Tensor] = []
 
     def refresh(self, stack: "ProjectionStack") -> None:
+        """Stack the weights at first use, and again when one is no longer a view of the stack."""
         weights = [base.weight for base in self.bases]
         if self.views and all(map(Tensor.is_set_to, weights, self.views)):
             return
@@ -115,19 +118,24 @@ class DenseWeights(FrozenWeights):
             upstream.replace(weight, "data", rows)
 
     def write_into(self, rows: Tensor) -> None:
+        """One copy of the stack."""
         rows.copy_(self.stack)
 
     def keep_a(self, a: Tensor) -> None:
+        """Copy s A below W, where [W; s A] is kept: the weights have the dtype of the products."""
         if self.joined is not None:
             self.joined[len(self.stack) :, : a.shape[1]] = a
 
     def weight(self, stack: "ProjectionStack") -> Tensor:
+        """The stack itself, where it has the dtype of the products."""
         return self.stack.to(stack.dtype)
 
     def weight_and_b(self, stack: "ProjectionStack") -> Tensor:
+        """A view, where weights and products have one dtype."""
         return super().weight_and_b(stack) if self.joined is None else self.joined[: len(self.stack)]
 
     def weight_and_a(self, stack: "ProjectionStack") -> Tensor:
+        """A view, where weights and products have one dtype."""
         return super().weight_and_a(stack) if self.joined is None else self.joined[:, : stack.in_features]
 
 
@@ -141,12 +149,15 @@ class FourBitWeights(FrozenWeights):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type that bitsandbytes dequantizes to."""
         return self.states[0].dtype
 
     def reset(self) -> None:
+        """Drop the stack: the next `refresh` makes one."""
         self.stacked = []
 
     def refresh(self, stack: "ProjectionStack") -> None:
+        """Stack the weights at first use, and again when one was quantized anew (PEFT does so when it unmerges)."""
         weights = [base.weight for base in self.bases]
         states = [weight.quant_state for weight in weights]
         if self.stacked and all(map(operator.is_, states, self.stacked)):
@@ -179,6 +190,7 @@ class FourBitWeights(FrozenWeights):
         return absmax
 
     def write_into(self, rows: Tensor) -> None:
+        """One dequantization of the stack."""
         state = self.states[0]
         dequantize_4bit(self.stack, self.all_block_scales(), state.code, state.blocksize, rows)
 
@@ -189,6 +201,7 @@ class ShardedWeights(FrozenWeights):
     is_sharded = True
 
     def write_into(self, rows: Tensor) -> None:
+        """One copy for each layer, whose weights are gathered now."""
         for part, base in zip(rows.split([base.out_features for base in self.bases]), self.bases, strict=True):
             part.copy_(base.weight.detach())
 
@@ -202,9 +215,11 @@ class ShardedFourBitWeights(ShardedWeights):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type that bitsandbytes dequantizes to."""
         return self.states[0].dtype
 
     def write_into(self, rows: Tensor) -> None:
+        """One dequantization for each layer, whose weights are gathered now."""
         parts = rows.split([base.out_features for base in self.bases])
         for part, base, state in zip(parts, self.bases, self.states, strict=True):
             dequantize_4bit(base.weight.detach(), block_scales(state), state.code, state.blocksize, part)

@@ -49,6 +49,7 @@ class NormQkvRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, cos, sin, stack, norm, heads, *adapters):
+        """`cos` and `sin` are (batch or 1, tokens, head width), `heads` the numbers of query heads and of key heads."""
         ctx.stack, ctx.seeds, ctx.norm = stack, stack.draw_seeds(), norm_arguments(norm)
         x, extended = stack.allocate_input(len(hidden))
         qkv, x_a = stack.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, extended)
@@ -58,6 +59,7 @@ class NormQkvRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_residual, *grad_states):
+        """Gradients of the residual stream, of queries, keys and values -> of hidden, every A and every B."""
         hidden, x_a, cos, sin = ctx.saved_tensors
         grad, extended = ctx.stack.allocate_grad(len(hidden), ctx.seeds)
         split_and_rotate_backward(*grad_states, cos, sin, grad)
@@ -72,6 +74,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, stack, *adapters):
+        """The residual, if any, is (tokens, out), and may have another dtype than x."""
         ctx.stack, ctx.seeds = stack, stack.draw_seeds()
         y, x_a = stack.forward(x, ctx.seeds)
         ctx.save_for_backward(x, x_a)
@@ -79,6 +82,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Gradient (tokens, out) -> gradients of x, of the residual, every A and every B."""
         x, x_a = ctx.saved_tensors
         stack = ctx.stack
         grad_x, grad_a, grads_b = stack.backward(grad.to(x.dtype), x_a, ctx.seeds, ctx.needs_input_grad[0])
@@ -91,6 +95,7 @@ class NormMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, gate_up, down, norm, is_gelu, *adapters):
+        """`gate_up` and `down` are the layer's stacks, `is_gelu` says which activation."""
         ctx.gate_up, ctx.down, ctx.norm, ctx.is_gelu = gate_up, down, norm_arguments(norm), is_gelu
         ctx.seeds = gate_up.draw_seeds(), down.draw_seeds()
         x, extended = gate_up.allocate_input(len(hidden))
@@ -102,6 +107,7 @@ class NormMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_residual):
+        """Gradient (tokens, width) -> gradients of hidden, and of A and B of gate, up and down."""
         hidden, x_a, stacked, activated_a = ctx.saved_tensors
         gate_up, down, seeds = ctx.gate_up, ctx.down, ctx.seeds
         grad_y = grad_residual.to(stacked.dtype)
@@ -130,6 +136,7 @@ def backward_through_norm(
 
 
 def add_residual(y: Tensor, residual: Tensor) -> Tensor:
+    """The sum, in place where both have one dtype."""
     return y.add_(residual) if y.dtype == residual.dtype else y + residual
 
 
@@ -152,6 +159,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         supervised_rows: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
+        """hidden_states (batch, tokens, width) -> the same shape; other arguments are transformers'."""
         has_cache = upstream.cache_of(kwargs) is not None
         if self.fused_qkv.frozen.is_sharded and not has_cache:
             # Here and not before the model: only this layer's weights are gathered now.
@@ -207,12 +215,12 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
 
 @upstream.overrides
 class FusedLlamaDecoderLayer(FusedDecoderLayer, LlamaDecoderLayer):
-    pass
+    """Llama's layer; `fuse_lora` makes it the class of an existing one."""
 
 
 @upstream.overrides
 class FusedGemmaDecoderLayer(FusedDecoderLayer, GemmaDecoderLayer):
-    pass
+    """Gemma's layer; `fuse_lora` makes it the class of an existing one."""
 
 
 @upstream.overrides
@@ -220,6 +228,7 @@ class FusedLoraLinear(LoraLinear):
     """A LoRA layer outside of a decoder layer, such as one of the vision tower's."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of the products; with further arguments PEFT's code runs."""
         if args or kwargs or not self.fused.is_active:
             return super().forward(x, *args, **kwargs)
         with without_autocast(x):

@@ -101,6 +101,7 @@ class MergedAttention(torch.autograd.Function):
     def forward(
         ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, length: int, scale: float | None
     ) -> Tensor:
+        """`length` is that of the prefix in tokens, `scale` multiplies query key products (None: 1 / sqrt(width))."""
         out, logsumexp = attention_with_logsumexp(query, key[:, :, :length], value[:, :, :length], None, scale)
         rest_out, rest_logsumexp = attention_with_logsumexp(
             *(state[:, :, length:] for state in (query, key, value)), bias, scale
@@ -116,6 +117,7 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient (batch, tokens, heads, width) -> those of queries, keys, values (batch, heads, tokens, width)."""
         query, key, value, bias, attended, logsumexp = ctx.saved_tensors
         length, scale = ctx.length, ctx.scale
         out, grad = attended.transpose(1, 2), grad.contiguous().transpose(1, 2)
@@ -184,6 +186,7 @@ class SplitPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, ...]:
+        """Views, without a copy; `length` is that of the prefix in tokens."""
         prefix_states = (state[:, :, :length] for state in (query, key, value))
         return *prefix_states, query[:, :, length:], key, value
 
@@ -197,6 +200,7 @@ class SplitPrefix(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
     ) -> tuple[Tensor | None, ...]:
+        """Gradients of the six outputs -> gradients of queries, keys and values."""
         # In place: attention has just allocated both gradients, and nobody else holds them.
         key[:, :, : prefix_key.shape[2]] += prefix_key
         value[:, :, : prefix_value.shape[2]] += prefix_value

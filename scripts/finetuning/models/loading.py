@@ -1,4 +1,4 @@
-"""Models and their processors: what is loaded, from where, in which type."""
+"""Loading of models and their processors: for training, for inference, as a base alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +40,8 @@ QUANTISATION_KEYS = [
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 ]
-# Left in 16 bits when the base is quantised: what sees the picture is 5 % of LLaVA's weights, and the rows of
-# `lm_head` are read directly by TRL's fused loss. transformers matches these from the start of a module's name.
+# These stay in 16 bits when the base is quantised: the vision tower and projector are 5 % of LLaVA's weights, and TRL's
+# fused loss reads the rows of `lm_head` directly. transformers matches the patterns from the start of a module's name.
 NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
 
 
@@ -62,20 +62,21 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
             "Check the name and the network; for a gated model accept its licence on its page and set HF_TOKEN; "
             "on a machine without network download it before and set HF_HUB_OFFLINE=1"
         ) from error
-    # Which attention computes is the recipe's and the GPU's to say. Left in, FlashAttention that a config names is asked
-    # for even where another is given (LLaVA-NeXT#224).
+    # The recipe and the GPU decide on the attention. transformers would load the FlashAttention that a config names
+    # even where the caller gives another (LLaVA-NeXT#224).
     upstream.replace(config, "_attn_implementation", None)
     return config
 
 
 def is_vision(config: PreTrainedConfig) -> bool:
+    """Whether the model reads pictures: its config has a part for a vision tower."""
     return hasattr(config, "vision_config")
 
 
 def load_processing_class(
     name: str, *, image_aspect_ratio: str = "pad", chat_template_path: str | None = None, revision: str = "main"
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Processor (vision models) or tokenizer, with the template that training and asking share.
+    """Processor (of a vision model) or tokenizer, with the chat template that training and inference share.
 
     The project's template of the model's type is set, or the file `chat_template_path`. With
     `image_aspect_ratio="pad"` pictures are made square by padding (`do_pad` of transformers' LlavaImageProcessor)
@@ -90,10 +91,10 @@ def load_processing_class(
     if chat_template_path is None and config.model_type in TEMPLATE_OF:
         chat_template_path = CHAT_TEMPLATES / TEMPLATE_OF[config.model_type]
     if config.model_type.startswith("gemma"):
-        # They stand in every Gemma vocabulary, but where the tokenizer's settings do not list them as special
-        # (google/gemma-2b, for one) transformers 5 cuts them into letters.
+        # Every Gemma vocabulary has them. If the tokenizer's settings do not list them as special (google/gemma-2b),
+        # transformers 5 splits them into letters.
         processing_class.add_tokens(GEMMA_TURN_MARKS, special_tokens=True)
-        # What ends an answer, for whoever serves the tuned model by its tokenizer; <eos> would end a document.
+        # The end of an answer, for servers that read it from the tokenizer. <eos> would be the end of a document.
         processing_class.eos_token = GEMMA_TURN_MARKS[1]
     if chat_template_path is not None:
         processing_class.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
@@ -124,7 +125,10 @@ def load_base_model(
     device_map: dict[str, int | str] | None = None,
     revision: str = "main",
 ) -> PreTrainedModel:
-    """The model class that the config of `name` asks for; a Gemma in fp16 keeps its residual stream in fp32."""
+    """Load the model class that the config of `name` asks for. A Gemma in fp16 keeps its residual stream in fp32.
+
+    Raises ValueError, as `load_config` does, if there is no such model.
+    """
     config = load_config(name, revision)
     model_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
     model = model_class.from_pretrained(
@@ -137,8 +141,8 @@ def load_base_model(
         revision=revision,
     )
     if is_deepspeed_zero3_enabled():
-        # transformers 5.23 remembers there every renaming that it knows, not those that these files needed, and would
-        # save the weights under names that no class has. Forgotten, the class's own are taken.
+        # Under ZeRO-3 transformers 5.23 stores every renaming that it knows, not those that this checkpoint needed, and
+        # would save weights under names that no class has. Without them it saves the class's own names.
         upstream.check_read("transformers.core_model_loading", "_weight_conversions")
         model._weight_conversions = None
     if quantization is not None and quantization.load_in_4bit:
@@ -146,8 +150,8 @@ def load_base_model(
 
         for module in model.modules():
             if isinstance(module, Linear4bit):
-                # Else bitsandbytes, on a CPU that has it, packs 4-bit weights anew at the first answer: no gradient
-                # passes through them after that, scales are rounded to bf16, and rows not of whole blocks are an error.
+                # On a CPU with AVX-512 BF16 bitsandbytes would repack 4-bit weights at the first answer. Then no
+                # gradient passes through them, scales are rounded to bf16, and rows without whole blocks are an error.
                 upstream.replace(module, "support_avx512bf16_for_cpu", False)
     if dtype == torch.float16 and config.model_type.startswith("gemma"):
         keep_residual_stream_in_fp32(model)
@@ -155,11 +159,11 @@ def load_base_model(
 
 
 def keep_residual_stream_in_fp32(model: PreTrainedModel) -> None:
-    """Sum a Gemma's residual stream in fp32, while every product stays in fp16: for GPUs that have no bf16 (a T4).
+    """Keep a Gemma's residual stream in fp32 and all products in fp16, in place: for GPUs without bf16 (T4).
 
-    fp16 ends at 65,504. The sums after the layers of Gemma-3-270M reach 103,821 on an ordinary question, and the loss
-    becomes NaN (google/gemma_pytorch#24); what its linear layers give stays below. So the embedding gives fp32, which
-    all sums inherit, and what the norms and the rotary embedding hand on to the linear layers and the attention is fp16.
+    The residual stream of Gemma-3-270M reaches 103,821 on an ordinary question, fp16 ends at 65,504, and the loss
+    becomes NaN (google/gemma_pytorch#24). Outputs of the linear layers stay below. So the embedding returns fp32, which
+    all sums inherit; norms and rotary embedding return fp16 to the linear layers and the attention.
     """
 
     def to_fp16(module: nn.Module, inputs: tuple, output: torch.Tensor | tuple[torch.Tensor, ...]):
@@ -174,11 +178,11 @@ def keep_residual_stream_in_fp32(model: PreTrainedModel) -> None:
 def load_base_for_training(
     model_args: ModelConfig, training_args: TrainingArguments, *, trains_base_weights: bool
 ) -> PreTrainedModel:
-    """The base as the recipe wants it: quantised or not, in the run's precision, on this process's device.
+    """The base model of a recipe: quantised or not, in the run's precision.
 
-    Frozen weights are held in the 16-bit type of the run. `trains_base_weights` (a part is trained in full and nothing
-    is LoRA) holds all of them in fp32, since 16-bit weights lose small updates, unless DeepSpeed does that itself;
-    `dtype` overrides both.
+    Frozen weights have the 16-bit dtype of the run. `trains_base_weights` (a part is trained in full and none has LoRA)
+    loads all in fp32, because 16-bit weights lose small updates; DeepSpeed holds fp32 masters itself. The recipe's
+    `dtype` overrides both. Raises ValueError if quantised weights would be trained in full.
     """
     dtype = weight_dtype(training_args.fp16, training_args.bf16)
     if model_args.dtype != "auto":
@@ -193,22 +197,22 @@ def load_base_for_training(
         dtype=dtype,
         quantization=quantization,
         attn_implementation=model_args.attn_implementation,
-        # bitsandbytes quantises while it loads: straight onto this process's GPU. The trainer moves any other model.
+        # bitsandbytes quantises while it loads, on this process's GPU. The Trainer moves any other model there.
         device_map=device_map_of_this_process() if quantization is not None else None,
         revision=model_args.model_revision,
     )
 
 
 def device_map_of_this_process() -> dict[str, int | str]:
-    """A device map that puts everything on this process's device."""
+    """A `device_map` with all modules on the device of this process."""
     state = PartialState()
     return {"": state.local_process_index if state.device.type == "cuda" else state.device.type}
 
 
 def check_adapter_is_complete(folder: Path, modules_to_save: Sequence[str]) -> None:
-    """Raise ValueError if a part that was trained in full is missing from the adapter's file (LLaVA#844).
+    """Raise ValueError if the adapter's file lacks one of `modules_to_save`, a part trained in full (LLaVA#844).
 
-    PEFT would fall back to the base's own part with a warning.
+    PEFT would only warn, and use the base's own part.
     """
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         names = [name.split(".") for name in file.keys()]  # noqa: SIM118 - not a dict
@@ -223,10 +227,11 @@ def check_adapter_is_complete(folder: Path, modules_to_save: Sequence[str]) -> N
 def load_for_inference(
     name: str, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
-    """A base model, a run's folder (adapter over its base, or full weights) or a merged folder -> model, processor.
+    """Model and processor of a base model, a run's folder (adapter or full weights) or a merged folder.
 
-    The base of an adapter is read from its `adapter_config.json`, and is quantised as it was in training
-    (`arguments.yaml`); `load_in_4bit` quantises any model. Returns the model in evaluation mode on this process's device.
+    The base of an adapter is named by its `adapter_config.json` and quantised as in training (`arguments.yaml`);
+    `load_in_4bit` quantises any model. The model is in evaluation mode, on the device of this process. Raises
+    ValueError if the model, the adapter's `arguments.yaml` or a part of the adapter is missing.
     """
     folder = Path(name)
     dtype = dtype or inference_dtype()
@@ -248,7 +253,7 @@ def load_for_inference(
     if is_adapter:
         model = PeftModel.from_pretrained(model, name)
         for parameter in model.parameters():
-            # Parts trained in full come back in fp32, and their inputs in the type of the base.
+            # PEFT loads parts trained in full in fp32; their inputs have the dtype of the base.
             if parameter.dtype == torch.float32:
                 parameter.data = parameter.data.to(dtype)
     keeps_own_template = arguments is not None or (folder / "merge_report.json").is_file()
@@ -256,6 +261,6 @@ def load_for_inference(
 
 
 def load_saved_processing_class(folder: Path) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """What training saved beside the weights: template and picture settings are taken as they are."""
+    """The processor or tokenizer that training saved beside the weights, with its template and picture settings."""
     is_processor = (folder / "processor_config.json").is_file()
     return (AutoProcessor if is_processor else AutoTokenizer).from_pretrained(folder)
