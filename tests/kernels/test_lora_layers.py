@@ -189,13 +189,19 @@ def test_adapters_stay_pefts(tmp_path):
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generation_with_a_cache_is_unchanged():
-    model = with_lora(tiny_gemma(), DECODER).eval()
-    prompt = text_batch()["input_ids"][:1]
-    generate = partial(model.generate, input_ids=prompt, max_new_tokens=8, do_sample=False)
+@pytest.mark.parametrize(
+    ("make", "targets", "make_batch"), [(tiny_llava, LANGUAGE_MODEL, llava_batch), (tiny_gemma, DECODER, text_batch)]
+)
+def test_generation_is_token_for_token_what_it_was(make, targets, make_batch):
+    model = with_lora(make(), targets).eval()
+    batch = make_batch()
+    del batch["labels"]
+    batch["attention_mask"][1, :2] = 0  # padded on the left
+    generate = partial(model.generate, **batch, max_new_tokens=12, do_sample=False, eos_token_id=None)
     expected = generate()
     fuse_lora(model)
     assert torch.equal(generate(), expected)
+    assert torch.equal(generate(use_cache=False), expected)
 
 
 def test_what_is_not_plain_lora_keeps_pefts_code():
