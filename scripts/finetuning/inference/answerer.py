@@ -5,8 +5,8 @@ questions about them. Then every row of the batch gets a token a step. On a GPU 
 kernels take the host longer than the GPU. Rows that have ended leave the batch when half of it has.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.inference.prompt_reader import PromptGroup
 
-CHUNK_TOKENS = 16384  # more make no product faster
+CHUNK_TOKENS = 32768  # more make no product faster
 MOST_ROWS = 256  # of an automatic batch on a GPU
 MOST_ROWS_ON_CPU = 64
 SPARE_BYTES = 2**30  # left for graphs, logits and the allocator's rounding
@@ -117,10 +117,14 @@ class Answerer:
         groups: Sequence[PromptGroup],
         names: Sequence[str] = ("tuned",),
         on_token: Callable[[int], None] | None = None,
-    ) -> dict[str, dict[int, str]]:
-        """One batch of `batches` -> for each name row number -> answer."""
+    ) -> dict[int, dict[str, str]]:
+        """One batch of `batches` -> row number -> the answer of each name."""
+        return self.fit(groups, lambda part: self.answer_once(part, names, on_token))
+
+    def fit(self, groups: Sequence[PromptGroup], compute: Callable[[Sequence[PromptGroup]], dict]) -> dict:
+        """`compute` of a batch, or of its halves where it does not fit; both are joined. Raises ValueError where nothing does."""
         try:
-            return self.answer_once(groups, names, on_token)
+            return compute(groups)
         except torch.OutOfMemoryError:
             rows = sum(len(group.rows) for group in groups)
             halves = halved(groups)
@@ -130,34 +134,39 @@ class Answerer:
                 ) from None
         # Outside of the handler, which would keep the failed pass's tensors alive.
         self.pool = self.steps = None
-        torch.cuda.empty_cache()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
         self.most_rows = max(1, rows // 2)
         self.chunk_tokens = max(1024, self.chunk_tokens // 2)
         self.say(
             f"A batch of {rows} questions does not fit the GPU's memory: at most {self.most_rows} at once from here"
         )
-        answers: dict[str, dict[int, str]] = {name: {} for name in names}
+        results = {}
         for half in halves:
             for batch in self.batches(half):
-                for name, texts in self.answer(batch, names, on_token).items():
-                    answers[name] |= texts
-        return answers
+                results |= self.fit(batch, compute)
+        return results
 
-    def answer_once(self, groups, names, on_token) -> dict[str, dict[int, str]]:
+    def answer_once(self, groups, names, on_token) -> dict[int, dict[str, str]]:
         self.make_room(sum(map(self.slots_of, groups)), sum(len(group.rows) for group in groups))
         chunks = [self.lay_out(part) for part in self.chunks(groups)]
         features: list[Tensor | None] = []
-        answers = {}
+        answers: dict[int, dict[str, str]] = {row: {} for chunk in chunks for row in chunk.rows}
         for name in names:
-            off = (
-                self.model.disable_adapter() if name == "base" and isinstance(self.model, PeftModel) else nullcontext()
-            )
-            with off:
-                self.decoder.refresh()
+            with self.as_named(name):
                 if not features or not self.sees_alike():
                     features = [self.see(chunk) for chunk in chunks]
-                answers[name] = self.decode_rows(chunks, features, on_token)
+                for row, text in self.decode_rows(chunks, features, on_token).items():
+                    answers[row][name] = text
         return answers
+
+    @contextmanager
+    def as_named(self, name: str) -> Iterator[None]:
+        """The model that answers as `name`: a PeftModel's base with its adapter off, else the model as it is."""
+        off = self.model.disable_adapter() if name == "base" and isinstance(self.model, PeftModel) else nullcontext()
+        with off:
+            self.decoder.refresh()
+            yield
 
     def chunks(self, groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
         """Groups in passes of about `chunk_tokens`, evenly."""
@@ -173,8 +182,7 @@ class Answerer:
         return chunks
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Chunk:
-        alone = [group for group in groups if not group.own]
-        shared = [group for group in groups if group.own]
+        alone, shared = by_length(groups)
         ordered = alone + shared
         segments = [Segment(group.prefix) for group in ordered]
         segments += [Segment(own, len(alone) + number) for number, group in enumerate(shared) for own in group.own]
@@ -237,6 +245,12 @@ class Answerer:
         if len(places) != len(features):
             raise ValueError(f"{len(places)} image tokens in the prompts, {len(features)} features of their pictures")
         return embeddings.index_copy(0, places, features.to(embeddings.dtype))
+
+
+def by_length(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[PromptGroup]]:
+    """Prompts alone, and those that share a prefix, both with equal lengths side by side: these are a plain batch."""
+    ordered = sorted(groups, key=lambda group: len(group.prefix))
+    return [group for group in ordered if not group.own], [group for group in ordered if group.own]
 
 
 def halved(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[PromptGroup]] | None:

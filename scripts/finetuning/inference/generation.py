@@ -85,8 +85,7 @@ def answer_packed(
 
     def of_window(prompts) -> Iterator[list[tuple[int, dict[str, str]]]]:
         for batch in answerer.batches(prompts):
-            answers = answerer.answer(batch, names)
-            yield [(row, {name: answers[name][row] for name in names}) for row in answers[names[0]]]
+            yield list(answerer.answer(batch, names).items())
 
     for prompts in read_prompts(reader, groups):
         yield of_window(prompts)
@@ -163,7 +162,7 @@ def answer_one(
         def on_token(token: int) -> None:
             streamer.put(torch.tensor([token]))
 
-    answer = answerer.answer(groups, on_token=on_token)["tuned"][0]
+    answer = answerer.answer(groups, on_token=on_token)[0]["tuned"]
     if streamer is not None:
         streamer.end()
     return answer

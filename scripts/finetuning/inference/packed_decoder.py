@@ -28,9 +28,10 @@ from finetuning.kernels.lora_layers import (
     projection_stacks,
 )
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_stacks
+from finetuning.kernels.model_patches import vision_tower_without_autocast
 from finetuning.kernels.rms_norm import rms_norm
 from finetuning.kernels.rotary import launch_rotate, split_and_rotate
-from finetuning.models.parts import base_model_of
+from finetuning.models.parts import base_model_of, frozen_tower_of
 
 LAYER_CLASSES = (LlamaDecoderLayer, GemmaDecoderLayer, FusedLlamaDecoderLayer, FusedGemmaDecoderLayer)
 # 4-bit products of so few rows are bitsandbytes' own, which read the packed weights; others unpack them first.
@@ -84,6 +85,21 @@ class Linears:
             return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.is_active else y
         return fused.forward(x, None, wide)[0] if fused.is_active else torch.mm(x, fused.weight().T)
 
+    def add_to(self, residual: Tensor, x: Tensor, wide: Tensor | None = None) -> Tensor:
+        """residual (tokens, out) plus the product, in place where both are of one type: one pass over memory less."""
+        one_product = not self.reads_4bit(len(x)) and (self.fused is not None or self.stack is not None)
+        if not one_product or residual.dtype != self.dtype:
+            return add_residual(self(x, wide), residual)
+        if not self.has_lora:
+            weight = self.stack if self.fused is None else self.fused.weight()
+            return residual.addmm_(x, weight.T)
+        x_a = torch.mm(x, self.fused.a.T)
+        if wide is None:
+            wide = self.fused.concatenate_low_rank(x, x_a)
+        else:
+            wide[:, self.fused.in_features :] = x_a
+        return residual.addmm_(wide, self.fused.frozen.weight_and_b(self.fused).T)
+
 
 class Layer:
     """One decoder layer: its products, norms and attention."""
@@ -109,11 +125,11 @@ class Layer:
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual stream and what was attended to (tokens, heads * width) -> the residual stream behind the layer."""
-        hidden = add_residual(self.output(attended), hidden)
+        hidden = self.output.add_to(hidden, attended)
         x, wide = self.gate_up.new_input(*hidden.shape, hidden.device)
         gate_up = self.gate_up(rms_norm(hidden, *self.norms[1], x), wide)
         x, wide = self.down.new_input(len(hidden), self.inner_width, hidden.device)
-        return add_residual(self.down(gated_activation(gate_up, self.is_gelu, x), wide), hidden)
+        return self.down.add_to(hidden, gated_activation(gate_up, self.is_gelu, x), wide)
 
 
 class KeyValuePool:
@@ -143,6 +159,9 @@ class PackedDecoder:
             raise ValueError(reason)
         if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
             fuse_lora(model)
+        tower = frozen_tower_of(model)
+        if tower is not None and "forward" not in vars(tower):  # training has done so before
+            vision_tower_without_autocast(model)
         self.model, self.base = model, base_model_of(model)
         self.text_model = getattr(self.base.model, "language_model", self.base.model)
         self.device = self.text_model.embed_tokens.weight.device
