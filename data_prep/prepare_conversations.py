@@ -260,7 +260,9 @@ def read_conversation(record: Record, folder: Path | None, held: HeldImages | No
             return record.reject("unfilled_placeholder", f"{found} stands in the text, and would be taught as words")
     except ValueError as error:
         return record.reject(*say_problem(error))
-    unused = [str(key) for key, value in raw.items() if key not in used and key not in kept and value is not None]
+    others = [key for key in raw if key not in used and key not in kept]
+    # An empty cell of pandas (NaN) is the one value that differs from itself.
+    unused = [str(key) for key in others if raw[key] is not None and raw[key] == raw[key]]
     record.unused = [*unused, *turns.unused]
 
 
@@ -291,11 +293,19 @@ def find_images(
             continue
         if folder is None:
             return record.reject("no_images_folder", f"it names {picture!r:.80}, but no --images folder was given")
-        path = find_inside(picture, folder)
-        if isinstance(path, tuple):
-            return record.reject(*path)
-        # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
-        record.images.append(FileImage(path.resolve().relative_to(folder.resolve()).as_posix(), folder))
+        found = find_file(picture, folder)
+        if isinstance(found, tuple):
+            return record.reject(*found)
+        record.images.append(found)
+
+
+@functools.cache  # many records show one image
+def find_file(name: str, folder: Path) -> FileImage | tuple[str, str]:
+    path = find_inside(name, folder)
+    if isinstance(path, tuple):
+        return path
+    # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
+    return FileImage(path.resolve().relative_to(folder.resolve()).as_posix(), folder)
 
 
 def read_image(image: InputImage) -> bytes:

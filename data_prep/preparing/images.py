@@ -115,7 +115,11 @@ def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
         path = next((path for path in paths if path.is_file()), paths[0])
         if not is_inside(path, folder):
             return "outside_folder", f"{name!r} lies outside {folder}"
-        return path if path.is_file() else ("missing_image", f"{name!r} is no file in {folder}")
+        if path.is_file():
+            return path
+        inside = folder / names[1].rpartition("/")[2]
+        hint = f", but {inside.name!r} is: names are looked up inside the folder as they are written"
+        return "missing_image", f"{name!r} is no file in {folder}{hint if inside.is_file() else ''}"
     except (OSError, ValueError):  # too long (a picture written out in base64), or characters no file name can have
         return "bad_name", f"{name!r:.60} is no file name"
 

@@ -27,6 +27,7 @@ PICTURE_KEY = re.compile(
     r"(?:input|source|src|main|query|user|local)?(?:image|img|picture|photo|pic|frame)s?"
     r"(?:path|filename|filepath|file|name|url|uri|src|source|link|location|base64|b64|bytes|data)?s?(?P<number>\d+|[ab])?"
 )
+FILE_KEY = re.compile(r"(?:file|filename|filepath|path)s?")
 MEDIA_KEY = re.compile(r"(?:input)?(?:video|audio)s?(?:path|filename|filepath|file|url|uri|src|bytes|data|clip)?s?")
 MEDIA_NAME = re.compile(r"\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv|flv|wav|mp3|flac|m4a|ogg|opus|aac)$", re.IGNORECASE)
 SYSTEM_KEY = re.compile(r"sys(?:tem)?(?:prompt|message|msg|instruction|content|text|role)?s?")
@@ -48,6 +49,14 @@ def read_conversation_of(raw: Mapping[str, Any]) -> tuple[Turns | None, bool, se
     Raises ValueError(reason, detail) where the record holds two conversations that differ.
     """
     found: dict[str, Turns] = {}
+    preferences = [
+        key for key, value in raw.items() if PREFERENCE_KEY.fullmatch(plain_key(key)) and not is_empty(value)
+    ]
+    if preferences:
+        detail = (
+            f"{', '.join(preferences)}: preferences are not learnt here; keep the answer that is right, in messages"
+        )
+        raise ValueError("preference_data", detail)
     for key, value in raw.items():
         turns = [turn for turn in value if isinstance(turn, Mapping)] if isinstance(value, list) else []
         like_turns = bool(turns) and all(
@@ -100,10 +109,6 @@ def obey_other_keys(
         name = plain_key(key)
         if key in used or key in kept or is_empty(value):
             continue
-        if PREFERENCE_KEY.fullmatch(name):
-            raise ValueError(
-                "preference_data", f"{key}: preferences are not learnt here; keep the answer that is right"
-            )
         if name in KTO_KEYS and str(value).strip().lower() in ("false", "0", "0.0", "no", "undesirable", "bad"):
             detail = (
                 f"{key} is {value!r:.20}, which marks a wrong answer; if it is a class, keep it: --columns {key}:int64"
@@ -196,7 +201,9 @@ def name_pictures(raw: Mapping[str, Any], used: set[str]) -> list[str | bytes]:
     others = [key for key in plain if key != first]
     if first is None and not numbered:
         first, *others = weak or [None]
-        told = weak
+    elif first is not None:
+        others += [key for key in weak if FILE_KEY.fullmatch(plain_key(key))]
+    told |= weak
     for key in others:
         if same_pictures(told[first], told[key]):
             used.add(key)
