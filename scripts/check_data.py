@@ -25,7 +25,7 @@ from tqdm import tqdm
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.label_audit import Auditor, RowAudit, describe_faults, undecoded
-from finetuning.data.label_preview import length_table, preview_page
+from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
 from finetuning.models.loading import is_vision, load_config, load_processing_class
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
@@ -100,7 +100,7 @@ def main(
     faulty = [audit for audit in audits if audit.faults]
     folder = options.output or Path("outputs/data-check") / Path(script_args.dataset_name).name
     folder.mkdir(parents=True, exist_ok=True)
-    table = [["split", "rows", "images", "shortest", "median", "longest", "supervised"], *length_table(audits)]
+    table = [LENGTH_COLUMNS, *length_table(audits)]
     print("\n".join("".join(f"{cell:>12}" for cell in line) for line in table) + "   (lengths in tokens)")
     faults = [
         {"split": audit.split, "row": audit.row, "reason": reason, "detail": detail}

@@ -63,8 +63,9 @@ def describe(run: Path) -> str:
     if "seconds_per_step" in progress:
         rows = f", {progress['samples_per_second']:.1f} rows/s" if "samples_per_second" in progress else ""
         lines.append(f"  speed: {progress['seconds_per_step']:.2f} s a step{rows}")
-    names = {"loss": "train", "eval_loss": "validation", "eval_count_mae": "off by (people)"}
+    names = {"loss": "train", "eval_loss": "validation"}
     losses = [f"{label} {progress[name]:.4f}" for name, label in names.items() if name in progress]
+    losses += [f"{label} {value:.4f}" for label, value in progress.get("scores", {}).items()]
     if losses:
         lines.append(f"  last losses: {', '.join(losses)}, logged {duration(since(progress['logged_at']))} ago")
     steps = list(checkpoints(run))

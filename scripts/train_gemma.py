@@ -14,13 +14,14 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.data.dataset import open_dataset, open_split, open_validation, spread
+from finetuning.data.dataset import open_dataset, open_split, open_validation
 from finetuning.data.label_audit import check_first_rows
 from finetuning.kernels.packed_attention import register_packed_attention
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
-from finetuning.tasks.anime_facts import FactReader, load_wording
+from finetuning.tasks.anime_facts import AnimeExam, FactReader, load_wording
+from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
@@ -37,6 +38,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows, validation_rows)
+    wording = load_wording(script_args.dataset_name)
+    if wording and script_args.task is None:
+        exam = AnimeExam(FactReader(wording, train_rows), train_rows, script_args.eval_answers)
+    else:
+        exam = open_exam(script_args, train_rows, validation_rows)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,
@@ -61,17 +67,13 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     speed = prepare_model(model, script_args, training_args)
 
     # Train
-    wording = load_wording(script_args.dataset_name)
-    reader = FactReader(wording, train_rows) if wording else None
     trainer = FineTuningTrainer(
         model=model,
         args=training_args,
         train_dataset=train_rows.select_columns(["messages"]),
         eval_dataset=validation_rows.select_columns(["messages"]) if validation_rows else None,
         processing_class=tokenizer,
-        # Taught titles: on titles that it was never taught, a model can only guess.
-        questions=reader.questions(spread(train_rows, script_args.eval_answers)) if reader else None,
-        score_answers=reader.score_answers if reader else None,
+        exam=exam,
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
         cuda_graphs=script_args.cuda_graphs,

@@ -8,7 +8,6 @@ continues an interrupted run. Everything that a recipe says can be overridden by
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -16,13 +15,13 @@ from transformers import set_seed
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.data.dataset import open_dataset, open_split, open_validation, spread
+from finetuning.data.dataset import open_dataset, open_split, open_validation
 from finetuning.data.label_audit import check_first_rows
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
-from finetuning.tasks.questions import counting_questions, image_counts, score_counting_answers
+from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
@@ -39,6 +38,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows, validation_rows)
+    exam = open_exam(script_args, train_rows, validation_rows)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,
@@ -74,8 +74,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         train_dataset=group_by_image(train_rows) if shares_prefix else train_rows,
         eval_dataset=validation_rows,
         processing_class=processor,
-        questions=spread(counting_questions(validation_rows), script_args.eval_answers) if validation_rows else None,
-        score_answers=partial(score_counting_answers, train_counts=image_counts(train_rows)),
+        exam=exam,
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
     )

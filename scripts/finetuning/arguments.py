@@ -41,6 +41,13 @@ class ScriptArguments:
     dataset_validation_split: str = field(
         default="validation", metadata={"help": "Split to evaluate on while training."}
     )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "How answers are scored: count, yes_no, choice, short_answer, number or free_text. Unset: what the "
+            "column task says, else what the train answers look like."
+        },
+    )
     language_model: str = field(
         default="lora", metadata={"help": "How the language model is trained.", "choices": PLACEMENTS}
     )

@@ -420,7 +420,8 @@ class EvaluationFolder:
 
 def evaluations(run: Path) -> list[Path]:
     """metrics.json of each finished evaluation of a run."""
-    return sorted((run / EVALUATION).glob(f"*/{METRICS}"))
+    folder = run / EVALUATION
+    return sorted([*folder.glob(f"*/{METRICS}"), *folder.glob(f"*/*/{METRICS}")])
 
 
 def _json_lines(entries: Sequence[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from finetuning.pages import markdown_table
 from finetuning.run_folder import BOOKKEEPING, TENSORBOARD, read_arguments, read_progress, wandb_id
 
 PROJECT = "llava-gemma-finetuning"
@@ -146,7 +147,10 @@ def wandb_address(args: TrainingArguments) -> str | None:
 
 
 def close(args: TrainingArguments, state: TrainerState, exit_code: int, metrics: dict[str, Any] | None = None) -> None:
-    """End the W&B run of this process: with its verdict (and its adapter, when asked) or as interrupted. Main process."""
+    """End the W&B run of this process: with its metrics (and its adapter, when asked) or as interrupted. Main process.
+
+    `metrics` of a completed run hold its `verdict`, a sentence.
+    """
     if "wandb" not in args.report_to:
         return
     tell_wandb(args, state, partial(_close, args, exit_code, metrics))
@@ -158,7 +162,7 @@ def _close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | No
     if metrics is None:
         wandb.run.mark_preempting()
     else:
-        wandb.run.summary.update(metrics | {"verdict": verdict(metrics)})
+        wandb.run.summary.update(metrics)
         if wandb.run.config.get("log_adapter"):
             artifact = wandb.Artifact(f"adapter-{wandb.run.id}", type="model", metadata=metrics)
             for path in sorted(Path(args.output_dir).iterdir()):
@@ -170,26 +174,24 @@ def _close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | No
     print(f"W&B: {address}")
 
 
-def verdict(metrics: dict[str, Any]) -> str:
-    """One sentence on a finished run: the last held-out counting error beside what not looking would cost."""
-    error, baseline = metrics.get("eval_count_penalised_mae"), metrics.get("eval_count_mae_train_median")
-    if error is None or baseline is None:
-        return f"trained for {metrics['global_step']} steps; no counting error was measured while training"
-    comparison = "better than" if error < baseline else "no better than"
-    return (
-        f"off by {error:.2f} people on {metrics['eval_count_n']:.0f} held-out questions: {comparison} always answering "
-        f"the training median ({baseline:.2f})"
-    )
+class AnswerTable(NamedTuple):
+    """Answers of an evaluation: columns of equal length (`image` holds pictures), and for each answer a caption and
+    whether it is right."""
+
+    columns: dict[str, list[Any]]
+    captions: list[tuple[str, bool]]
 
 
-def log_answers(trainer: Trainer, table: dict[str, list[Any]]) -> None:
+def log_answers(trainer: Trainer, table: AnswerTable) -> None:
     """The answers of an evaluation, pictures as pictures, as a W&B table and in TensorBoard; main process only."""
     step = trainer.state.global_step
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            words = {name: values for name, values in table.items() if not isinstance(values[0], Image.Image)}
-            callback.tb_writer.add_text("eval/answers", markdown_table(words), step)
-            if "image" in table:
+            words = {name: values for name, values in table.columns.items() if name != "image"}
+            callback.tb_writer.add_text(
+                "eval/answers", markdown_table(list(words), list(zip(*words.values(), strict=True))), step
+            )
+            if "image" in table.columns:
                 callback.tb_writer.add_image("eval/answers", contact_sheet(table), step, dataformats="HWC")
             callback.tb_writer.flush()
     if "wandb" not in trainer.args.report_to:
@@ -199,7 +201,7 @@ def log_answers(trainer: Trainer, table: dict[str, list[Any]]) -> None:
     def log_table() -> None:
         columns = {
             name: [wandb.Image(value) if isinstance(value, Image.Image) else value for value in values]
-            for name, values in table.items()
+            for name, values in table.columns.items()
         }
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         wandb.log({"eval/answers": wandb.Table(columns=list(columns), data=rows), "train/global_step": step})
@@ -207,24 +209,17 @@ def log_answers(trainer: Trainer, table: dict[str, list[Any]]) -> None:
     tell_wandb(trainer.args, trainer.state, log_table)
 
 
-def markdown_table(columns: dict[str, list[Any]]) -> str:
-    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def contact_sheet(table: dict[str, list[Any]], num_columns: int = 8) -> np.ndarray:
-    """Thumbnails of the questions' pictures, captioned `truth -> counted`: (height, width, 3), uint8."""
+def contact_sheet(table: AnswerTable, num_columns: int = 8) -> np.ndarray:
+    """Thumbnails of the questions' pictures with their captions, right ones in green: (height, width, 3), uint8."""
     caption = 14
-    num_rows = -(-len(table["image"]) // num_columns)
+    num_rows = -(-len(table.captions) // num_columns)
     sheet = Image.new("RGB", (num_columns * THUMBNAIL, num_rows * (THUMBNAIL + caption)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (image, truth, counted) in enumerate(
-        zip(table["image"], table["truth"], table["answer_count"], strict=True)
-    ):
+    for number, (image, (text, right)) in enumerate(zip(table.columns["image"], table.captions, strict=True)):
         left, top = number % num_columns * THUMBNAIL, number // num_columns * (THUMBNAIL + caption)
-        thumbnail = image.convert("RGB")
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-        sheet.paste(thumbnail, (left, top + caption))
-        colour = "darkgreen" if truth == counted else "darkred"
-        draw.text((left + 2, top + 1), f"{truth} -> {'?' if counted is None else counted}", fill=colour)
+        if image is not None:
+            thumbnail = image.convert("RGB")
+            thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+            sheet.paste(thumbnail, (left, top + caption))
+        draw.text((left + 2, top + 1), text, fill="darkgreen" if right else "darkred")
     return np.asarray(sheet)

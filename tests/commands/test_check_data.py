@@ -96,7 +96,7 @@ def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
         assert f"{code} (1 rows)" in result.stderr
         assert f"train row {row}: " in result.stderr
     page = (tmp_path / "check" / "preview.html").read_text(encoding="utf-8")
-    assert page.count("<article>") == 7  # four of the faulty rows, and the three good ones
+    assert page.count("<article ") == 7  # four of the faulty rows, and the three good ones
     assert page.count("<img ") == 3
     # The data is only read.
     assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == before

@@ -1,6 +1,5 @@
 """Facts read out of answers, scored field by field; perplexity; and the evaluation of a run from end to end."""
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -180,8 +179,8 @@ def test_a_run_is_evaluated_from_end_to_end(tiny_gemma, data, tmp_path, capsys):
     flags = ["--model_name_or_path", tiny_gemma, "--dataset_name", data / "en", "--output_dir", run, "--max_steps", "8"]
     flags += ["--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "4"]
     train_gemma.main(*parse_arguments(recipe, [str(flag) for flag in flags]))
-    ask = {"run": str(run), "dataset": None, "batch_size": 16, "max_new_tokens": 8, "limit": 12, "overwrite": False}
-    evaluate_gemma.main(argparse.Namespace(**ask))
+    ask = evaluate_gemma.parse_arguments(["--run", str(run), "--max_new_tokens", "8", "--limit", "12"])
+    evaluate_gemma.main(ask)
     shown = capsys.readouterr().out
     folder = run / "evaluation" / "facts"
     assert {path.name for path in folder.iterdir()} == {
@@ -200,13 +199,5 @@ def test_a_run_is_evaluated_from_end_to_end(tiny_gemma, data, tmp_path, capsys):
     assert "**Facts: taught titles**" in shown
     assert "**Facts: titles never taught**" in shown
     assert lines[0]["question"] in (run / "report.html").read_text("utf-8").replace("&#34;", '"')
-    evaluate_gemma.main(argparse.Namespace(**ask))
+    evaluate_gemma.main(ask)
     assert "finished already" in capsys.readouterr().out
-
-
-def test_a_dataset_without_the_wording_is_refused_in_words(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text('{"completed": true}')
-    (tmp_path / "run" / "arguments.yaml").write_text("dataset_name: nowhere\n")
-    with pytest.raises(ValueError, match=r"nowhere: no manifest\.json with the wording of answers"):
-        evaluate_gemma.main(argparse.Namespace(run=str(tmp_path / "run"), dataset=None))

@@ -17,8 +17,9 @@ from transformers import LlavaForConditionalGeneration
 from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
-from finetuning.evaluation.answering import UNFINISHED
 from finetuning.models.loading import load_processing_class
+from finetuning.run_folder import EvaluationFolder, open_run
+from finetuning.tasks.exam import make_exam
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +90,14 @@ def test_two_processes_answer_as_one(zero_run):
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(zero_run):
     """The answers on disk are taken as they are; only the missing ones are asked."""
-    folder = zero_run / "evaluation" / "validation"
+    unfinished = EvaluationFolder(zero_run, "validation").unfinished_file
     with pytest.MonkeyPatch.context() as stop:
-        stop.setattr(evaluate_llava, "answer_with_both", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        stop.setattr(
+            "finetuning.tasks.evaluate.answer_with_both", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             evaluate(zero_run, "--split", "validation")
-    with (folder / UNFINISHED).open("a", encoding="utf-8") as file:
+    with unfinished.open("a", encoding="utf-8") as file:
         for answer in ("3 people.", "일곱 명입니다."):
             file.write(json.dumps({"tuned": answer}) + "\n")
     evaluate(zero_run, "--split", "validation")
@@ -102,7 +105,7 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(zero_run):
     assert [line["tuned"] for line in lines[:2]] == ["3 people.", "일곱 명입니다."]
     assert [line["tuned_count"] for line in lines[:2]] == [3, 7]
     assert [line["tuned"] for line in lines[2:]] == [line["base"] for line in lines[2:]]
-    assert not (folder / UNFINISHED).exists()
+    assert not unfinished.exists()
 
 
 @pytest.fixture(scope="module")
@@ -144,34 +147,39 @@ def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys, re
     torch.set_num_threads(1)
     train_llava.main(*parse_arguments(ROOT / "scripts" / "configs" / "llava_sample.yaml", flags))
     evaluate(tmp_path / "run", "--max_new_tokens", "8")
-    assert "Better: mean absolute error (unparsable answers taken as 0) went from " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    # Every picture shows seven people: who always says seven is right without looking.
+    assert "Matched by a trivial answer: mean absolute error (unparsable answers taken as 0) went from " in shown
     metrics = evaluation(tmp_path / "run")
     assert metrics["not_counting_questions"] == 1
     assert metrics["scores"]["tuned"]["n"] == 24 and metrics["scores"]["tuned"]["exact"] == 1.0
     assert metrics["scores"]["base"]["exact"] == 0.0
     assert metrics["scores"]["train_median"]["mae"] == 0.0
-    assert [(part["outcome"], part["num_groups"]) for part in metrics["verdict"]] == [("better", 12), ("better", 12)]
+    outcomes = [(part["outcome"], part["num_groups"]) for part in metrics["verdict"]]
+    assert outcomes == [("matched by a trivial answer", 12)] * 2
+    assert metrics["verdict"][0]["trivial"]["answer"] == "always 7 (train median)"
     assert (tmp_path / "run" / "evaluation" / "test" / "loss.png").is_file()
 
 
 def test_questions_are_cut_before_the_answer_that_states_the_count(sevens):
     rows = open_split(open_dataset(str(sevens), vision=True), "test", "sevens")
-    questions = evaluate_llava.questions_of(rows, "sevens")
-    assert (len(questions), len(rows)) == (24, 25)
-    first = questions[0]
+    exam = make_exam(rows, rows)
+    assert (len(exam.facts), exam.refused) == (24, [(24, "no answer states the row's count, 7")])
+    first = exam.questions[0]
     assert first["messages"] == [{"role": "user", "content": "How many people are in view?"}]
-    assert (first["reference"], first["question"]) == ("7 people.", "How many people are in view?")
+    assert (exam.facts[0]["reference"], exam.facts[0]["question"]) == ("7 people.", "How many people are in view?")
     assert open_picture(first["images"][0]).size == (64, 64)
-    with pytest.raises(ValueError, match="in none of 25 rows does an answer state the row's count"):
-        evaluate_llava.questions_of(rows.remove_columns("count").add_column("count", [8] * 25), "sevens")
-    with pytest.raises(ValueError, match="no column 'count'"):
-        evaluate_llava.questions_of(rows.remove_columns("count"), "sevens")
+    wrong = rows.remove_columns("count").add_column("count", [8] * 25)
+    nothing = make_exam(wrong, wrong)
+    assert nothing.facts == [] and nothing.describe_refused().startswith(
+        "25 rows cannot be scored: no answer states the row's count, 8 (row 0, 1, 2, ...)"
+    )
 
 
 def test_what_is_no_finished_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run here"):
-        evaluate_llava.open_run(str(tmp_path / "nothing"))
+        open_run(str(tmp_path / "nothing"))
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "arguments.yaml").write_text("dataset_name: x\n")
     with pytest.raises(ValueError, match="training has not ended here"):
-        evaluate_llava.open_run(str(tmp_path / "begun"))
+        open_run(str(tmp_path / "begun"))

@@ -18,7 +18,7 @@ def test_a_run_tells_step_speed_time_left_losses_restarts_page_and_that_it_fell_
     (run / "checkpoint-100").mkdir()
     progress = {
         "step": 120, "max_steps": 1000, "logged_at": minutes_ago(120.5), "seconds_per_step": 4.5, "samples_per_second": 3.55,
-        "loss": 0.51234, "eval_loss": 0.61, "eval_count_mae": 2.25, "wandb": "https://wandb.ai/me/project/runs/1a2b3c4d",
+        "loss": 0.51234, "eval_loss": 0.61, "scores": {"off by (people)": 2.25}, "wandb": "https://wandb.ai/me/project/runs/1a2b3c4d",
         "attempts": [
             {"started": minutes_ago(90), "from_step": 0, "host": "node1", "process": 1, "ended": minutes_ago(50),
              "step": 90, "reason": "SIGUSR2"},

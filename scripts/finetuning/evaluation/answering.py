@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,18 +12,15 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from finetuning import tracking
-from finetuning.evaluation.report import Item, Plot, Table
 from finetuning.inference.generation import generate_answers
 from finetuning.models.loading import load_for_inference
-from finetuning.run_folder import changed_settings, set_aside
+from finetuning.run_folder import EvaluationFolder, changed_settings, set_aside
 
 CHUNK = 16  # batches answered between two writes to disk
-UNFINISHED = "answers.unfinished.jsonl"
+MODELS = ("base", "tuned")
 
 
 def ask_both(
@@ -57,35 +53,31 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-def start_evaluation(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
+def start_evaluation(folder: EvaluationFolder, settings: dict[str, Any], *, overwrite: bool) -> bool:
     """Make the folder of an evaluation, or find it; True when it is finished already, with the same settings.
 
     With `overwrite` what is there is kept under another name. ValueError when it was made with other settings.
     """
     state = PartialState()
-    files = [folder / "metrics.json", folder / UNFINISHED]
-    found = next((path for path in files if path.is_file()), None)
-    if found is not None and not overwrite:
-        text = found.read_text(encoding="utf-8")
-        before = json.loads(text if found.suffix == ".json" else text.partition("\n")[0])["settings"]
-        if changed := changed_settings(before, settings):
-            raise ValueError(
-                f"{folder}: an evaluation with other settings is here ({'; '.join(changed)}). Run it with the old "
-                "ones to see it, or with --overwrite to make a new one (the old one is kept under another name)"
-            )
+    before = None if overwrite else folder.settings()
+    if before is not None and (changed := changed_settings(before, settings)):
+        raise ValueError(
+            f"{folder.folder}: an evaluation with other settings is here ({'; '.join(changed)}). Run it with the old "
+            "ones to see it, or with --overwrite to make a new one (the old one is kept under another name)"
+        )
+    finished = not overwrite and bool(folder.metrics())
     state.wait_for_everyone()
     if state.is_main_process:
-        if overwrite and folder.exists():
-            print(f"The evaluation before is kept as {set_aside(folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite or found is None:
-            _append(folder / UNFINISHED, [{"settings": settings}])
+        if overwrite and folder.folder.exists():
+            print(f"The evaluation before is kept as {set_aside(folder.folder)}")
+        if before is None:
+            folder.begin(settings)
     state.wait_for_everyone()
-    return not overwrite and found is not None and found.name == "metrics.json"
+    return finished
 
 
 def answer_with_both(
-    run: Path, base: str, rows: Dataset, folder: Path, *, batch_size: int, max_new_tokens: int
+    run: Path, base: str, rows: Dataset, folder: EvaluationFolder, *, batch_size: int, max_new_tokens: int
 ) -> dict[str, list[str]]:
     """Greedy answers of the `base` and the `tuned` model, one per row, in order, on every process.
 
@@ -93,7 +85,7 @@ def answer_with_both(
     own processor. Answers are kept in `folder` as they come; those of an evaluation that was stopped are not asked again.
     """
     state = PartialState()
-    answers = _read_unfinished(folder / UNFINISHED)
+    answers = folder.kept(MODELS)
     missing = [name for name in ("tuned", "base") if len(answers[name]) < len(rows)]
     if not missing:
         return answers
@@ -122,7 +114,7 @@ def answer_with_both(
                     description=f"{name} model, answers {chunk.start + 1} to {chunk.stop}",
                 )
                 if state.is_main_process:
-                    _append(folder / UNFINISHED, [{name: answer} for answer in new])
+                    folder.keep(name, chunk.start, new)
                 done += new
                 bar.update(len(new))
 
@@ -130,60 +122,7 @@ def answer_with_both(
     return answers
 
 
-def _read_unfinished(path: Path) -> dict[str, list[str]]:
-    answers: dict[str, list[str]] = {"base": [], "tuned": []}
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        for name, answer in json.loads(line).items():
-            answers[name].append(answer)
-    return answers
-
-
-def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Add JSON lines; the whole file is replaced at once, so that a kill never leaves half a line."""
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    new = path.with_name(path.name + ".new")
-    new.write_text(before + lines, encoding="utf-8")
-    new.rename(path)
-
-
-def finish_evaluation(folder: Path, metrics: dict[str, Any], answers: Sequence[dict[str, Any]], tables: str) -> None:
-    """Write answers.jsonl, table.md and, last, metrics.json, which says that the evaluation is whole."""
-    (folder / "answers.jsonl").unlink(missing_ok=True)
-    _append(folder / "answers.jsonl", answers)
-    (folder / "table.md").write_text(tables, encoding="utf-8")
-    unfinished = folder / "metrics.json.unfinished"
-    unfinished.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.rename(folder / "metrics.json")
-    (folder / UNFINISHED).unlink(missing_ok=True)
-
-
-def log_to_wandb(
-    run: Path,
-    split: str,
-    numbers: dict[str, float],
-    tables: Sequence[Table],
-    plots: Sequence[Plot],
-    items: Sequence[Item],
-) -> None:
-    """The evaluation in the W&B run of the training: numbers, tables, plots, items with pictures. Nothing without W&B."""
-    if "wandb" not in tracking.set_up(str(run), run.name):
-        return
-    import wandb
-
-    logged: dict[str, Any] = {f"{split}/{name}": value for name, value in numbers.items()}
-    for table in tables:
-        logged[f"{split}/{table.title}"] = wandb.Table(
-            columns=list(table.columns), data=[list(row) for row in table.rows]
-        )
-    for plot in plots:
-        with_bytes = Image.open(io.BytesIO(plot.picture.light))
-        logged[f"{split}/{plot.title}"] = wandb.Image(with_bytes, caption=plot.caption)
-    columns = ["item", "image", "question", "truth", "base", "tuned"]
-    rows = [
-        [item.name, item.image and wandb.Image(item.image), item.question, item.truth, item.base, item.tuned]
-        for item in items
-    ]
-    logged[f"{split}/answers"] = wandb.Table(columns=columns, data=rows)
-    wandb.log(logged)
-    wandb.finish()
+def read_answers(folder: EvaluationFolder) -> dict[str, list[str]]:
+    """The answers of a finished evaluation, of `base` and `tuned`, in the order in which they were asked."""
+    lines = [json.loads(line) for line in folder.answers_file.read_text(encoding="utf-8").splitlines()]
+    return {name: [line[name] for line in lines] for name in MODELS}

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetuning.evaluation.answering import ask_both
 
 
 class AnswerLoss(NamedTuple):
@@ -66,3 +70,21 @@ def answer_losses(
         for index, total, number in zip(indices, loss.sum(1).tolist(), (targets != -100).sum(1).tolist(), strict=True):
             losses.append((index, AnswerLoss(total, number)))
     return [loss for _, loss in sorted(gather_object(losses))]
+
+
+def losses_of_both(
+    run: Path, base: str, questions: Sequence[dict[str, Any]], *, batch_size: int
+) -> dict[str, list[AnswerLoss]]:
+    """The loss of the reference answers, under the tuned and the base model."""
+    conversations = [
+        [*question["messages"], {"role": "assistant", "content": question["reference"]}] for question in questions
+    ]
+    losses = {}
+
+    def ask(name: str, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        losses[name] = answer_losses(
+            model, tokenizer, conversations, batch_size=batch_size, description=f"Loss of the {name} model"
+        )
+
+    ask_both(run, base, ask)
+    return losses

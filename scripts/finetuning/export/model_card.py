@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from finetuning.pages import markdown_table
 from finetuning.run_folder import evaluations, find_again, read_metrics
 
 # Licence of a base by its model type, where its own card is not at hand. Names as the Hub spells them.
@@ -28,8 +29,7 @@ def licence_of(base: str) -> str | None:
 
 def table(values: dict[str, Any]) -> str:
     """A Markdown table with a row for each key, or a sentence that there are none."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in values.items())
-    return f"| | |\n|---|---|\n{rows}" if rows else "None were recorded."
+    return markdown_table(["", ""], list(values.items())) if values else "None were recorded."
 
 
 def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report: dict[str, Any]) -> None:

@@ -139,7 +139,10 @@ class StopTogether(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Keeps `progress.json` up to date at every log."""
+    """Keeps `progress.json` up to date at every log; `headlines`: metric of the answers -> what to call it there."""
+
+    def __init__(self, headlines: dict[str, str]):
+        self.headlines = headlines
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._began, self._from_step = time.monotonic(), state.global_step
@@ -153,8 +156,10 @@ class ShowProgress(TrainerCallback):
         steps = state.global_step - self._from_step
         if steps:
             known["seconds_per_step"] = round((time.monotonic() - self._began) / steps, 4)
-        wanted = ("loss", "eval_loss", "eval_count_mae", "samples_per_second")
-        known |= {name: logs[name] for name in wanted if name in logs}
+        known |= {name: logs[name] for name in ("loss", "eval_loss", "samples_per_second") if name in logs}
+        scores = {label: logs[f"eval_{name}"] for name, label in self.headlines.items() if f"eval_{name}" in logs}
+        if scores:
+            known["scores"] = known.get("scores", {}) | scores
         if address := tracking.wandb_address(args):
             known["wandb"] = address
         run_folder.write_progress(folder, known)
@@ -164,14 +169,14 @@ class ShowProgress(TrainerCallback):
 class InterruptibleTrainer(SFTTrainer):
     """SFTTrainer that can be asked to stop, and whose checkpoints are moved into place only when they are whole."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, headlines: dict[str, str] | None = None, **kwargs):
         self._saving = False
         self.stop_request = StopRequest()
         super().__init__(*args, **kwargs)
         if self.pop_callback(WandbCallback):
             self.add_callback(tracking.WandbCallbackThatReturns())
         self.add_callback(StopTogether(self.stop_request))
-        self.add_callback(ShowProgress())
+        self.add_callback(ShowProgress(headlines or {}))
 
     def train(self, *args, **kwargs):
         """Train; after a stop signal, save and leave the process with code 75: the same command continues."""

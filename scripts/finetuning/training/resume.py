@@ -221,4 +221,6 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step)
         run_folder.write_metrics(folder, metrics)
         run_folder.end_attempt(folder, state.global_step, "completed")
-        tracking.close(trainer.args, state, 0, metrics)
+        measured = trainer.exam.describe(metrics) if trainer.exam else "no answer was scored while training"
+        verdict = f"trained for {state.global_step} steps; {measured}"
+        tracking.close(trainer.args, state, 0, metrics | {"verdict": verdict})

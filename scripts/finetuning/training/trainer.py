@@ -3,7 +3,6 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,9 @@ class FineTuningTrainer(InterruptibleTrainer):
     """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
 
     Args (the rest is SFTTrainer's):
-        questions: rows whose `messages` end with a user turn (and `images`), asked at each evaluation; None for none.
-        score_answers: `(questions, answers) -> (metrics, table)`: metrics by name without the `eval_` prefix, and the
-            table as `{column: values}` for the trackers.
+        exam: what is asked at each evaluation; None for nothing. It has `questions` (rows whose `messages` end with a
+            user turn, and `images`), `score(answers) -> (metrics without the eval_ prefix, AnswerTable)`, `headlines`
+            (metric -> label, for progress.json) and `describe(metrics)` (one sentence on the last evaluation).
         checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
         cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.cuda_graphs`).
 
@@ -67,8 +66,7 @@ class FineTuningTrainer(InterruptibleTrainer):
     def __init__(
         self,
         *args,
-        questions: list[dict[str, Any]] | None = None,
-        score_answers: Callable[[list, list[str]], tuple[dict[str, float], dict[str, list]]] | None = None,
+        exam: Any | None = None,
         eval_max_new_tokens: int = 32,
         checkpoint_layers: str = "all",
         cuda_graphs: bool = False,
@@ -91,7 +89,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         with barriers_without_timeout():  # the first process tokenises text, and the others then read what it stored
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, headlines=exam.headlines if exam else None, **kwargs)
         for name, parameter in model.named_parameters():
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
@@ -103,8 +101,7 @@ class FineTuningTrainer(InterruptibleTrainer):
         use_supervised_rows(base_model_of(model))
         self._on_its_way: deque[Watched] = deque()
         self._arrived: list[list[float]] = []
-        self.questions = questions
-        self.score_answers = score_answers
+        self.exam = exam
         self.eval_max_new_tokens = eval_max_new_tokens
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
         if chooses_layers:
@@ -289,16 +286,16 @@ class FineTuningTrainer(InterruptibleTrainer):
         started = time.perf_counter()
         self._read_what_arrived(wait=True)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.questions:
+        if self.exam is not None:
             with self.accelerator.autocast():
                 answers = generate_answers(
                     self.accelerator.unwrap_model(self.model),
                     self.processing_class,
-                    self.questions,
+                    self.exam.questions,
                     batch_size=self.args.per_device_eval_batch_size,
                     max_new_tokens=self.eval_max_new_tokens,
                 )
-            scores, table = self.score_answers(self.questions, answers)
+            scores, table = self.exam.score(answers)
             scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self.log(dict(scores))
             metrics |= scores

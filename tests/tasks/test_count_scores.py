@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetuning.tasks.counting import (
+from finetuning.tasks.count_scores import (
     crowd_sizes,
     find_count_turn,
     score_by_crowd_size,

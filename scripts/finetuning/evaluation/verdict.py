@@ -1,0 +1,115 @@
+"""Did training help? Against the base, and against the best answer that needs no look at the question."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.evaluation.bootstrap import MIN_GROUPS, Difference, compare
+from finetuning.pages import Say
+
+BEATEN, MATCHED = "beaten by a trivial answer", "matched by a trivial answer"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One measure: `tuned` against `base`, and against the best trivial answer where there is one."""
+
+    against_base: Difference
+    against_trivial: Difference | None = None  # its `base` is the trivial answer
+    trivial: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """That against the base; but what is better than the base and not than a trivial answer is matched or beaten."""
+        outcome = self.against_base.outcome
+        if outcome != "better" or self.against_trivial is None or self.against_trivial.outcome == "better":
+            return outcome
+        return BEATEN if self.against_trivial.outcome == "worse" else MATCHED
+
+    def as_dict(self) -> dict[str, Any]:
+        values = self.against_base.as_dict() | {"outcome": self.outcome}
+        if self.against_trivial is not None:
+            values["trivial"] = {"answer": self.trivial} | self.against_trivial.as_dict()
+        return values
+
+
+def judge(
+    measure: str,
+    values: dict[str, Sequence[float]],
+    groups: Sequence[Hashable],
+    *,
+    lower_is_better: bool,
+    trivial: dict[str, str],
+    **settings: Any,
+) -> Verdict:
+    """The verdict on one measure.
+
+    `values` holds one number per item for `base`, `tuned` and each trivial answer; `trivial` the trivial answers' keys
+    with what to call them. The best of them is chosen on these very items, which favours it: the model has to beat that.
+    """
+    settings |= {"lower_is_better": lower_is_better}
+    against_base = compare(measure, values["base"], values["tuned"], groups, **settings)
+    if not trivial:
+        return Verdict(against_base)
+    best = (min if lower_is_better else max)(trivial, key=lambda name: sum(values[name]))
+    return Verdict(against_base, compare(measure, values[best], values["tuned"], groups, **settings), trivial[best])
+
+
+# The outcome as the first words of a sentence.
+KOREAN_OUTCOMES = {
+    "better": "나아졌습니다",
+    "worse": "나빠졌습니다",
+    "no measurable change": "잴 수 있는 변화가 없습니다",
+    "too few to tell": "판단하기에 너무 적습니다",
+    MATCHED: "보지 않고 하는 답과 다르지 않습니다",
+    BEATEN: "보지 않고 하는 답보다 못합니다",
+}
+
+
+def in_blocks(difference: Difference, say: Say) -> str:
+    """What is said of frames of a video: that neighbours are not independent, and how many independent ones tell as much."""
+    if difference.num_independent is None:
+        return ""
+    return say(
+        f" in time, drawn in blocks of {difference.block} neighbours (they tell as much as "
+        f"{difference.num_independent} independent ones)",
+        f"(시간 순서, 이웃 {difference.block}개씩 묶어 추출; 서로 독립인 {difference.num_independent}개와 같은 정보)",
+    )
+
+
+def describe(verdict: Verdict, say: Say) -> str:
+    """Plain sentences with the outcome first, naming the intervals."""
+    base, trivial = verdict.against_base, verdict.against_trivial
+    unit = f" {base.unit}" if base.unit else ""
+    outcome = say(verdict.outcome.capitalize(), KOREAN_OUTCOMES[verdict.outcome])
+    change = say(
+        f"{base.measure} went from {base.base:.2f} to {base.tuned:.2f}{unit}",
+        f"{base.measure} {base.base:.2f} → {base.tuned:.2f}{unit}",
+    )
+    if verdict.outcome == "too few to tell":
+        return say(
+            f"{outcome}: {change}, but {base.num_groups} {base.grouped_by}{in_blocks(base, say)} decide nothing; use "
+            f"{MIN_GROUPS} or more.",
+            f"{outcome}: {change}. {base.grouped_by} {base.num_groups}개{in_blocks(base, say)}로는 아무것도 정해지지 않습니다. "
+            f"{MIN_GROUPS}개 이상 쓰세요.",
+        )
+    unchanged = base.outcome == "no measurable change"
+    interval = say(
+        f"a change of {base.difference:+.2f}, 95 % interval {base.low:+.2f} to {base.high:+.2f}, over {base.num_groups} "
+        f"{base.grouped_by}{in_blocks(base, say)}{', which includes 0' if unchanged else ''}",
+        f"변화 {base.difference:+.2f}, 95 % 구간 {base.low:+.2f} ~ {base.high:+.2f}, {base.grouped_by} {base.num_groups}개"
+        f"{in_blocks(base, say)}{', 0을 포함합니다' if unchanged else ''}",
+    )
+    sentence = f"{outcome}: {change} ({interval})."
+    if trivial is None:
+        return sentence
+    return (
+        sentence
+        + " "
+        + say(
+            f"{verdict.trivial[:1].upper()}{verdict.trivial[1:]} would score {trivial.base:.2f}{unit}: the tuned model differs by "
+            f"{trivial.difference:+.2f}, 95 % interval {trivial.low:+.2f} to {trivial.high:+.2f}.",
+            f"{verdict.trivial}: {trivial.base:.2f}{unit}. 튜닝된 모델과의 차이 {trivial.difference:+.2f}, 95 % 구간 "
+            f"{trivial.low:+.2f} ~ {trivial.high:+.2f}.",
+        )
+    )

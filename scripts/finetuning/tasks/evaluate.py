@@ -1,0 +1,208 @@
+"""One evaluation of a run: the questions of a split asked of base and tuned model, scored, and put on a page."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from tqdm import tqdm
+
+from finetuning.data.dataset import open_dataset, open_split
+from finetuning.data.pictures import open_picture
+from finetuning.evaluation.answering import (
+    answer_with_both,
+    digest,
+    read_answers,
+    start_evaluation,
+)
+from finetuning.evaluation.frames import frame_times, near_copies, thumbnail
+from finetuning.evaluation.page import Findings, write_evaluation
+from finetuning.pages import LANGUAGES, Say, speak
+from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
+from finetuning.tasks.base import Asked
+from finetuning.tasks.exam import TASKS, Exam, make_exam
+
+
+def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
+    """Ask, score and show. Raises ValueError where there is no run, no split, or nothing in it that can be scored."""
+    # Questions: the rows that can be scored
+    run, arguments = open_run(args.run)
+    name = args.dataset or arguments["dataset_name"]
+    dataset = open_dataset(args.dataset or find_again(run, name), vision=vision)
+    rows = open_split(dataset, args.split, name)
+    exam = make_exam(
+        rows, train_rows_of(run, arguments, dataset, name, vision=vision), task=args.task, limit=args.limit
+    )
+    if not exam.facts:
+        raise ValueError(f"{name}, split {args.split}: {exam.describe_refused()}, so there is nothing to score")
+    settings = {
+        "dataset": name,
+        "split": args.split,
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+        "questions_sha256": digest_questions(exam),
+        "weights_sha256": digest_weights(run),
+    }
+    folder, is_headline = evaluation_folder(run, arguments, name, args.split)
+    state = PartialState()
+    finished = start_evaluation(folder, settings, overwrite=args.overwrite)
+    base = untuned_model(run)
+    if not finished:
+        # Answers, of both models to the same prompts
+        answers = answer_with_both(
+            run, base, exam.questions, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
+        )
+    elif state.is_main_process:
+        print("This evaluation is finished already, and shown here; --overwrite makes it anew.")
+        answers = read_answers(folder)
+    if state.is_main_process:
+        if not finished or folder.metrics().get("language", "en") != args.language:
+            findings = find(exam, answers, settings, {"base": "base", "tuned": "tuned"}, speak(args.language))
+            write_evaluation(run, folder, base, findings, settings, language=args.language, is_headline=is_headline)
+        show(folder, is_headline=is_headline)
+    state.destroy_process_group()
+
+
+def train_rows_of(
+    run: Path, arguments: Mapping[str, Any], dataset: DatasetDict, name: str, *, vision: bool
+) -> Dataset | None:
+    """The run's own train split, `dataset` (called `name`) where it is the run's; None, and a word, where it is gone."""
+    own, split = arguments["dataset_name"], arguments.get("dataset_train_split", "train")
+    try:
+        return open_split(
+            dataset if is_own(run, arguments, name) else open_dataset(find_again(run, own), vision=vision), split, own
+        )
+    except ValueError as error:
+        PartialState().print(
+            f"Without trivial answers to compare with, which the run's train split would give: {error}"
+        )
+        return None
+
+
+def is_own(run: Path, arguments: Mapping[str, Any], name: str) -> bool:
+    own = arguments["dataset_name"]
+    return name == own or Path(name).resolve() == Path(find_again(run, own)).resolve()
+
+
+def evaluation_folder(run: Path, arguments: Mapping[str, Any], name: str, split: str) -> tuple[EvaluationFolder, bool]:
+    """(folder, whether its page is the run's own page).
+
+    `evaluation/<split>` for the run's own dataset, `evaluation/<dataset>/<split>` for others. The run's own page shows
+    held-out rows of its own dataset, never rows that it was trained on.
+    """
+    if not is_own(run, arguments, name):
+        return EvaluationFolder(run, f"{Path(name).name}/{split}"), False
+    return EvaluationFolder(run, split), split != arguments.get("dataset_train_split", "train")
+
+
+def digest_questions(exam: Exam) -> str:
+    """Tells whether two evaluations asked the same: SHA-256 of the questions and of what their answers are scored by."""
+    keys = ["row", "image_id", "question", "reference", *(["count"] if set(exam.tasks) == {"count"} else [])]
+    facts: dict[str, Any] = {key: [fact[key] for fact in exam.facts] for key in keys}
+    if "count" not in keys:
+        facts |= {"task": exam.tasks, "references": [fact["references"] for fact in exam.facts]}
+    return digest(facts)
+
+
+def find(
+    exam: Exam, answers: Mapping[str, Sequence[str]], settings: Mapping[str, Any], labels: Mapping[str, str], say: Say
+) -> Findings:
+    """The findings of each task of the exam, one after the other; the task with most questions first."""
+    copy_of = find_copies(exam)
+    times = frame_times(copy_of.values())
+    parts = []
+    for name, places in exam.by_task.items():
+        asked = Asked(
+            questions=[exam.facts[i] for i in places],
+            pictures=exam.questions.select(places),
+            train=exam.train.get(name, []),
+            groups=[copy_of[exam.facts[i]["image_id"]] for i in places],
+            settings=settings,
+            num_others=len(exam.refused) + len(exam.facts) - len(places),
+            bootstrap={"times": times, "grouped_by": say("images", "이미지")},
+        )
+        of_task = {model: [texts[i] for i in places] for model, texts in answers.items()}
+        parts.append(TASKS[name].findings(asked, of_task, labels, say))
+    return parts[0] if len(parts) == 1 else join_findings(parts, list(exam.by_task), say)
+
+
+def find_copies(exam: Exam) -> dict[str, str]:
+    """Each `image_id` -> the first one whose picture it is a near-copy of: they count as one picture.
+
+    Of rows with several pictures the first is looked at; rows without count by their `image_id` alone.
+    """
+    names = [fact["image_id"] for fact in exam.facts]
+    copy_of = {name: name for name in names}
+    if "images" not in exam.questions.column_names:
+        return copy_of
+    first_place = {name: place for place, name in reversed(list(enumerate(names)))}
+    shown, thumbnails = [], []
+    for name, place in tqdm(
+        sorted(first_place.items(), key=lambda pair: pair[1]), desc="Looking for near-copies", unit="picture"
+    ):
+        if images := exam.questions[place]["images"]:
+            shown.append(name)
+            thumbnails.append(thumbnail(open_picture(images[0])))
+    return copy_of | {name: shown[first] for name, first in zip(shown, near_copies(thumbnails), strict=True)}
+
+
+def join_findings(parts: Sequence[Findings], names: Sequence[str], say: Say) -> Findings:
+    """Findings of several tasks as those of one page; what is called by a name gets the task's in front."""
+    verdicts = [
+        replace(v, against_base=replace(v.against_base, measure=f"{part.title}: {v.against_base.measure}"))
+        for part in parts
+        for v in part.verdicts
+    ]
+    return Findings(
+        title=", ".join(part.title for part in parts),
+        asked="; ".join(f"{part.title}: {part.asked}" for part in parts),
+        verdicts=verdicts,
+        metrics={"tasks": {name: part.metrics for name, part in zip(names, parts, strict=True)}},
+        numbers={
+            f"{name}_{key}": value
+            for name, part in zip(names, parts, strict=True)
+            for key, value in part.numbers.items()
+        },
+        lines=[{"task": name} | line for name, part in zip(names, parts, strict=True) for line in part.lines],
+        tables=[table for part in parts for table in part.tables],
+        plots=[plot for part in parts for plot in part.plots],
+        pictures={name: png for part in parts for name, png in part.pictures.items()},
+        item_groups={
+            f"{part.title}: {heading}": items for part in parts for heading, items in part.item_groups.items()
+        },
+    )
+
+
+def show(folder: EvaluationFolder, *, is_headline: bool) -> None:
+    """The verdict and tables of a finished evaluation, and where its files are."""
+    page = folder.page_of_run if is_headline else folder.page
+    print("\n" + folder.table_file.read_text(encoding="utf-8"))
+    print(f"Page:     {page}\nPictures: {folder.folder}/*.png\nAnswers:  {folder.answers_file}")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
+def evaluation_parser(description: str, *, batch_size: int, max_new_tokens: int) -> argparse.ArgumentParser:
+    """The flags that every evaluation has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--run", required=True, help="folder of a finished training, such as outputs/llava-sample")
+    add("--dataset", help="folder or Hub dataset; left out: the one that the run was trained on")
+    add("--split", default="test", help="split to ask about (default %(default)s)")
+    add("--task", choices=sorted(TASKS), help="what the rows are; left out: as in training")
+    add("--language", choices=LANGUAGES, default="en", help="of the verdict and the page (default %(default)s)")
+    add("--batch_size", type=positive, default=batch_size, help="questions asked at once, on each process")
+    add("--max_new_tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
+    add("--limit", type=positive, help="ask only so many questions, evenly spaced over the split")
+    add("--overwrite", action="store_true", help="evaluate anew; the old evaluation is kept beside it")
+    return parser

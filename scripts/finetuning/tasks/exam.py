@@ -1,0 +1,259 @@
+"""Which task a row is, the questions of a split as one exam, and its scores while training."""
+
+import contextlib
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from finetuning.arguments import ScriptArguments
+from finetuning.data.dataset import spread
+from finetuning.data.pictures import open_picture
+from finetuning.tasks.base import Question, Task, Unscorable
+from finetuning.tasks.choice import Choice, parse_choice, read_options
+from finetuning.tasks.count import Count
+from finetuning.tasks.free_text import FreeText
+from finetuning.tasks.number import Number, parse_number
+from finetuning.tasks.short_answer import ShortAnswer
+from finetuning.tasks.yes_no import YesNo, parse_yes_no
+from finetuning.tracking import AnswerTable
+
+TASKS: dict[str, Task] = {task.name: task for task in (Count(), YesNo(), Choice(), Number(), ShortAnswer(), FreeText())}
+MAX_TRAIN_ROWS = 20_000  # of a larger train split, so many rows, evenly spread, say which task it is and what is common
+# A dataset without a column that tells is a task when at least this share of its train answers are of that kind.
+ENOUGH = 0.8
+SHORT = 5  # words of a short answer, at most; a number may come with a few more
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The task of each row: `task` for all of them, or where it is None what the column `task` says."""
+
+    task: str | None
+    evidence: str
+
+
+def assign(train_rows: Sequence[Question], given: str | None = None) -> Assignment:
+    """Which task the rows of a dataset are: `given` by the recipe, else by their columns.
+
+    One decision for the whole dataset. Raises ValueError for a task that does not exist.
+    """
+    known = ", ".join(TASKS)
+    if given is not None:
+        if given not in TASKS:
+            raise ValueError(f"task {given!r} does not exist; the tasks are {known}")
+        return Assignment(given, f"task {given}, as the recipe says")
+    named = Counter(row["task"] for row in train_rows if row.get("task") is not None)
+    if unknown := sorted(set(named) - set(TASKS)):
+        raise ValueError(f"the column task names {', '.join(map(repr, unknown))}; the tasks are {known}")
+    if named:
+        shares = ", ".join(f"{name} ({number:,} of {len(train_rows):,} rows)" for name, number in named.most_common())
+        return Assignment(None, f"tasks by the column task: {shares}")
+    counted = sum(row.get("count") is not None for row in train_rows)
+    if counted:
+        return Assignment("count", f"task count: {counted:,} of {len(train_rows):,} rows have a count")
+    return read_off(train_rows)
+
+
+def read_off(rows: Sequence[Question]) -> Assignment:
+    """The task that the answers of most rows look like: the first of `KINDS` that ENOUGH of them are, else free_text."""
+    answers = []
+    for row in rows:
+        with contextlib.suppress(Unscorable):
+            turn = TASKS["free_text"].turn(row)
+            answers.append((row["messages"][turn - 1]["content"], row["messages"][turn]["content"]))
+    seen = []
+    for name, words, fits in KINDS:
+        number = sum(fits(question, answer) for question, answer in answers)
+        share = f"{number:,} of {len(rows):,} train answers {words} ({number / max(len(rows), 1):.0%})"
+        if answers and number >= ENOUGH * len(rows):
+            return Assignment(name, f"task {name}, read off the data: {share}")
+        seen.append(share)
+    return Assignment(
+        "free_text", f"task free_text, as no other fits {ENOUGH:.0%} of the train answers: only {'; '.join(seen)}"
+    )
+
+
+def is_choice(question: str, answer: str) -> bool:
+    options = read_options(question)
+    return bool(options) and parse_choice(answer, options) is not None
+
+
+KINDS: tuple[tuple[str, str, Callable[[str, str], bool]], ...] = (
+    ("choice", "choose an option that the question lists", is_choice),
+    ("yes_no", "begin with yes or no", lambda _, answer: parse_yes_no(answer) is not None),
+    (
+        "number",
+        "are one number",
+        lambda _, answer: len(answer.split()) <= SHORT + 3 and parse_number(answer) is not None,
+    ),
+    ("short_answer", f"are at most {SHORT} words", lambda _, answer: len(answer.split()) <= SHORT),
+)
+
+
+@dataclass
+class Exam:
+    """Questions of one split, each of one task, and how their answers are scored.
+
+    `questions` has `messages` that end with the question, and `images`; `facts` the same rows without pictures;
+    `tasks` the name of each one's task; `train` the questions of the run's train split by task; `refused` the rows that
+    cannot be scored: (row, reason).
+    """
+
+    questions: Dataset
+    facts: list[Question]
+    tasks: list[str]
+    train: dict[str, list[Question]]
+    refused: list[tuple[int, str]]
+    evidence: str
+
+    @property
+    def by_task(self) -> dict[str, list[int]]:
+        """Places of the questions of each task, the task with most questions first."""
+        return {
+            name: [i for i, task in enumerate(self.tasks) if task == name]
+            for name, _ in Counter(self.tasks).most_common()
+        }
+
+    @property
+    def headlines(self) -> dict[str, str]:
+        """Metric -> what to call it, for progress.json and status.py."""
+        return dict(TASKS[name].headline for name in self.by_task)
+
+    def score(self, answers: Sequence[str]) -> tuple[dict[str, float], AnswerTable]:
+        """(metrics without the `eval_` prefix, the table for the trackers) of one answer for each question.
+
+        `score` is the mean over the tasks of their skill: 0 for the best trivial answer, 1 for perfect. Higher is better
+        whatever the task, so that recipes can keep the best checkpoint by it.
+        """
+        metrics: dict[str, float] = {}
+        for name, places in self.by_task.items():
+            asked, given = [self.facts[i] for i in places], [answers[i] for i in places]
+            metrics |= TASKS[name].metrics(asked, given, self.train.get(name, []))
+        metrics["score"] = statistics.fmean(TASKS[name].skill(metrics) for name in self.by_task)
+        return metrics, self._table(answers)
+
+    def _table(self, answers: Sequence[str]) -> AnswerTable:
+        columns: dict[str, list[Any]] = {}
+        if "images" in self.questions.column_names:
+            columns["image"] = [open_picture(images[0]) if images else None for images in self.questions["images"]]
+        columns["question"] = [fact["question"] for fact in self.facts]
+        names = list(self.by_task)
+        if len(names) == 1:
+            columns |= TASKS[names[0]].table(self.facts, answers)
+        else:
+            parts = [
+                TASKS[t].table([fact], [answer])
+                for t, fact, answer in zip(self.tasks, self.facts, answers, strict=True)
+            ]
+            columns["task"] = list(self.tasks)
+            columns |= {key: [str(part[key][0]) for part in parts] for key in ("truth", "answer")}
+        right = [
+            TASKS[t].is_right(fact, answer) for t, fact, answer in zip(self.tasks, self.facts, answers, strict=True)
+        ]
+        captions = [
+            TASKS[t].caption(fact, answer) for t, fact, answer in zip(self.tasks, self.facts, answers, strict=True)
+        ]
+        return AnswerTable(columns, list(zip(captions, right, strict=True)))
+
+    def describe_refused(self) -> str:
+        """Why rows cannot be scored: each reason once, with how many rows it holds for and the first of them."""
+        rows: dict[str, list[int]] = {}
+        for row, reason in self.refused:
+            rows.setdefault(reason, []).append(row)
+        return "; ".join(
+            f"{len(numbers):,} rows cannot be scored: {reason} (row {', '.join(map(str, numbers[:3]))}{', ...' if len(numbers) > 3 else ''})"
+            for reason, numbers in sorted(rows.items(), key=lambda pair: -len(pair[1]))[:5]
+        )
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        """The last evaluation of a run in words. `metrics` are named as in metrics.json, with `eval_`."""
+        plain = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+        measured = [name for name in self.by_task if f"{name}_n" in plain]
+        return "; ".join(TASKS[name].sentence(plain) for name in measured) or "no answer was scored while training"
+
+
+def rows_without_pictures(rows: Dataset) -> list[Question]:
+    """Plain rows, each with its `row` and `image_id`; no picture is read."""
+    plain = rows.remove_columns("images") if "images" in rows.column_names else rows
+    return [row | {"image_id": str(row.get("image_id", row["row"]))} for row in plain.to_list()]
+
+
+def find_questions(
+    rows: Sequence[Question], assignment: Assignment
+) -> tuple[list[Question], list[str], list[tuple[int, str]]]:
+    """(questions, the task of each, [(row, why it cannot be scored)]).
+
+    A question is its row with `messages` cut before the answer, `question`, `reference` (the answer that was cut) and
+    `references` (the column `answers`, else that one answer).
+    """
+    questions, tasks, refused = [], [], []
+    for row in rows:
+        name = assignment.task or row.get("task")
+        if name is None:
+            refused.append((row["row"], "its column task is empty"))
+            continue
+        try:
+            turn = TASKS[name].turn(row)
+        except Unscorable as reason:
+            refused.append((row["row"], str(reason)))
+            continue
+        reference = row["messages"][turn]["content"]
+        cut = {
+            "messages": row["messages"][:turn],
+            "question": row["messages"][turn - 1]["content"],
+            "reference": reference,
+            "references": list(row.get("answers") or [reference]),
+        }
+        questions.append(row | cut)
+        tasks.append(name)
+    return questions, tasks, refused
+
+
+def make_exam(rows: Dataset, train_rows: Dataset | None, *, task: str | None = None, limit: int | None = None) -> Exam:
+    """The exam of a split: every row that can be scored, at most `limit`, evenly spread.
+
+    `train_rows` is the run's own train split: what its rows are decides what `rows` are, and its commonest answers are
+    the trivial ones. None where it is not at hand: then `rows` decide, and there are no trivial answers.
+    """
+    plain = rows_without_pictures(rows)
+    train = [] if train_rows is None else rows_without_pictures(spread(train_rows, MAX_TRAIN_ROWS))
+    assignment = assign(train or plain, task)
+    facts, tasks, refused = find_questions(plain, assignment)
+    train_facts, train_tasks, _ = find_questions(train, assignment)
+    by_task = {
+        name: [f for f, t in zip(train_facts, train_tasks, strict=True) if t == name] for name in set(train_tasks)
+    }
+    place_of = {row["row"]: place for place, row in enumerate(plain)}
+    places = [place_of[fact["row"]] for fact in facts]
+    if limit is not None:
+        kept = list(spread(Dataset.from_dict({"place": range(len(facts))}), limit)["place"])
+        facts, tasks, places = [facts[i] for i in kept], [tasks[i] for i in kept], [places[i] for i in kept]
+    questions = rows.select(places)
+    if facts:  # datasets cannot add a column to nothing
+        questions = questions.remove_columns("messages").add_column("messages", [fact["messages"] for fact in facts])
+    return Exam(questions, facts, tasks, by_task, refused, assignment.evidence)
+
+
+def open_exam(script_args: ScriptArguments, train_rows: Dataset, validation_rows: Dataset | None) -> Exam | None:
+    """What a training is asked at each evaluation; None without a validation split, or with `eval_answers: 0`.
+
+    Says which task the rows are and how many can be scored. Raises ValueError where none can.
+    """
+    if validation_rows is None or script_args.eval_answers == 0:
+        return None
+    exam = make_exam(validation_rows, train_rows, task=script_args.task, limit=script_args.eval_answers)
+    split = script_args.dataset_validation_split
+    if not exam.facts:
+        raise ValueError(
+            f"{script_args.dataset_name}, split {split}: not one of {len(validation_rows):,} rows can be scored "
+            f"({exam.evidence}). {exam.describe_refused()}. Correct the rows, name their task (--task, or a column task), "
+            "or train without asking: --eval_answers 0"
+        )
+    scored = len(validation_rows) - len(exam.refused)
+    PartialState().print(f"{exam.evidence}; split {split}: {scored:,} of {len(validation_rows):,} rows can be scored")
+    return exam

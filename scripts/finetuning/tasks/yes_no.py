@@ -1,0 +1,91 @@
+"""The task `yes_no`: questions whose answer begins with yes or no, in English or Korean."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from finetuning.pages import Say
+from finetuning.tasks.base import Measure, Question, Summary, Task, Unscorable, Words, commonest
+
+YES = re.compile(
+    r"^(?:(?:the )?answer(?: is)?:? )?(?:yes|yeah|yep|yup|true|correct)\b"
+    # 네 is "four", too, before what is counted: 네 명, 네 개.
+    r"|^(?:정답은 |답은 )?(?:네(?!\s*(?:명|개|마리|대|사람|시|살|번|장|권|분|가지|곳))|예|응|그렇습니다|그래요|맞습니다|맞아요|맞다|참|있습니다|있어요|있다|물론)"
+    r"(?=$|[\s,.!])"
+)
+NO = re.compile(
+    r"^(?:(?:the )?answer(?: is)?:? )?(?:no(?! (?:one|idea|way to))|nope|false|incorrect)\b"
+    r"|^(?:정답은 |답은 )?(?:아니요|아니오|아뇨|아닙니다|아니에요|아니다|아니|거짓|틀렸습니다|없습니다|없어요|없다|그렇지 않습니다)"
+    r"(?=$|[\s,.!])"
+)
+
+
+def parse_yes_no(answer: str) -> bool | None:
+    """What an answer begins with: True for yes, False for no, None for anything else."""
+    text = unicodedata.normalize("NFKC", answer).strip().strip("\"'*(").lower()
+    return True if YES.search(text) else False if NO.search(text) else None
+
+
+class YesNo(Task):
+    """Accuracy; and precision, recall and F1 of yes with the share of yes, as POPE reports them (Li et al., EMNLP 2023).
+
+    An answer that begins with neither is wrong, and no yes.
+    """
+
+    name = "yes_no"
+    title = ("yes or no", "예/아니요")
+    measures = (Measure("accuracy", ("answers right", "맞은 답")),)
+    columns = {  # noqa: RUF012
+        "accuracy": (("right", "맞음"), True),
+        "f1": (("F1 of yes", "예의 F1"), True),
+        "precision": (("precision", "정밀도"), True),
+        "recall": (("recall", "재현율"), True),
+        "yes_share": (("says yes", "예라고 답함"), True),
+        "true_yes_share": (("yes is right", "예가 정답"), True),
+        "unread": (("neither", "예도 아니요도 아님"), True),
+    }
+    note = (
+        "An answer counts by the word that it begins with; one that begins with neither yes nor no is wrong.",
+        "답이 시작하는 말로 판정합니다. 예나 아니요로 시작하지 않는 답은 틀린 답입니다.",
+    )
+
+    def turn(self, row: Question) -> int:
+        turn = super().turn(row)
+        if parse_yes_no(row["messages"][turn]["content"]) is None:
+            raise Unscorable("its answer begins with neither yes nor no")
+        return turn
+
+    def score(self, question: Question, answer: str) -> dict[str, float]:
+        return {"accuracy": float(parse_yes_no(answer) is parse_yes_no(question["reference"]))}
+
+    def summarise(
+        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
+    ) -> Summary:
+        said = [parse_yes_no(answer) for answer in answers]
+        true = [parse_yes_no(question["reference"]) for question in questions]
+        hits = sum(s is True and t for s, t in zip(said, true, strict=True))
+        precision, recall = (hits / max(sum(map(bool, part)), 1) for part in (said, true))
+        return super().summarise(questions, answers, scores) | {
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+            "yes_share": sum(map(bool, said)) / len(said),
+            "true_yes_share": sum(map(bool, true)) / len(true),
+            "unread": said.count(None) / len(said),
+        }
+
+    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+        answer = commonest(["yes" if parse_yes_no(question["reference"]) else "no" for question in train])
+        trivial: dict[str, tuple[str, Words]] = {"always_yes": ("yes", ("always yes", "항상 예"))}
+        if answer == "no":
+            trivial["train_commonest"] = (
+                "no",
+                ("always no (commonest in train)", "항상 아니요 (학습 데이터에서 가장 흔함)"),
+            )
+        return trivial
+
+    def remark(self, question: Question, answer: str, say: Say) -> str:
+        said = parse_yes_no(answer)
+        if said is None:
+            return say("neither yes nor no", "예도 아니요도 아님")
+        return say("right", "맞음") if said is parse_yes_no(question["reference"]) else say("wrong", "틀림")
