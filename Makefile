@@ -2,7 +2,7 @@
 # make sample-anime  the same for the text use case
 # make test          all tests that need no cluster
 # make test-cluster  the job files on a real Slurm; installs it where it is missing (Debian, root), skips where it cannot
-# make lint          style of the Python files, and the shell files
+# make lint          style and types of the Python files, the order of folders, and the shell files
 PYTHON ?= python3.11
 BIN := .venv/bin
 
@@ -79,4 +79,6 @@ test-cluster: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=scripts:data_prep $(BIN)/lint-imports pyproject.toml
+	$(BIN)/pyrefly check --summarize-errors
 	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.slurm' .ci/run)

@@ -161,7 +161,7 @@ def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     ]
     for name, layer in layers:
         new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
-        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)  # pyrefly: ignore[unexpected-keyword]
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new.to(layer.weight.device))
         layer.weight = None

@@ -109,8 +109,8 @@ def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        image_token_id=processor.image_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        image_token_index=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
         vision_feature_layer=-2,
     )
     return LlavaForConditionalGeneration(config), processor

@@ -522,7 +522,7 @@ def published_llava(tmp_path) -> Path:
     LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
-        image_token_id=32000,
+        image_token_index=32000,
         vision_feature_layer=-2,
     ).save_pretrained(tmp_path / "llava-1.5-7b")
     return tmp_path / "llava-1.5-7b"

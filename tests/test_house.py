@@ -1,0 +1,76 @@
+"""Rules of the house that no linter knows: lengths, docstrings, and settings that are read by what they are for."""
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from finetuning.arguments import parse_arguments
+
+LONGEST = {ast.FunctionDef: 80, ast.ClassDef: 250}  # lines
+TOO_LONG_TODAY = {"FineTuningTrainer", "write_evaluation", "main"}
+LEAST_DOCUMENTED = 0.77
+# Folder of YAML files -> the test that reads each of them by what it is for.
+READ_IN = {
+    "accelerate_configs": "preflight/test_checks.py",
+    "data_prep/anime": "data_prep/test_prepare_anime.py",
+    "scripts/configs": "test_house.py",
+    "slurm": "commands/test_slurm_files.py",
+}
+RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+
+
+def project_files(suffix: str) -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", f"*{suffix}"], cwd=ROOT, text=True, capture_output=True, check=True)
+    return [ROOT / name for name in listed.stdout.split() if (ROOT / name).is_file()]
+
+
+def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+
+
+def public_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions of a module and methods of its classes that have no underscore in front."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from public_functions(node.body)
+
+
+def test_functions_and_classes_are_short():
+    too_long = [
+        f"{path.relative_to(ROOT)}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for path in project_files(".py")
+        for node in definitions(path)
+        if node.end_lineno - node.lineno + 1 > LONGEST[type(node)] and node.name not in TOO_LONG_TODAY
+    ]
+    assert not too_long
+
+
+def test_public_functions_have_docstrings():
+    functions = [
+        (path.relative_to(ROOT), node)
+        for path in project_files(".py")
+        if not path.is_relative_to(ROOT / "tests")
+        for node in public_functions(ast.parse(path.read_text(encoding="utf-8")).body)
+    ]
+    missing = [f"{path}: {node.name}" for path, node in functions if ast.get_docstring(node) is None]
+    assert 1 - len(missing) / len(functions) >= LEAST_DOCUMENTED, missing
+
+
+def test_every_yaml_file_lies_where_a_test_reads_it():
+    folders = {str(path.parent.relative_to(ROOT)) for path in project_files(".yaml") if not path.name.startswith(".")}
+    assert folders == READ_IN.keys()
+    assert all((ROOT / "tests" / test).is_file() for test in READ_IN.values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_read_by_the_training_commands(recipe):
+    script_args, training_args, model_args = parse_arguments(recipe, [])
+    assert model_args.model_name_or_path and training_args.output_dir.startswith("outputs/")
+    assert script_args.dataset_name.startswith("data/")
