@@ -138,6 +138,35 @@ def test_an_answer_with_nothing_left_to_say_goes_to_the_ledger(tmp_path):
         ("Pokémon", "Pokémon은"),
         ("さくら", "さくら는"),
         ("ルパン", "ルパン은"),
+        ("Pierrot", "Pierrot는"),  # 피에로
+        ("Xebec", "Xebec은"),
+        ("Magic", "Magic은"),
+        ("ufotable", "ufotable은"),  # 유포테이블
+        ("Time", "Time은"),
+        ("Dr. STONE", "Dr. STONE은"),
+        ("Tsukihime", "Tsukihime는"),
+        ("Anime", "Anime는"),
+        ("Machine", "Machine은"),
+        ("Hit", "Hit는"),  # 히트
+        ("Cat", "Cat은"),  # 캣
+        ("Project", "Project는"),
+        ("Sweet", "Sweet는"),
+        ("Blackout", "Blackout은"),  # 블랙아웃
+        ("Group", "Group은"),
+        ("Club", "Club은"),
+        ("Blood", "Blood는"),
+        ("Good", "Good은"),
+        ("Prototype", "Prototype은"),
+        ("Relationship", "Relationship은"),
+        ("Shock", "Shock는"),
+        ("Black", "Black은"),
+        ("FLCL", "FLCL는"),  # 프리크리
+        ("TV", "TV는"),
+        ("UFO", "UFO는"),
+        ("VAP", "VAP은(는)"),  # 브이에이피, 밥
+        ("Part II", "Part II는"),
+        ("Part III", "Part III은(는)"),  # 삼, 쓰리
+        ("Mizgrot", "Mizgrot은(는)"),  # in no language that is known here
         ("黃金", "黃金은(는)"),
     ],
 )
