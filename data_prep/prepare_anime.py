@@ -2,46 +2,27 @@
 
     python data_prep/prepare_anime.py --csv anime-dataset-2023.csv --output data/anime --language en
 
-Reads anime-dataset-2023.csv (Kaggle: dbdmobile/myanimelist-dataset). The words come from data_prep/anime/<language>.yaml,
-which you can edit. Splits: `train`; `validation`, titles of which nothing is taught, asked as in training; `test`, taught
-titles asked in words that training never uses. Needs no GPU.
+Reads anime-dataset-2023.csv (Kaggle: dbdmobile/myanimelist-dataset) and tables of other years and makers: which column says
+what is found and printed, and `--columns title=Name,score=Rating` says it otherwise. Needed are a title and one fact. The
+words come from data_prep/anime/<language>.yaml, which you can edit. Splits: `train`; `validation`, titles of which nothing is
+taught, asked as in training; `test`, taught titles asked in words that training never uses. Needs no GPU.
 """
 
 import argparse
 import random
 import re
-import unicodedata
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow
 
+from preparing.anime_table import Title, open_table, read_titles
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.ledger import Ledger
 from preparing.templates import KINDS, Value, join_names, load_wording, write_answer
-from preparing.text_files import csv_rows
 
 WORDINGS = Path(__file__).parent / "anime"
-COLUMNS = (
-    "anime_id",
-    "Name",
-    "English name",
-    "Other name",
-    "Score",
-    "Genres",
-    "Synopsis",
-    "Episodes",
-    "Producers",
-    "Studios",
-    "Rating",
-    "Scored By",
-)
-# How MyAnimeList and its copies write "nobody knows"; compared without case. A score or a count of 0 says the same.
-MISSING = {"", "unknown", "none", "nan", "n/a", "none found", "none found, add some", "add some"}
-NO_SYNOPSIS = re.compile(r"no (description|synopsis) ", re.IGNORECASE)
-CREDIT = re.compile(r"\s*[(\[](source|written by)\b[^)\]]*[)\]]", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 TEXT, WHOLE_NUMBER = datasets.Value("string"), datasets.Value("int64")
@@ -63,31 +44,14 @@ FEATURES = datasets.Features(
 )
 
 
-class Title(NamedTuple):
-    """One row of the table. Unknown text is "", unknown lists are empty, unknown numbers are None."""
-
-    line: int
-    anime_id: int
-    title: str  # what questions call it: the English name, or the name where that is unknown or shared
-    name: str
-    english_name: str
-    other_name: str
-    synopsis: str
-    genres: list[str]
-    producers: list[str]
-    studios: list[str]
-    episodes: int | None
-    rating: str
-    score: float | None
-    scored_by: int | None
-
-
 def main(arguments: argparse.Namespace) -> None:
     refuse_existing_output(arguments.output)
     wording_file = WORDINGS / f"{arguments.language}.yaml"
     wording = load_wording(wording_file)
     ledger = Ledger()
-    titles = read_titles(arguments.csv, ledger)
+    table = open_table(arguments.csv, arguments.columns)
+    print("\n".join(table.describe()))
+    titles = read_titles(table, ledger)
     answers = write_answers(titles, wording, arguments.synopsis_sentences, ledger, arguments.csv)
 
     chooser = random.Random(arguments.seed)
@@ -122,6 +86,8 @@ def main(arguments: argparse.Namespace) -> None:
         "test: taught titles, in questions that training never uses; train: the rest",
         leak_report=find_leaks(splits, dict(zip((title.anime_id for title in titles), series, strict=True))),
         wording=wording,
+        columns=table.columns,
+        column_notes=table.notes,
     )
     for kind in KINDS:
         example = next((row for row in splits["train"] if row["kind"] == kind), None)
@@ -129,102 +95,6 @@ def main(arguments: argparse.Namespace) -> None:
             question, answer = example["messages"]
             print(f"\n[{kind}] {question['content']}\n  {answer['content']}")
     print("\n" + summarise(arguments.output, ledger, {name: len(rows) for name, rows in splits.items()}))
-
-
-def read_titles(path: Path, ledger: Ledger) -> list[Title]:
-    """Every row that can be used; the others go to the ledger under "titles".
-
-    Raises ValueError when the file is not there, is no CSV in UTF-8 or CP949, or lacks columns.
-    """
-    try:
-        rows = csv_rows(path)
-        _, header = next(rows, (1, []))
-    except OSError as error:
-        raise ValueError(f"--csv {path}: cannot be read ({error.strerror})") from None
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise ValueError(
-            f"{path}: missing columns: {', '.join(missing)}\nfound: {', '.join(header) or 'nothing'}\n"
-            "Expected a comma-separated table like anime-dataset-2023.csv, column names in the first line."
-        )
-    titles: dict[int, Title] = {}
-    lines_by_name: dict[str, int] = {}
-    for line, cells in rows:
-        ledger.read("titles")
-        if len(cells) != len(header):
-            detail = f"{len(cells)} cells where the header has {len(header)}: a quote or a comma is out of place"
-            ledger.reject("titles", path, line, "wrong_number_of_cells", detail)
-            continue
-        try:
-            title = clean_row(dict(zip(header, cells, strict=True)), line)
-        except ValueError as error:
-            ledger.reject("titles", path, line, "bad_value", str(error))
-            continue
-        name = title.name.casefold()
-        if title.anime_id in titles:
-            detail = f"anime_id {title.anime_id} stands in line {titles[title.anime_id].line} already, which is kept"
-            ledger.reject("titles", path, line, "duplicate_id", detail)
-        elif name in lines_by_name:
-            detail = f"{title.name!r} stands in line {lines_by_name[name]} already: asked for it, which one is meant?"
-            ledger.reject("titles", path, line, "ambiguous_name", detail)
-        else:
-            ledger.accept("titles")
-            titles[title.anime_id] = title
-            lines_by_name[name] = line
-    sharers = Counter(
-        name for title in titles.values() for name in {title.name.casefold(), title.english_name.casefold()}
-    )
-    return [
-        title._replace(title=title.name) if sharers[title.title.casefold()] > 1 else title for title in titles.values()
-    ]
-
-
-def clean_row(row: dict[str, str], line: int) -> Title:
-    """Raises ValueError naming every value of the row that cannot be what its column says."""
-    cells = {column: " ".join(unicodedata.normalize("NFC", row[column]).split()) for column in COLUMNS}
-    name = cells["Name"]  # "Unknown" may be the name of something; everywhere else it means that nobody knows
-    cells = {column: "" if text.casefold() in MISSING else text for column, text in cells.items()}
-    problems = [] if name else ["Name is empty"]
-    numbers = {}
-    for column in ("anime_id", "Episodes", "Scored By", "Score"):
-        try:
-            numbers[column] = float(cells[column]) if cells[column] else 0.0
-        except ValueError:
-            problems.append(f"{column} {cells[column]!r} is not a number")
-            continue
-        if column == "Score" and not 0 <= numbers[column] <= 10:
-            problems.append(f"Score {cells[column]} is not between 0 and 10")
-        if column != "Score" and not (numbers[column] >= 0 and numbers[column].is_integer()):
-            problems.append(f"{column} {cells[column]} is not a whole number of 0 or more")
-    if not cells["anime_id"]:
-        problems.append("anime_id is empty")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return Title(
-        line=line,
-        anime_id=int(numbers["anime_id"]),
-        title=cells["English name"] or name,
-        name=name,
-        english_name=cells["English name"] or name,
-        other_name=cells["Other name"],
-        synopsis=clean_synopsis(cells["Synopsis"]),
-        genres=split_names(cells["Genres"]),
-        producers=split_names(cells["Producers"]),
-        studios=split_names(cells["Studios"]),
-        episodes=int(numbers["Episodes"]) or None,
-        rating=cells["Rating"],
-        score=numbers["Score"] or None,
-        scored_by=int(numbers["Scored By"]) or None,
-    )
-
-
-def clean_synopsis(text: str) -> str:
-    """Without credits such as "(Source: ANN)" or "[Written by MAL Rewrite]"; "" for the site's "No synopsis …"."""
-    return "" if NO_SYNOPSIS.match(text) else CREDIT.sub("", text).strip()
-
-
-def split_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    return list(dict.fromkeys(name for name in names if name.casefold() not in MISSING))
 
 
 def write_answers(
@@ -366,6 +236,10 @@ def find_leaks(splits: dict[str, list[dict[str, Any]]], series_by_id: dict[int, 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True, help="the table, as downloaded")
+    parser.add_argument(
+        "--columns",
+        help="which column says what, as in title=Name,score=Rating,genres= (nothing behind = leaves it out)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset; must not exist yet")
     languages = sorted(path.stem for path in WORDINGS.glob("*.yaml"))
     parser.add_argument("--language", choices=languages, default="en", help="a file of data_prep/anime/")

@@ -138,4 +138,14 @@ def write_answer(clauses: list[str], values: Mapping[str, Value]) -> str | None:
     known = [clause for clause in clauses if fields_of(clause) <= values.keys()]
     if not any(fields_of(clause) - {"title"} for clause in known):
         return None
-    return " ".join(clause.format_map(values) for clause in known)
+    return " ".join(fill_in(clause, values) for clause in known)
+
+
+def fill_in(clause: str, values: Mapping[str, Value]) -> str:
+    """Like str.format_map, but a name's own full stop ends the sentence too: "by A.C.G.T." and not "A.C.G.T.."."""
+    text = ""
+    for literal, name, forms, _ in Formatter().parse(clause):
+        text += literal.removeprefix(".") if text.endswith(".") else literal
+        if name is not None:
+            text += format(values[name], forms)
+    return text

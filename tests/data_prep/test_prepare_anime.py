@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import SHARED, run_command, run_here
 
+from preparing.anime_table import open_table, read_titles
 from preparing.korean_particles import attach_particle
 from preparing.ledger import Ledger
 from preparing.templates import Value, find_wording_problems, join_names, load_wording
@@ -49,7 +50,7 @@ def prepare(table: Path, output: Path, *arguments: str, by=run_here) -> subproce
 def answers(row: dict[str, str], language: str, tmp_path: Path) -> dict[str, str]:
     ledger = Ledger()
     table = write_table(tmp_path / "one.csv", row)
-    titles = prepare_anime.read_titles(table, ledger)
+    titles = read_titles(open_table(table), ledger)
     wording = load_wording(prepare_anime.WORDINGS / f"{language}.yaml")
     return prepare_anime.write_answers(titles, wording, None, ledger, table)[int(row["anime_id"])]
 
@@ -77,7 +78,7 @@ def test_korean_answers(tmp_path):
     assert answers(COWBOY_BEBOP, "ko", tmp_path) == {
         "about": "‘Cowboy Bebop’의 다른 이름은 カウボーイビバップ입니다. 장르는 액션, 수상작, SF입니다. "
         "Crime is timeless. Spike chases it.",
-        "made": "제작사는 Bandai Visual입니다. 애니메이션 제작은 Sunrise가 맡았습니다. 모두 26화입니다.",
+        "made": "제작사는 Bandai Visual입니다. 애니메이션 제작을 맡은 곳은 Sunrise입니다. 모두 26화입니다.",
         "received": "관람 등급은 17세 이상 관람가(R, 폭력과 욕설)입니다. 평균 점수는 10점 만점에 8.75점입니다. "
         "914,193명이 점수를 매겼습니다.",
     }
@@ -114,7 +115,7 @@ def test_an_answer_with_nothing_left_to_say_goes_to_the_ledger(tmp_path):
     ledger = Ledger()
     table = write_table(tmp_path / "one.csv", row)
     wording = load_wording(prepare_anime.WORDINGS / "en.yaml")
-    said = prepare_anime.write_answers(prepare_anime.read_titles(table, ledger), wording, None, ledger, table)
+    said = prepare_anime.write_answers(read_titles(open_table(table), ledger), wording, None, ledger, table)
     assert list(said[1]) == ["about", "received"]
     assert [(reject.line, reject.reason) for reject in ledger.rejects] == [(2, "nothing_known")]
     assert ledger.counts()["answers"] == {"read": 3, "accepted": 2, "rejected": 1}
@@ -286,7 +287,7 @@ def test_series_stay_together_and_shared_english_names_are_not_asked_for(tmp_pat
         {"anime_id": str(number), "Name": name, "English name": english, "Episodes": "3.0"}
         for number, (name, english) in enumerate(names, start=1)
     ]
-    titles = prepare_anime.read_titles(write_table(tmp_path / "t.csv", *rows), Ledger())
+    titles = read_titles(open_table(write_table(tmp_path / "t.csv", *rows)), Ledger())
     series = prepare_anime.group_series(titles)
     assert series[0] == series[1]
     assert series[3] == series[4]
@@ -298,7 +299,7 @@ def test_series_stay_together_and_shared_english_names_are_not_asked_for(tmp_pat
 def test_encodings(tmp_path, encoding):
     row = COWBOY_BEBOP | {"Other name": "카우보이 비밥"}
     table = write_table(tmp_path / "t.csv", row, encoding=encoding)
-    assert prepare_anime.read_titles(table, Ledger())[0].other_name == "카우보이 비밥"
+    assert read_titles(open_table(table), Ledger())[0].other_name == "카우보이 비밥"
 
 
 def test_user_mistakes_are_told_in_words(tmp_path):
@@ -306,7 +307,7 @@ def test_user_mistakes_are_told_in_words(tmp_path):
     table.write_text("anime_id,Name,Nme\n1,a,b\n")
     missing = prepare(table, tmp_path / "data", by=run_command)
     assert missing.returncode == 1
-    assert "missing columns: English name, Other name, Score" in missing.stderr
+    assert "missing columns: needed are a title and at least one of genres, synopsis" in missing.stderr
     assert "found: anime_id, Name, Nme" in missing.stderr
     assert "Traceback" not in missing.stderr
     write_table(table, COWBOY_BEBOP | {"Score": "great"})
