@@ -82,6 +82,13 @@ class FactReader:
             kind: [compile_clause(clause) for clause in wording[kind]["answer"] if fields_of(clause) & set(FIELDS)]
             for kind in self._asked
         }
+        first_words = {
+            kind: [clause.partition("{")[0].strip() for clause in wording[kind]["answer"]] for kind in self._asked
+        }
+        self._sentence_starts = {
+            kind: "|".join(re.escape(words) for words in starts if words) or "(?!)"
+            for kind, starts in first_words.items()
+        }
         self._last_separator = wording["last_separator"]
         facts = rows.select_columns([*LISTS, "rating"]).to_dict()
         self._names = {field: any_of({name for names in facts[field] for name in names}) for field in LISTS}
@@ -111,6 +118,9 @@ class FactReader:
         text = " ".join(answer.split())
         said: Facts = {}
         sentences = self._dotted.sub(lambda name: name[0].replace(".", HIDDEN_STOP), text)
+        # "by feel. It has 12 episodes": there it ends the sentence too, and none follows it.
+        ending = rf"{HIDDEN_STOP}(?=$|\s+(?:{self._sentence_starts[kind]}))"
+        sentences = re.sub(ending, f"{HIDDEN_STOP}.", sentences)
         for clause in self._clauses[kind]:
             if match := clause.search(sentences):
                 for field, value in match.groupdict().items():
