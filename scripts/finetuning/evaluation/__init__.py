@@ -1,0 +1,1 @@
+"""Reports, plots and intervals over what the tasks scored."""

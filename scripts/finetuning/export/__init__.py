@@ -1,0 +1,1 @@
+"""What leaves a run for others: the merged model with its proof, and its model card."""

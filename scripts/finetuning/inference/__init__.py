@@ -1,0 +1,1 @@
+"""Answers of a model, and its distributions over counts."""

@@ -1,0 +1,1 @@
+"""Everything that can be refused before weights are loaded, and the memory that a launch needs."""

@@ -1,0 +1,1 @@
+"""The Trainer with its checkpoints, activation checkpointing and resuming."""
