@@ -1,6 +1,8 @@
 # make sample        the main job in small, offline: data, a tiny model, training, evaluation (minutes, two CPU cores)
 # make sample-anime  the same for the text use case
 # make test          all tests that need no cluster
+# make test-fast     what needs no launch and no training, in less than a minute
+# make test-upstream the fast tests and a training with the newest releases of all pinned packages
 # make test-cluster  the job files on a real Slurm; installs it where it is missing (Debian, root), skips where it cannot
 # make lint          style and types of the Python files, the order of folders, and the shell files
 PYTHON ?= python3.11
@@ -11,7 +13,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
 
-.PHONY: sample sample-anime test test-gpu test-cluster lint
+.PHONY: sample sample-anime test test-fast test-upstream test-gpu test-cluster lint
 
 # The pip that comes with Python 3.11 takes a third longer for all that follows.
 .venv/pyvenv.cfg:
@@ -67,6 +69,24 @@ sample-anime: outputs/gemma-sample/metrics.json
 test: .venv/installed-dev
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile \
 		--no-loadscope-reorder
+
+# Under a minute: nothing that launches a command or trains. Models are tiny, and made in memory.
+test-fast: .venv/installed-dev
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 \
+		--dist loadfile --no-loadscope-reorder -m "not slow" -q
+
+# The newest releases of all that is pinned, but for PyTorch, whose build is chosen by hand: the fast tests, and a
+# training that is evaluated and continued. The status is theirs.
+NEWEST := .venv-upstream/bin
+test-upstream: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv-upstream
+	$(NEWEST)/pip install --quiet --no-compile --upgrade pip==26.3
+	$(NEWEST)/pip install --quiet --no-compile --upgrade --upgrade-strategy eager \
+		$$(sed -n '/^torch==/p; s/^\([A-Za-z][A-Za-z0-9_-]*\)==.*/\1/p' requirements.txt requirements-dev.txt | sort -u | grep -vx torch)
+	$(NEWEST)/pip list --format freeze | grep -iE "^($$(sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\)==.*/\1/p' requirements.txt | paste -sd '|'))=="
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests --ignore tests/cluster --numprocesses 2 \
+		--dist loadfile --no-loadscope-reorder -m "not slow" -q; fast=$$?; \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests/commands/test_train_llava.py -q && exit $$fast
 
 # What only a GPU can show: kernels, CUDA graphs, small updates in 16 bits.
 test-gpu: .venv/installed-dev

@@ -13,12 +13,21 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 # Files of tests that take minutes, the longest first.
-LONG = ["test_strategies.py", "test_tracking.py", "test_benchmark.py"]
+LONG = ["test_strategies.py", "test_tracking.py", "test_benchmark.py", "test_upstream.py"]
+# What tests are slow by: these fixtures start commands or build a dataset by them.
+SLOW_FIXTURES = {"raw_cctv", "cctv_dataset", "costs"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` deals the files out to two processes: neither should get a long one last."""
+    """`make test` deals the files out to two processes: neither should get a long one last.
+
+    `make test-fast` leaves out what launches a command, trains, or is marked slow where it stands.
+    """
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    for item in items:
+        runs_commands = item.path.parent.name == "commands" or item.path.name in LONG[:3]
+        if runs_commands or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 def run_command(*words: str | Path, **kwargs) -> subprocess.CompletedProcess:

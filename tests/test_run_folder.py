@@ -24,6 +24,7 @@ def write_checkpoint(run: Path, step: int) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_a_file_is_replaced_whole_or_stays_when_the_writer_is_killed(tmp_path):
     path, sizes = tmp_path / "progress.json", set()
     for attempt in range(60):

@@ -136,6 +136,7 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_b
 
 @settings(max_examples=20, derandomize=True, **COMMON)
 @given(written_datasets())
+@pytest.mark.slow
 def test_what_is_accepted_is_what_was_written(images, written):
     meant, suffix, text = written
     with tempfile.TemporaryDirectory() as folder:

@@ -302,6 +302,7 @@ def test_encodings(tmp_path, encoding):
     assert read_titles(open_table(table), Ledger())[0].other_name == "카우보이 비밥"
 
 
+@pytest.mark.slow
 def test_user_mistakes_are_told_in_words(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("anime_id,Name,Nme\n1,a,b\n")

@@ -395,6 +395,7 @@ def test_unusable_files_are_named(raw, prepare):
         prepare(raw)
 
 
+@pytest.mark.slow
 def test_all_mistakes_in_the_arguments_are_told_at_once_without_a_stack_trace(raw, tmp_path):
     result = run_command(
         *("data_prep/prepare_cctv.py", "--frames", raw / "nowhere", "--labels", raw / "labels.csv"),

@@ -297,6 +297,7 @@ def test_no_record_accepted_leaves_nothing_and_says_why(tmp_path, prepare):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json"]
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_without_a_stack_trace(tmp_path):
     result = run_command(
         *("data_prep/prepare_conversations.py", "--input", tmp_path / "none.json", "--output", tmp_path / "out"),

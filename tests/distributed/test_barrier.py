@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 PROGRAM = """
@@ -31,6 +32,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_others_wait_for_the_first_longer_than_a_collective_would(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     result = subprocess.run(

@@ -41,6 +41,7 @@ def losses_and_gradients(model, batch, checkpointing: dict | None):
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize(("make", "targets"), [(tiny_llava, LANGUAGE_MODEL), (tiny_gemma, DECODER)])
+@pytest.mark.slow
 def test_sharded_layers_compute_what_replicated_ones_do(make, targets, checkpointing):
     batch = llava_batch()
     if make is tiny_gemma:

@@ -84,6 +84,7 @@ def test_a_table_in_markdown_keeps_its_columns():
     assert table.as_markdown() == "|  | MAE |\n| --- | ---: |\n| a \\| b c | 1.00 |\n\nIn people.\n"
 
 
+@pytest.mark.slow
 def test_plots_come_on_light_and_on_dark_paper():
     plots = [
         predicted_against_true([3, 8, 8], {"base": [None, None, None], "tuned": [3, 8, 500]}),

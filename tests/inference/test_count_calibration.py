@@ -58,6 +58,7 @@ def test_without_calibration_the_interval_is_the_models_own():
     assert "own opinion" in Calibration().note
 
 
+@pytest.mark.slow
 def test_calibrated_intervals_cover_what_they_say():
     raw = covered(*overconfident(2000, 1), Calibration())
     assert raw < 0.6
@@ -73,6 +74,7 @@ def test_calibration_without_rows_is_an_error():
         calibrate(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_the_adaptive_width_keeps_its_promise_where_errors_grow():
     calibration = calibrate(*overconfident(400, 0))
     stream, truth = overconfident(3000, 2, drift=2.0)

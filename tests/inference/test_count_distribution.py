@@ -47,6 +47,7 @@ def as_row(question: str, image) -> dict:
     return {"messages": [{"role": "user", "content": question}], "images": [image] if image is not None else []}
 
 
+@pytest.mark.slow
 def test_a_vision_model_with_single_digits(tiny_llava, cctv_dataset):
     model, processor = load_for_inference(str(tiny_llava), dtype=torch.float32)
     frames = [row["images"][0] for row in open_dataset(str(cctv_dataset), vision=True)["train"].select(range(3))]

@@ -138,6 +138,7 @@ def test_flex_attention_and_eager_get_the_same_mask():
     assert torch.equal(branch_mask(branch_ids, "eager", torch.float32) == 0, expected)
 
 
+@pytest.mark.slow
 def test_flex_attention_gives_the_loss_of_separate_rows():
     # The loss alone: on a CPU flex attention passes no gradients.
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))

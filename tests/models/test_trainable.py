@@ -72,6 +72,7 @@ def test_a_placement_that_cannot_be_had_is_refused(tiny_llava, placement, flags,
         set_trainable(build(tiny_llava), ScriptArguments(dataset_name="x", **placement), model_args(**flags))
 
 
+@pytest.mark.slow
 def test_published_parameter_counts():
     script_args, _, model_args = parse_arguments(ROOT / "scripts" / "configs" / "gemma_qlora.yaml", [])
     with torch.device("meta"):

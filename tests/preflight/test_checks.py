@@ -685,6 +685,7 @@ def test_table_of_the_readmes(describe):
         ("deepspeed_zero3_offload", "only activations must fit on the GPUs"),
     ],
 )
+@pytest.mark.slow
 def test_a_job_is_told_its_memory_before_it_queues(published_llava, name, line):
     words = ("scripts/train_llava.py", name, "--config", "scripts/configs/llava_lora.yaml")
     result = run_here("scripts/check_recipe.py", *words, "--model_name_or_path", published_llava)
@@ -766,6 +767,7 @@ def test_output_folder_must_be_writable(monkeypatch, tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_reports_every_problem_at_once_and_touches_nothing(tmp_path, published_llava, cctv_dataset):
     """Of a 7B model, whose weights are not even there."""
     (tmp_path / "run").write_text("a file", encoding="utf-8")

@@ -75,6 +75,7 @@ def test_a_step_that_comes_again_takes_the_place_of_its_broken_checkpoint(tmp_pa
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8" and not (tmp_path / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_every_checkpoint_in_place_is_whole(tmp_path):
     found_unfinished = 0
     for attempt in range(200):
