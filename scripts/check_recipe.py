@@ -13,8 +13,7 @@ from pathlib import Path
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.models.loading import load_config
-from finetuning.preflight.checks import describe_job, place_without_weights
-from finetuning.preflight.memory import GIB, least_memory
+from finetuning.preflight.memory import GIB, describe_job, least_memory, place_without_weights
 from finetuning.strategy import Strategy, launch_problems
 
 

@@ -19,7 +19,8 @@ from finetuning.data.label_audit import check_first_rows
 from finetuning.kernels.packed_attention import register_packed_attention
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
-from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
+from finetuning.preflight.checks import refuse_what_cannot_work
+from finetuning.preflight.strategies import searches_unused_parameters
 from finetuning.tasks.anime_facts import AnimeExam, FactReader, load_wording
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice

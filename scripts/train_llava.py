@@ -20,7 +20,8 @@ from finetuning.data.label_audit import check_first_rows
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
-from finetuning.preflight.checks import refuse_what_cannot_work, searches_unused_parameters
+from finetuning.preflight.checks import refuse_what_cannot_work
+from finetuning.preflight.strategies import searches_unused_parameters
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.prepare_model import prepare_model

@@ -93,6 +93,12 @@ def test_the_three_attempts_are_one_curve(whole, interrupted):
     final, again = ([entry for entry in history if "loss" in entry][-1] for history in (one, three))
     assert (final["loss"], final["learning_rate"], final["num_tokens"]) == (
         again["loss"], again["learning_rate"], again["num_tokens"])  # fmt: skip
+    # The end tells of the whole run, not of its last attempt.
+    end, end_again = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, interrupted[0]))
+    assert end_again["train_loss"] == pytest.approx(end["train_loss"], rel=1e-6)
+    assert end_again["train_samples_per_second"] * end_again["train_runtime"] == pytest.approx(
+        end["train_samples_per_second"] * end["train_runtime"], rel=1e-2
+    )
     evaluations = [[(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e] for history in (one, three)]
     assert evaluations[0] == evaluations[1] and [step for step, _ in evaluations[1]] == [6, 12]
     assert {entry["restarts"] for entry in three if "loss" in entry} == {0, 1, 2}

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -204,9 +205,25 @@ def parse_arguments(
         for key, reason in DECIDED_ELSEWHERE.items()
         if any(getattr(group, key, None) for group in groups)
     ]
+    if both_asked_for(argv, recipe, groups[1]):
+        refused.append(
+            f"max_steps: {groups[1].max_steps} and num_train_epochs: {groups[1].num_train_epochs} say both how long to train, "
+            "and the epochs would be ignored: remove num_train_epochs, or set max_steps: -1"
+        )
     if refused:
         raise ValueError("; ".join(refused))
     return groups
+
+
+def both_asked_for(argv: list[str], recipe: Path, training_args: TrainingArguments) -> bool:
+    """Whether steps and epochs are given at once: both as flags, both in the recipe, or epochs as a flag over its steps.
+
+    Steps as a flag override the epochs of a recipe, as every flag does.
+    """
+    flags = {word.partition("=")[0] for word in argv}
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    epochs = "--num_train_epochs" in flags or ("num_train_epochs" in written and "--max_steps" not in flags)
+    return training_args.max_steps > 0 and epochs
 
 
 def split_config_flag(word: str) -> list[str]:

@@ -44,23 +44,29 @@ ADAPTER_CONFIG = "adapter_config.json"
 COPIED = (ARGUMENTS, PROGRESS)
 # Not part of the trained adapter, nor of its description.
 BOOKKEEPING = (BEGUN_WITH, PROGRESS, TRAINER_STATE, WANDB_ID)
+# Of a finished run what is written again: by a damaged-file rule, by an evaluation.
+CHANGING = (METRICS, PROGRESS, REPORT, WANDB_ID, "manifest.json")
 
 
 # Writing and reading
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: to a name beside it, to the disk, then into its place."""
+def write_atomically(path: Path, content: str | bytes, *, to_disk: bool = True) -> None:
+    """Write a file whole or not at all: to a name beside it, then into its place.
+
+    `to_disk` waits for the disk in between: without it a machine that loses power may keep an empty file.
+    """
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+        if to_disk:
+            file.flush()
+            os.fsync(file.fileno())
     unfinished.replace(path)
 
 
-def write_json(path: Path, values: Any) -> None:
-    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, values: Any, *, to_disk: bool = True) -> None:
+    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", to_disk=to_disk)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -224,7 +230,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    write_json(folder / PROGRESS, progress)
+    """Every few steps: no step waits for the disk, since each checkpoint has a copy."""
+    write_json(folder / PROGRESS, progress, to_disk=False)
 
 
 def this_job() -> dict[str, Any]:
@@ -313,6 +320,11 @@ def copy_into_checkpoint(folder: Path, checkpoint: Path) -> None:
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, checkpoint / name)
+
+
+def files_of_result(folder: Path) -> list[Path]:
+    """What a finished run consists of, and what its manifest describes: weights, processor, arguments, state."""
+    return [path for path in folder.iterdir() if path.is_file() and path.name not in CHANGING]
 
 
 def open_run(name: str) -> tuple[Path, dict[str, Any]]:

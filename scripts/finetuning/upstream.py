@@ -67,6 +67,7 @@ ENTRIES = [
     Entry(TRAINER, "_get_output_dir", "writes checkpoints aside until they are whole", ("trial",)),
     Entry(TRAINER, "_save_checkpoint", "moves whole checkpoints into place", ("model, trial",)),
     Entry(TRAINER, "train", "continues the count of tokens, and ends well when a signal comes"),
+    Entry(TRAINER, "_finalize_training", "tells of the whole run after a restart", ("trial, num_train_samples, start_time",)),
     Entry(TRAINER, "training_step", "repeats a step that ran out of memory with more layers checkpointed"),
     Entry(TRAINER, "compute_loss", "reads loss and metrics when the GPU has come so far"),
     Entry(TRAINER, "log", "adds speed, waiting and memory"),
@@ -79,6 +80,9 @@ ENTRIES = [
     Entry(LAYER, "gradient_checkpointing", "checkpoints as few layers as fit"),
     Entry(LAYER, "_gradient_checkpointing_func", "checkpoints without reentrance"),
     Entry("trl.trainer.sft_trainer.SFTTrainer", "_total_train_tokens", "goes on counting after an interruption"),
+    Entry(TRAINER, "_initial_global_step", "tells of the whole run after a restart"),
+    Entry(TRAINER, "_total_loss_scalar", "tells of the whole run after a restart"),
+    Entry(TRAINER, "_tr_loss", "keeps the loss since the last log in a checkpoint"),
     Entry("torch.utils.data.dataloader.DataLoader", "worker_init_fn", "lets loader workers outlive Slurm's signals"),
     # models/
     Entry(MODULE, "train", "visits all modules only when the mode changes", ("mode",)),

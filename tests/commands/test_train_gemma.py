@@ -149,6 +149,7 @@ def test_lora_moves_the_adapter_alone_and_the_folder_holds_all_that_is_needed(ti
             "chat_template.jinja",
         ),
         *(
+            "manifest.json",
             "metrics.json",
             "README.md",
             "progress.json",

@@ -156,7 +156,7 @@ def test_what_the_recipe_trains_moves_and_nothing_else(run, tiny_llava):
 
 def test_the_run_folder_holds_exactly_what_is_promised(run):
     assert {path.name for path in run.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "arguments.yaml", "begun_with.json", "chat_template.jinja", "metrics.json",
+        "adapter_config.json", "adapter_model.safetensors", "arguments.yaml", "begun_with.json", "chat_template.jinja", "manifest.json", "metrics.json",
         "processor_config.json", "progress.json", "README.md", "runs", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
     }  # fmt: skip
     metrics = json.loads((run / "metrics.json").read_text())

@@ -39,9 +39,10 @@ from finetuning.device import (
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.models import loading as models
 from finetuning.models.loading import device_map_of_this_process, load_base_model, load_config, quantization_config
+from finetuning.models.parts import count_parameters
 from finetuning.models.trainable import gets_no_gradient, set_trainable
 from finetuning.preflight import checks as preflight
-from finetuning.preflight import memory
+from finetuning.preflight import features, memory, precision, strategies
 from finetuning.strategy import Strategy, divide_batch
 from finetuning.training.activation_checkpointing import checkpoint_first
 from finetuning.training.resume import resolved_arguments
@@ -200,7 +201,7 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
 def test_combination_is_refused(monkeypatch, tmp_path, how, model, training, script, message):
     training_args = training_arguments(tmp_path, **training)
     launch_by(monkeypatch, how)
-    found = preflight.strategy_problems(script_arguments(**script), training_args, ModelArguments(**model))
+    found = strategies.strategy_problems(script_arguments(**script), training_args, ModelArguments(**model))
     assert any(re.search(message, problem) for problem in found), found
 
 
@@ -219,20 +220,20 @@ def test_combination_is_refused(monkeypatch, tmp_path, how, model, training, scr
 def test_combination_is_let_through(monkeypatch, tmp_path, how, model, training, script):
     training_args = training_arguments(tmp_path, **training)
     launch_by(monkeypatch, how)
-    assert preflight.strategy_problems(script_arguments(**script), training_args, ModelArguments(**model)) == []
+    assert strategies.strategy_problems(script_arguments(**script), training_args, ModelArguments(**model)) == []
 
 
 def test_offloaded_optimizer_must_be_one_that_can_be(monkeypatch, tmp_path):
     training_args = training_arguments(tmp_path, optim="paged_adamw_8bit")
     launch_by(monkeypatch, "ZeRO-3", ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
-    (problem,) = preflight.strategy_problems(script_arguments(), training_args, ModelArguments())
+    (problem,) = strategies.strategy_problems(script_arguments(), training_args, ModelArguments())
     assert "set optim: adamw_torch" in problem
 
 
 def test_one_process_that_sees_two_gpus(tmp_path):
     training_args = training_arguments(tmp_path)
     training_args._n_gpu = 2
-    (problem,) = preflight.strategy_problems(script_arguments(), training_args, ModelArguments())
+    (problem,) = strategies.strategy_problems(script_arguments(), training_args, ModelArguments())
     assert "ddp.yaml --num_processes 2" in problem and "CUDA_VISIBLE_DEVICES=0" in problem
 
 
@@ -256,23 +257,23 @@ def test_one_process_that_sees_two_gpus(tmp_path):
 def test_attention_against_the_gpu(tmp_path, attention, capability, message):
     text = Dataset.from_dict({"messages": ["a"]})
     given = script_arguments(), training_arguments(tmp_path), ModelArguments(attn_implementation=attention)
-    found = preflight.precision_problems(*given, text, capability)
+    found = precision.precision_problems(*given, text, capability)
     assert ([message in problem for problem in found] == [True]) if message else found == []
 
 
 def test_attention_against_rows_with_images(monkeypatch, tmp_path):
     given = script_arguments(), training_arguments(tmp_path, bf16=False)
-    (problem,) = preflight.precision_problems(*given, ModelArguments(attn_implementation="packed"), rows(1), A100)
+    (problem,) = precision.precision_problems(*given, ModelArguments(attn_implementation="packed"), rows(1), A100)
     assert "packed is for text" in problem and problem.endswith("set sdpa")
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda package: package)
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda package: package)
     given[1].bf16 = True
     flash = ModelArguments(attn_implementation="flash_attention_2")
     alone, together = (rows(1, 1).add_column("image_id", ids) for ids in (["a", "b"], ["a", "a"]))
-    assert preflight.precision_problems(*given, flash, alone, A100) == []
-    (problem,) = preflight.precision_problems(*given, flash, together, A100)
+    assert precision.precision_problems(*given, flash, alone, A100) == []
+    (problem,) = precision.precision_problems(*given, flash, together, A100)
     assert "takes no mask, which dialogues that share their image need" in problem
     given[0].share_image_prefix = False
-    assert preflight.precision_problems(*given, flash, together, A100) == []
+    assert precision.precision_problems(*given, flash, together, A100) == []
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_type_of_the_weights_against_that_of_the_run(tmp_path, dtype, computes, 
     training_args = training_arguments(tmp_path)
     training_args.fp16, training_args.bf16 = computes == "fp16", computes == "bf16"
     given = script_arguments(**script), training_args, ModelArguments(dtype=dtype)
-    found = preflight.precision_problems(*given, rows(1), T4 if computes == "fp16" else A100)
+    found = precision.precision_problems(*given, rows(1), T4 if computes == "fp16" else A100)
     assert ["BFloat16 != Half): remove dtype" in problem for problem in found] == [True] * refused
 
 
@@ -347,11 +348,11 @@ def test_cuda_graphs_against_all_that_they_cannot_do(
     training_args = training_arguments(tmp_path, **{"gradient_checkpointing": True} | training)
     launch_by(monkeypatch, how)
     given = script_arguments(cuda_graphs=True, **script), training_args, ModelArguments(**model)
-    found = preflight.graph_problems(*given, text, capability)
+    found = features.graph_problems(*given, text, capability)
     assert ([message in problem for problem in found] == [True]) if message else found == []
-    (with_images,) = preflight.graph_problems(*given, rows(1), capability)
+    (with_images,) = features.graph_problems(*given, rows(1), capability)
     assert with_images.startswith("cuda_graphs cannot go with images in the rows")
-    assert preflight.graph_problems(script_arguments(**script), *given[1:], rows(1), capability) == []
+    assert features.graph_problems(script_arguments(**script), *given[1:], rows(1), capability) == []
 
 
 # Rows
@@ -365,18 +366,18 @@ def rows(*images_per_row: int) -> Dataset:
 
 def test_rows_without_image_hang_divided_weights(monkeypatch, tmp_path):
     training_args = training_arguments(tmp_path, eval_strategy="epoch")
-    assert preflight.rows_without_image(rows(1, 0, 2, 0)) == 2
-    assert preflight.rows_without_image(Dataset.from_dict({"messages": ["a"]})) == 0
+    assert strategies.rows_without_image(rows(1, 0, 2, 0)) == 2
+    assert strategies.rows_without_image(Dataset.from_dict({"messages": ["a"]})) == 0
     for how, refused in [("DDP", False), ("ZeRO-2", False), ("ZeRO-3", True), ("FSDP2", True)]:
         monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
         launch_by(monkeypatch, how)
         given = script_arguments(), training_args
-        assert len(preflight.row_problems(*given, rows(1, 0), None)) == refused
-        assert len(preflight.row_problems(*given, rows(1, 0), rows(0))) == 2 * refused
-        assert len(preflight.row_problems(*given, rows(1, 1), rows(0))) == refused  # an evaluation hangs as well
-        assert preflight.row_problems(*given, rows(1, 1), rows(1)) == []
+        assert len(strategies.image_problems(*given, rows(1, 0), None)) == refused
+        assert len(strategies.image_problems(*given, rows(1, 0), rows(0))) == 2 * refused
+        assert len(strategies.image_problems(*given, rows(1, 1), rows(0))) == refused  # an evaluation hangs as well
+        assert strategies.image_problems(*given, rows(1, 1), rows(1)) == []
     training_args.eval_strategy = "no"
-    assert preflight.row_problems(*given, rows(1, 1), rows(0)) == []
+    assert strategies.image_problems(*given, rows(1, 1), rows(0)) == []
 
 
 @pytest.mark.parametrize(
@@ -396,29 +397,29 @@ def test_rows_without_image_leave_what_sees_without_gradient(monkeypatch, tmp_pa
     script_args, mixed = script_arguments(**script), rows(1, 0)
     training_args = training_arguments(tmp_path, ddp_find_unused_parameters=searches)
     launch_by(monkeypatch, how)
-    training_args.ddp_find_unused_parameters = preflight.searches_unused_parameters(script_args, training_args, mixed)
-    found = preflight.row_problems(script_args, training_args, mixed, mixed)
+    training_args.ddp_find_unused_parameters = strategies.searches_unused_parameters(script_args, training_args, mixed)
+    found = strategies.image_problems(script_args, training_args, mixed, mixed)
     assert ([message in problem for problem in found] == [True]) if message else found == []
-    assert preflight.row_problems(script_args, training_args, rows(1, 1), mixed) == []
+    assert strategies.image_problems(script_args, training_args, rows(1, 1), mixed) == []
 
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
 def test_rows_with_images_are_not_packed(tmp_path, option):
     training_args = training_arguments(tmp_path, **{option: True})
-    (problem,) = preflight.row_problems(script_arguments(), training_args, rows(1), None)
+    (problem,) = preflight.row_problems(training_args, rows(1))
     assert problem.startswith("packing and padding_free are for text")
-    assert preflight.row_problems(script_arguments(), training_args, Dataset.from_dict({"messages": ["a"]}), None) == []
+    assert preflight.row_problems(training_args, Dataset.from_dict({"messages": ["a"]})) == []
 
 
 def test_options_for_text_are_named_where_rows_have_images(tmp_path):
     given = {"assistant_only_loss": False, "dataset_num_proc": 2}
-    found = preflight.row_problems(script_arguments(), training_arguments(tmp_path, **given), rows(1), None)
+    found = preflight.row_problems(training_arguments(tmp_path, **given), rows(1))
     assert [problem.split(" has no effect on rows with images")[0] for problem in found] == [
         "assistant_only_loss: False",
         "dataset_num_proc: 2",
     ]
     text = Dataset.from_dict({"messages": ["a"]})
-    assert preflight.row_problems(script_arguments(), training_arguments(tmp_path, **given), text, None) == []
+    assert preflight.row_problems(training_arguments(tmp_path, **given), text) == []
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     assert {key: default for key, (default, _) in preflight.FOR_TEXT.items()} == {
         key: defaults[key] for key in preflight.FOR_TEXT
@@ -426,11 +427,37 @@ def test_options_for_text_are_named_where_rows_have_images(tmp_path):
 
 
 def test_max_length_where_nothing_is_cut(tmp_path):
-    given = script_arguments(), training_arguments(tmp_path, max_length=700)
-    (problem,) = preflight.row_problems(*given, rows(1, 1), None)
+    training_args = training_arguments(tmp_path, max_length=700)
+    (problem,) = preflight.row_problems(training_args, rows(1, 1))
     assert problem.startswith("max_length: 700 has no effect on rows with images")
     assert "Remove it from the recipe" in problem and "check_data.py --max_length 700" in problem
-    assert preflight.row_problems(*given, Dataset.from_dict({"messages": ["a"]}), None) == []
+    assert preflight.row_problems(training_args, Dataset.from_dict({"messages": ["a"]})) == []
+
+
+def test_options_that_would_end_in_a_stack_trace(tmp_path):
+    def found(capability: tuple[int, int] | None, **given) -> list[str]:
+        return [
+            problem.split(":")[0]
+            for problem in features.option_problems(training_arguments(tmp_path, **given), capability)
+        ]
+
+    assert found(None) == found(T4) == []
+    assert found(H200, use_liger_kernel=True) == ["use_liger_kernel"]
+    (problem,) = features.option_problems(training_arguments(tmp_path, activation_offloading=True), None)
+    assert problem.startswith("activation_offloading") and "there is no GPU: remove it" in problem
+    assert found(H200, activation_offloading=True) == []
+
+
+def test_steps_and_epochs_are_not_both_asked_for(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: data/cctv\noutput_dir: outputs/run\nnum_train_epochs: 2\n", encoding="utf-8")
+    assert parse_arguments(recipe, ["--max_steps", "4"])[1].max_steps == 4  # a flag overrides the recipe
+    with pytest.raises(ValueError, match=r"max_steps: 4 and num_train_epochs: 5\.0 say both how long"):
+        parse_arguments(recipe, ["--max_steps", "4", "--num_train_epochs=5"])
+    recipe.write_text(recipe.read_text(encoding="utf-8") + "max_steps: 4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="remove num_train_epochs, or set max_steps: -1"):
+        parse_arguments(recipe, [])
+    assert parse_arguments(recipe, ["--max_steps", "-1"])[1].num_train_epochs == 2
 
 
 @pytest.mark.parametrize(
@@ -446,7 +473,7 @@ def test_max_length_where_nothing_is_cut(tmp_path):
 )
 def test_ddp_searches_unused_parameters_only_where_a_batch_can_leave_some(tmp_path, script, images, asked, expected):
     training_args = training_arguments(tmp_path, ddp_find_unused_parameters=asked)
-    assert preflight.searches_unused_parameters(script_arguments(**script), training_args, rows(*images)) is expected
+    assert strategies.searches_unused_parameters(script_arguments(**script), training_args, rows(*images)) is expected
 
 
 # Weights
@@ -556,36 +583,36 @@ def test_fp8_against_all_that_it_cannot_do(
     training_args = training_arguments(tmp_path)
     launch_by(monkeypatch, how)
     given = training_args, ModelArguments(**model), capability, load_config(str(published_llava))
-    found = preflight.fp8_problems(script_arguments(base_precision="fp8_backward", **script), *given)
+    found = features.fp8_problems(script_arguments(base_precision="fp8_backward", **script), *given)
     assert len(found) == bool(messages)
     assert all(message in found[0] for message in messages)
-    assert preflight.fp8_problems(script_arguments(**script), *given) == []
+    assert features.fp8_problems(script_arguments(**script), *given) == []
 
 
 def test_fp8_against_models_that_it_does_not_fit(tmp_path):
     given = script_arguments(base_precision="fp8_backward"), training_arguments(tmp_path), ModelArguments(), H200
-    assert preflight.fp8_problems(*given, LlamaConfig(num_key_value_heads=4)) == []
-    (problem,) = preflight.fp8_problems(
+    assert features.fp8_problems(*given, LlamaConfig(num_key_value_heads=4)) == []
+    (problem,) = features.fp8_problems(
         *given, LlamaConfig(hidden_size=72, intermediate_size=100, num_attention_heads=9)
     )
     assert problem == (
         "base_precision: fp8_backward cannot go with layers of width 72, 100 (multiples of 16 would do): leave "
         "base_precision out, or change that"
     )
-    (problem,) = preflight.fp8_problems(*given, Gemma2Config())
+    (problem,) = features.fp8_problems(*given, Gemma2Config())
     assert "a model of type gemma2 (llama or gemma would do)" in problem
 
 
 def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):
     given = training_arguments(tmp_path), ModelArguments(lora_r=64)
     config = load_config(str(published_llava))
-    placed = preflight.place_without_weights(config, script_arguments(), *given)
-    counts = preflight.count_parameters(placed)
+    placed = memory.place_without_weights(config, script_arguments(), *given)
+    counts = count_parameters(placed)
     trained = sum(part["trainable"] for part in counts.values())
     assert trained == 159_907_840
     assert sum(part["total"] for part in counts.values()) - trained == 7_063_427_072
     with pytest.raises(ValueError, match="every part is frozen"):
-        preflight.place_without_weights(config, script_arguments(language_model="frozen"), *given)
+        memory.place_without_weights(config, script_arguments(language_model="frozen"), *given)
 
 
 # Memory
@@ -619,8 +646,8 @@ def describe(monkeypatch, placed, published_llava):
         given = script_arguments(**placement), training_args, ModelArguments(lora_r=64, **flags)
         if placement["language_model"] not in placed:
             config = load_config(str(published_llava))
-            placed[placement["language_model"]] = preflight.place_without_weights(config, *given)
-        return preflight.describe_job(placed[placement["language_model"]], *given)
+            placed[placement["language_model"]] = memory.place_without_weights(config, *given)
+        return memory.describe_job(placed[placement["language_model"]], *given)
 
     return job
 

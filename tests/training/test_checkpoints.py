@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, stop signals, and restarts that lead nowhere."""
+"""Checkpoints that are whole or absent."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetuning.training.checkpoints import StopRequest, checkpoint_problems, last_whole_checkpoint, put_in_place
+from finetuning.training.checkpoints import checkpoint_problems, last_whole_checkpoint, put_in_place
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:
@@ -19,7 +19,8 @@ def write_checkpoint(folder: Path, step: int) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     save_file({"weight": torch.full((64, 64), float(step))}, checkpoint / "adapter_model.safetensors")
-    torch.save({"state": torch.ones(500)}, checkpoint / "optimizer.pt")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({"state": torch.ones(500)}, checkpoint / name)
     for rank in (0, 1):
         torch.save({"cpu": torch.random.get_rng_state()}, checkpoint / f"rng_state_{rank}.pth")
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
@@ -52,7 +53,7 @@ def test_a_restart_takes_the_newest_whole_checkpoint_and_names_what_it_passed_ov
     write_checkpoint(tmp_path / "unfinished", 16)
     (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
-    assert f"Passed over, incomplete: {tmp_path / 'checkpoint-12'}: trainer_state.json" in capsys.readouterr().out
+    assert f"Passed over, not whole: {tmp_path / 'checkpoint-12'}: trainer_state.json" in capsys.readouterr().out
     for step in (4, 8):
         cut(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(ValueError, match="no checkpoint of this run can be continued") as raised:
@@ -96,23 +97,52 @@ def test_killed_at_any_moment_every_checkpoint_in_place_is_whole(tmp_path):
     assert found_unfinished == 5  # the kill did come in the middle
 
 
-def test_a_signal_is_remembered_here_and_not_in_a_forked_loader_worker(monkeypatch):
-    monkeypatch.setenv("STOP_SIGNALS", "TERM,USR2")
-    before = signal.getsignal(signal.SIGUSR2)
-    with StopRequest() as request:
-        assert not request.agree(torch.device("cpu"))
-        child = os.fork()
-        if child == 0:
-            os.kill(os.getpid(), signal.SIGUSR2)
-            os._exit(1 if request.received else 0)
-        assert os.waitpid(child, 0)[1] == 0 and not request.received
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert request.agree(torch.device("cpu")) and request.reason == "SIGUSR2"
-        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # left to others
-    assert signal.getsignal(signal.SIGUSR2) == before
+NAMES = [
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "rng_state_0.pth",
+    "rng_state_1.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+]
 
 
-def test_an_unknown_stop_signal_is_refused(monkeypatch):
-    monkeypatch.setenv("STOP_SIGNALS", "TERM,USR3")
-    with pytest.raises(ValueError, match="no such signals: USR3"):
-        StopRequest()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_missing_cut_or_flipped_in_any_place_is_named_and_the_one_before_taken(tmp_path, name, capsys):
+    for step in (4, 8):
+        put_in_place(write_checkpoint(tmp_path / "unfinished", step), tmp_path / f"checkpoint-{step}")
+    path = tmp_path / "checkpoint-8" / name
+    whole = path.read_bytes()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    places = [int(share * (len(whole) - 1)) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    flipped = [whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :] for place in places]
+    for content in [*flipped, *(whole[:place] for place in places), None]:
+        path.unlink() if content is None else path.write_bytes(content)
+        capsys.readouterr()
+        assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+        assert f"Passed over, not whole: {tmp_path / 'checkpoint-8'}: {name}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_of_older_versions_lacks_no_kind_of_file(tmp_path, name):
+    checkpoint = write_checkpoint(tmp_path, 4)
+    assert checkpoint_problems(checkpoint) == []
+    (checkpoint / name).unlink()
+    assert checkpoint_problems(checkpoint)
+
+
+def test_a_damaged_manifest_is_no_checkpoint(tmp_path):
+    put_in_place(write_checkpoint(tmp_path / "unfinished", 4), tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "manifest.json").write_text('{"files": {')
+    with pytest.raises(ValueError, match=r"checkpoint-4: manifest\.json: "):
+        last_whole_checkpoint(tmp_path)
+
+
+def test_checkpoints_can_be_read_by_whom_the_umask_allows(tmp_path):
+    unfinished = write_checkpoint(tmp_path / "unfinished", 4)
+    (unfinished / "adapter_model.safetensors").chmod(0o600)
+    before = os.umask(0o027)
+    put_in_place(unfinished, tmp_path / "checkpoint-4")
+    os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert modes == {0o640}

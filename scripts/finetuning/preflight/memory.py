@@ -7,9 +7,15 @@ depend on rows, layers and kernels: they are measured in the first step (`finetu
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.models.loading import is_vision
 from finetuning.models.parts import count_parameters, part_of
+from finetuning.models.trainable import set_trainable
 from finetuning.strategy import CONFIGS, Strategy
 
 GIB = 2**30
@@ -50,6 +56,36 @@ def bytes_of_optimizer(name: str) -> int:
     if not name.removeprefix("paged_").startswith("adamw"):
         return 0
     return next((size for kind, size in {"4bit": 1, "8bit": 2, "anyprecision": 4}.items() if kind in name), 8)
+
+
+def place_without_weights(
+    config: PreTrainedConfig, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> nn.Module:
+    """The model as it will be placed, on the meta device. Raises ValueError where the placement cannot be had."""
+    auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would divide even these weights, which do not exist
+    try:
+        with torch.device("meta"):
+            return set_trainable(auto_class.from_config(config), script_args, model_args)
+    finally:
+        if training_args.deepspeed_plugin is not None:
+            training_args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def describe_job(
+    placed: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> Job:
+    """What decides the least memory of each GPU."""
+    optim = training_args.optim.value
+    return Job(
+        **count_numbers(placed),
+        is_lora="lora" in script_args.placement.values(),
+        strategy=replace(Strategy.from_environment(), num_processes=training_args.world_size),
+        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+        dtype=model_args.dtype,
+        # Pages of the optimizer's state may lie in main memory.
+        optimizer_bytes=0 if optim.startswith("paged") else bytes_of_optimizer(optim),
+    )
 
 
 def least_memory(job: Job) -> dict[str, float]:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from finetuning import run_folder, tracking
+from finetuning.folder_lock import give_back, take_lock
+from finetuning.manifest import write_manifest
 from finetuning.strategy import Strategy
 from finetuning.training.checkpoints import last_whole_checkpoint
 
@@ -37,6 +40,8 @@ def resolved_arguments(*groups: Any) -> dict[str, Any]:
         }
     if "global_batch_size" in resolved:
         resolved.pop("gradient_accumulation_steps", None)  # follows from it and the number of processes
+    if resolved.get("max_steps", -1) > 0:
+        resolved.pop("num_train_epochs", None)  # has no effect then
     # Enums and paths become what the parser takes.
     return json.loads(json.dumps(resolved, default=str))
 
@@ -49,6 +54,7 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
     continuing it with those would be neither the one run nor the other.
     """
     folder, state = Path(output_dir), PartialState()
+    take_lock(folder, "a training", owner_has_ended=is_queued_again(folder))
     metrics = metrics_if_known(folder)
     if metrics.get("completed"):
         if not overwrite_completed:
@@ -57,7 +63,7 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
             if state.is_main_process:
                 print(f"The completed run is kept as {run_folder.set_aside(folder)}")
     state.wait_for_everyone()
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = agreed_checkpoint(folder)
     from_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     refuse_futile_restart(folder, from_step)
     if checkpoint is not None:
@@ -71,6 +77,28 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
         if checkpoint is not None:
             print(f"Continuing from {checkpoint}")
     return str(checkpoint) if checkpoint else None
+
+
+def agreed_checkpoint(folder: Path) -> Path | None:
+    """`last_whole_checkpoint`, read by the main process for all of them; it raises in all of them too."""
+    state, found, problem = PartialState(), None, None
+    if state.is_main_process:
+        try:
+            found = last_whole_checkpoint(folder)
+        except ValueError as error:
+            problem = str(error)
+    if state.num_processes > 1:
+        found, problem = broadcast_object_list([found, problem])
+    if problem:
+        raise ValueError(problem)
+    return found
+
+
+def is_queued_again(folder: Path) -> bool:
+    """Whether this process is a later start of the Slurm job that was last here: Slurm has ended the earlier one."""
+    attempts = run_folder.read_progress(folder).get("attempts", [])
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and bool(attempts) and attempts[-1].get("job") == job
 
 
 def metrics_if_known(folder: Path) -> dict[str, Any]:
@@ -123,7 +151,8 @@ def changed_arguments(before: dict[str, Any], arguments: dict[str, Any]) -> list
     """`key: old -> new` of the arguments that change what a run computes."""
     # Where the rows of a step are given, how many a process takes at once computes the same.
     batch = {"per_device_train_batch_size"} if "global_batch_size" in arguments else set()
-    return run_folder.changed_settings(before, arguments, MAY_CHANGE | batch)
+    epochs = {"num_train_epochs"} if arguments.get("max_steps", -1) > 0 else set()  # kept by older versions
+    return run_folder.changed_settings(before, arguments, MAY_CHANGE | batch | epochs)
 
 
 def refuse_futile_restart(folder: Path, from_step: int) -> None:
@@ -219,8 +248,10 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step)
+        write_manifest(folder, run_folder.files_of_result(folder))
         run_folder.write_metrics(folder, metrics)
         run_folder.end_attempt(folder, state.global_step, "completed")
         measured = trainer.exam.describe(metrics) if trainer.exam else "no answer was scored while training"
         verdict = f"trained for {state.global_step} steps; {measured}"
         tracking.close(trainer.args, state, 0, metrics | {"verdict": verdict})
+        give_back(folder)

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections import deque
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import WandbCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from finetuning import tracking, upstream
+from finetuning import run_folder, tracking, upstream
 from finetuning.data.collator import CollateSupervisedRows
 from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.deepspeed_zero import shorten_optimizer_step
@@ -22,11 +22,14 @@ from finetuning.distributed.full_weights import full_trained_weights
 from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import use_supervised_rows
+from finetuning.manifest import follow_umask
 from finetuning.models.parts import base_model_of, cache_named_parameters, switch_mode_only_on_change
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
-from finetuning.training.checkpoints import InterruptibleTrainer
+from finetuning.training.checkpoints import CheckpointingTrainer
 from finetuning.training.resume import refuse_other_sharding
+from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
+from finetuning.training.stop_signals import StopRequest, StopTogether, leave_interrupted, obey_parent_only
 
 
 class TrainingDiverged(RuntimeError):
@@ -36,19 +39,8 @@ class TrainingDiverged(RuntimeError):
     """
 
 
-@dataclass
-class Watched:
-    """What a training batch said of itself, on its way from the GPU to the host."""
-
-    step: int
-    rows: list[int] | None
-    input_ids: torch.Tensor
-    numbers: torch.Tensor  # loss; sums over the batch: supervised tokens, their entropy, right ones; all real tokens
-    arrived: torch.cuda.Event | None  # None on a CPU
-
-
 @upstream.overrides
-class FineTuningTrainer(InterruptibleTrainer):
+class FineTuningTrainer(CheckpointingTrainer):
     """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
 
     Args (the rest is SFTTrainer's):
@@ -56,9 +48,9 @@ class FineTuningTrainer(InterruptibleTrainer):
             user turn, and `images`), `score(answers) -> (metrics without the eval_ prefix, AnswerTable)`, `headlines`
             (metric -> label, for progress.json) and `describe(metrics)` (one sentence on the last evaluation).
         checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
-        cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.cuda_graphs`).
+        cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.kernels.cuda_graphs`).
 
-    Logged beside TRL's metrics: `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
+    Logged beside TRL's metrics: `restarts` of the run, `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
     the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
     and each one's).
     """
@@ -88,8 +80,9 @@ class FineTuningTrainer(InterruptibleTrainer):
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.stop_request, self._restarts = StopRequest(), 0
         with barriers_without_timeout():  # the first process tokenises text, and the others then read what it stored
-            super().__init__(*args, headlines=exam.headlines if exam else None, **kwargs)
+            super().__init__(*args, **kwargs)
         for name, parameter in model.named_parameters():
             if name in masters and parameter.dtype != masters[name].dtype:
                 parameter.data = masters[name].to(parameter.device)
@@ -99,43 +92,62 @@ class FineTuningTrainer(InterruptibleTrainer):
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
         use_supervised_rows(base_model_of(model))
-        self._on_its_way: deque[Watched] = deque()
-        self._arrived: list[list[float]] = []
+        self.step_metrics = StepMetrics(self._refuse_bad_loss)
+        self.run_sums = RunSums()
         self.exam = exam
         self.eval_max_new_tokens = eval_max_new_tokens
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
-        if chooses_layers:
+        self._add_callbacks(cuda_graphs)
+        self._num_weights: int | None = None
+        switch_mode_only_on_change(model)
+
+    def _add_callbacks(self, cuda_graphs: bool) -> None:
+        if self.pop_callback(WandbCallback):
+            self.add_callback(tracking.WandbCallbackThatReturns())
+        self.add_callback(StopTogether(self.stop_request))
+        self.add_callback(ShowProgress(self.exam.headlines if self.exam else {}))
+        if self.layer_checkpointing is not None:
             self.add_callback(self.layer_checkpointing)
         if cuda_graphs:  # after the choice of the layers
             self.add_callback(CudaGraphs(self))
         self.add_callback(SpareTheHost(self))
-        self._num_weights: int | None = None
-        switch_mode_only_on_change(model)
-        self._start_interval()
+        self.add_callback(self.run_sums)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Train; after a stop signal, save and leave the process with code 75: the same command continues."""
+        attempts = run_folder.read_progress(Path(self.args.output_dir)).get("attempts", [])
+        self._restarts = max(len(attempts) - 1, 0)
         if resume_from_checkpoint is not None:
             if self.args.deepspeed_plugin is not None:
                 refuse_other_sharding(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
-            # TRL would count tokens from zero again.
-            history = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").log_history
-            tokens = next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
-            upstream.replace(self, "_total_train_tokens", tokens)
-        self._start_interval()
-        result = super().train(resume_from_checkpoint, **kwargs)
-        self._read_what_arrived(wait=True)
+            self._continue_sums(Path(resume_from_checkpoint))
+        self.step_metrics.start_interval(self._total_train_tokens)
+        with self.stop_request:
+            result = super().train(resume_from_checkpoint, **kwargs)
+        self.step_metrics.read_arrived(wait=True)
+        if self.stop_request.agreed and self.state.global_step < self.state.max_steps:
+            leave_interrupted(self, self.stop_request.reason)
         return result
 
-    def _start_interval(self) -> None:
-        self._interval_started = time.perf_counter()
-        self._waited = 0.0
-        self._rows_seen = 0
-        self._tokens_before = self._total_train_tokens
+    def _continue_sums(self, checkpoint: Path) -> None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if not self.run_sums.continue_from(state.stateful_callbacks):
+            # Written before these sums were kept: the log tells of the tokens.
+            logged = (int(entry["num_tokens"]) for entry in reversed(state.log_history) if "num_tokens" in entry)
+            self.run_sums.num_tokens = next(logged, 0)
+        upstream.replace(self, "_total_train_tokens", self.run_sums.num_tokens)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # Loss, time and steps of the attempts before, up to the checkpoint that this one continued.
+        if self.run_sums.seconds:
+            upstream.replace(self, "_initial_global_step", 0)
+            upstream.replace(self, "_total_loss_scalar", self._total_loss_scalar + self.run_sums.loss)
+        return super()._finalize_training(trial, num_train_samples, start_time - self.run_sums.seconds)
 
     def get_batch_samples(self, *args, **kwargs):
         started = time.perf_counter()
         batches = super().get_batch_samples(*args, **kwargs)
-        self._waited += time.perf_counter() - started
+        self.step_metrics.waited += time.perf_counter() - started
         return batches
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -156,7 +168,7 @@ class FineTuningTrainer(InterruptibleTrainer):
             except torch.OutOfMemoryError:
                 if not may_repeat:
                     raise
-            self._forget_unfinished(inputs["input_ids"])
+            self.step_metrics.forget_unfinished(inputs["input_ids"])
             model.zero_grad(set_to_none=True)
             self.layer_checkpointing.take_more()
 
@@ -182,13 +194,13 @@ class FineTuningTrainer(InterruptibleTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows = inputs.pop("rows", None)
-        self._rows_seen += len(inputs["input_ids"])
+        self.step_metrics.num_rows += len(inputs["input_ids"])
         plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.model.training and plain and not return_outputs:
             return self._loss_without_waiting(model, inputs, rows, num_items_in_batch)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
-        self._refuse_bad_loss(loss.item(), self.state.global_step + 1, rows, inputs["input_ids"])
+        self._refuse_bad_loss(loss.item(), Watched(self.state.global_step + 1, rows, inputs["input_ids"]))
         return result
 
     def _loss_without_waiting(self, model, inputs, rows: list[int] | None, num_items_in_batch) -> torch.Tensor:
@@ -202,60 +214,35 @@ class FineTuningTrainer(InterruptibleTrainer):
         with torch.no_grad():
             real = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["position_ids"])
             numbers = [loss, supervised, outputs.entropy.sum(), outputs.is_top1.sum(), real.sum()]
-            self._watch(torch.stack([number.double() for number in numbers]), rows, inputs["input_ids"])
+            numbers = torch.stack([number.double() for number in numbers])
+            self.step_metrics.watch(self.state.global_step + 1, rows, inputs["input_ids"], numbers)
         return loss
 
-    def _watch(self, numbers: torch.Tensor, rows: list[int] | None, input_ids: torch.Tensor) -> None:
-        arrived = None
-        if numbers.is_cuda:
-            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._on_its_way.append(Watched(self.state.global_step + 1, rows, input_ids, numbers, arrived))
-        self._read_what_arrived()
-
-    def _read_what_arrived(self, *, wait: bool = False) -> None:
-        """Look at all batches but the newest, which the GPU is still at; with `wait` at that too."""
-        while self._on_its_way and (wait or len(self._on_its_way) > 1 or self._on_its_way[0].arrived is None):
-            watched = self._on_its_way.popleft()
-            if watched.arrived is not None:
-                watched.arrived.synchronize()
-            loss, *sums = watched.numbers.tolist()
-            self._refuse_bad_loss(loss, watched.step, watched.rows, watched.input_ids)
-            self._arrived.append(sums)
-
-    def _forget_unfinished(self, input_ids: torch.Tensor) -> None:
-        if self._on_its_way and self._on_its_way[-1].input_ids is input_ids:
-            self._on_its_way.pop()
-
     def _note_metrics(self) -> None:
-        """TRL's metrics of the batches since the last log, over all processes."""
-        self._read_what_arrived(wait=True)
-        if not self._arrived:
+        """TRL's metrics of the batches since the last call, over all processes."""
+        sums = self.step_metrics.gather(self.accelerator)
+        if sums is None:
             return
-        sums = torch.tensor(self._arrived, dtype=torch.float64, device=self.accelerator.device)
-        sums = self.accelerator.gather(sums).view(-1, *sums.shape).sum(0)
         supervised = sums[:, 0].clamp(min=1)
         metrics = self._metrics["train"]
         metrics["entropy"] += (sums[:, 1] / supervised).tolist()
         metrics["mean_token_accuracy"] += (sums[:, 2] / supervised).tolist()
-        self._total_train_tokens += int(sums[:, 3].sum())
+        upstream.replace(self, "_total_train_tokens", self._total_train_tokens + int(sums[:, 3].sum()))
         metrics["num_tokens"] = [self._total_train_tokens]
-        self._arrived.clear()
 
-    def _refuse_bad_loss(self, loss: float, step: int, rows: list[int] | None, input_ids: torch.Tensor) -> None:
+    def _refuse_bad_loss(self, loss: float, watched: Watched) -> None:
         if math.isfinite(loss):
             return
         split = "Training" if self.model.training else "Validation"
-        texts = self._tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(watched.input_ids, skip_special_tokens=True)
         named = [
-            f"  row {rows[position] if rows else '(packed)'}: {' '.join(text.split())[-160:]}"
+            f"  row {watched.rows[position] if watched.rows else '(packed)'}: {' '.join(text.split())[-160:]}"
             for position, text in enumerate(texts)
         ]
         raise TrainingDiverged(
             "\n".join(
                 [
-                    f"the loss is {loss} at step {step}. {split} rows of this batch:",
+                    f"the loss is {loss} at step {watched.step}. {split} rows of this batch:",
                     *named,
                     "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the "
                     "GPU has it; max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same "
@@ -268,23 +255,15 @@ class FineTuningTrainer(InterruptibleTrainer):
         if self.model.training:
             self._note_metrics()
         if "loss" in logs:
-            seconds = time.perf_counter() - self._interval_started
-            logs["samples_per_second"] = round(self._rows_seen * self.accelerator.num_processes / seconds, 3)
-            logs["tokens_per_second"] = round((self._total_train_tokens - self._tokens_before) / seconds, 1)
-            logs["data_wait"] = round(self._waited / seconds, 4)
-            if torch.cuda.is_available():
-                mine = torch.tensor([torch.cuda.max_memory_allocated() / 2**30], device=self.accelerator.device)
-                peaks = [round(peak, 2) for peak in self.accelerator.gather(mine).tolist()]
-                logs["peak_memory_gib"] = max(peaks)
-                if len(peaks) > 1:
-                    logs |= {f"peak_memory_gib/rank_{rank}": peak for rank, peak in enumerate(peaks)}
+            logs["restarts"] = self._restarts
+            logs |= self.step_metrics.speed(self.accelerator, self._total_train_tokens)
         super().log(logs, start_time)
         if "loss" in logs:
-            self._start_interval()
+            self.step_metrics.start_interval(self._total_train_tokens)
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         started = time.perf_counter()
-        self._read_what_arrived(wait=True)
+        self.step_metrics.read_arrived(wait=True)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.exam is not None:
             with self.accelerator.autocast():
@@ -302,12 +281,21 @@ class FineTuningTrainer(InterruptibleTrainer):
             if self.is_world_process_zero():
                 tracking.log_answers(self, table)
         # An evaluation is no training time.
-        self._interval_started += time.perf_counter() - started
+        self.step_metrics.leave_out(time.perf_counter() - started)
         return metrics
 
     def _save_checkpoint(self, model, trial) -> None:
-        self._read_what_arrived(wait=True)  # what is saved after a bad loss is lost work
+        self._note_metrics()  # of a bad loss nothing is saved
+        since_last_log = self.accelerator.gather(self._tr_loss).mean().item()
+        self.run_sums.note(self._total_loss_scalar + since_last_log, self._total_train_tokens)
         super()._save_checkpoint(model, trial)
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
+        listen = partial(obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
+        upstream.replace(inner, "worker_init_fn", listen)
+        return loader
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
@@ -325,8 +313,10 @@ class FineTuningTrainer(InterruptibleTrainer):
         else:
             super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
+            folder = Path(output_dir or self.args.output_dir)
+            follow_umask(folder.glob("*.safetensors"))
             # A pickle that nothing here reads: arguments.yaml says the same, to people too.
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 class SpareTheHost(TrainerCallback):

@@ -1,0 +1,93 @@
+"""Options against what they need: CUDA graphs, FP8, and options of TRL that do not work here."""
+
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
+from finetuning.strategy import CONFIGS, Strategy
+
+
+def option_problems(training_args: TrainingArguments, capability: tuple[int, int] | None) -> list[str]:
+    """Options of transformers and TRL that would end in a stack trace; `capability` is None without a GPU."""
+    problems = []
+    if training_args.use_liger_kernel:
+        problems.append(
+            "use_liger_kernel: the kernels of this project replace the layers that Liger would replace. Remove it from "
+            "the recipe; fused_lora: true is the default and faster"
+        )
+    if training_args.activation_offloading and capability is None:
+        problems.append(
+            "activation_offloading moves activations from a GPU to main memory, and there is no GPU: remove it from the "
+            "recipe"
+        )
+    return problems
+
+
+def graph_problems(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    rows: Dataset,
+    capability: tuple[int, int] | None,
+) -> list[str]:
+    """`cuda_graphs` against all that a recorded pass cannot do."""
+    if not script_args.cuda_graphs:
+        return []
+    how, attention = Strategy.from_environment(), model_args.attn_implementation or "sdpa"
+    rows_side_by_side = training_args.packing or training_args.padding_free
+    layers = script_args.checkpoint_layers if training_args.gradient_checkpointing else "0"
+    cannot = {
+        "images in the rows: their steps keep a GPU busy as it is": "images" in rows.column_names,
+        "no GPU of compute capability 8.0 or newer": capability is None or capability < (8, 0),
+        f"a launch by {how}: gradients are averaged while the passes run": not how.is_one_process,
+        "fused_lora: false": not script_args.fused_lora,
+        f"language_model: {script_args.language_model}": script_args.language_model != "lora",
+        f"attn_implementation: {attention} (sdpa or packed would do)": attention not in ("sdpa", "packed"),
+        f"attn_implementation: {attention} with rows side by side (packed would do)": rows_side_by_side
+        and attention == "sdpa",
+        f"checkpoint_layers: {layers} (auto or 0 would do)": layers not in ("auto", "0"),
+        "gradient_checkpointing_kwargs": training_args.gradient_checkpointing
+        and bool(training_args.gradient_checkpointing_kwargs),
+    }
+    found = [reason for reason, holds in cannot.items() if holds]
+    return [f"cuda_graphs cannot go with {'; '.join(found)}: set cuda_graphs: false, or change that"] if found else []
+
+
+def fp8_problems(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    capability: tuple[int, int] | None,
+    config: PreTrainedConfig,
+) -> list[str]:
+    """`base_precision: fp8_backward` against GPU, launch, recipe and the shape of the model."""
+    if script_args.base_precision is None:
+        return []
+    targets, launch = model_args.lora_target_modules, Strategy.from_environment()
+    missing = set() if targets in (None, "all-linear", ["all-linear"]) else {*PROJECTIONS} - {*targets}
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    widths = [text.hidden_size, text.intermediate_size]
+    widths += [heads * head_dim for heads in (text.num_attention_heads, text.num_key_value_heads)]
+    uneven = sorted({width for width in widths if width % 16})
+    kinds = [layer.__name__.removesuffix("DecoderLayer").lower() for layer in FUSED_LAYERS]
+    cannot = {
+        "a CPU (compute capability 8.9 or newer would do)": capability is None,
+        f"compute capability {'.'.join(map(str, capability or ()))} (8.9 or newer would do)": capability is not None
+        and capability < (8, 9),
+        "fp16: true (bf16 would do)": training_args.fp16,
+        "quantised weights (load_in_4bit: false would do)": model_args.load_in_4bit or model_args.load_in_8bit,
+        f"language_model: {script_args.language_model} (lora would do)": script_args.language_model != "lora",
+        "fused_lora: false (true would do)": not script_args.fused_lora,
+        "use_dora: true (false would do)": model_args.use_dora,
+        f"lora_target_modules without {', '.join(sorted(missing))} (all-linear would do)": bool(missing),
+        f"a launch by {launch}, where weights come and go ({CONFIGS}/ddp.yaml or deepspeed_zero2.yaml would do)": (
+            launch.shards_weights
+        ),
+        f"a model of type {text.model_type} ({' or '.join(kinds)} would do)": text.model_type not in kinds,
+        f"layers of width {', '.join(map(str, uneven))} (multiples of 16 would do)": bool(uneven),
+    }
+    found = [reason for reason, holds in cannot.items() if holds]
+    how = f"base_precision: {script_args.base_precision}"
+    return [f"{how} cannot go with {'; '.join(found)}: leave base_precision out, or change that"] if found else []

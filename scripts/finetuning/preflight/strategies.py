@@ -1,0 +1,222 @@
+"""What a strategy cannot do: quantised weights, activation checkpointing, optimizers and rows against the launch.
+
+Each rule is a function that returns the sentence for people, or None where there is nothing to say.
+"""
+
+import pyarrow.compute as pc
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.strategy import CONFIGS, Strategy
+
+# What the names of transformers' optimizers that come from bitsandbytes begin with.
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged", "rmsprop_bnb")
+
+
+def strategy_problems(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+) -> list[str]:
+    """Quantisation, activation checkpointing and the optimizer against how this launch divides the work."""
+    strategy, adapts = Strategy.from_environment(), "lora" in script_args.placement.values()
+    found = [
+        one_process_of_many_gpus(strategy, training_args),
+        fsdp_1(strategy),
+        fsdp_without_gpus(strategy),
+        sharded_quantised_weights(strategy, model_args),
+        fsdp_of_8_bits(strategy, model_args),
+        fsdp_of_4_bits_in_few(strategy, model_args),
+        quantised_weights_trained_in_full(model_args, adapts=adapts),
+        checkpointing_without_reentrance(strategy, training_args, adapts=adapts),
+        reentrant_checkpointing(strategy, training_args, adapts=adapts),
+        selective_checkpointing(training_args),
+        fsdp_of_bitsandbytes_optimizer(strategy, training_args),
+        offloaded_optimizer(strategy, training_args),
+    ]
+    return [problem for problem in found if problem]
+
+
+def one_process_of_many_gpus(strategy: Strategy, training_args: TrainingArguments) -> str | None:
+    if not strategy.is_one_process or training_args.n_gpu <= 1:
+        return None
+    return (
+        f"one process sees {training_args.n_gpu} GPUs and would copy the model at every step (nn.DataParallel, which "
+        f"SFTTrainer refuses): launch with accelerate launch --config_file {CONFIGS}/ddp.yaml --num_processes "
+        f"{training_args.n_gpu}, or put CUDA_VISIBLE_DEVICES=0 before the command"
+    )
+
+
+def fsdp_1(strategy: Strategy) -> str | None:
+    if not strategy.is_fsdp or strategy.stage == 2:
+        return None
+    return f"fsdp_version 1 is not supported here: launch with {CONFIGS}/fsdp2.yaml"
+
+
+def fsdp_without_gpus(strategy: Strategy) -> str | None:
+    if not strategy.is_fsdp or PartialState().distributed_type not in (DistributedType.MULTI_CPU, DistributedType.NO):
+        return None
+    return (
+        "FSDP without GPUs: accelerate would train plain DDP without a word. Launch with "
+        f"{CONFIGS}/ddp.yaml (several processes) or {CONFIGS}/cpu.yaml"
+    )
+
+
+def sharded_quantised_weights(strategy: Strategy, model_args: ModelArguments) -> str | None:
+    quantised = model_args.load_in_4bit or model_args.load_in_8bit
+    if not quantised or not strategy.is_deepspeed or not strategy.shards_weights:
+        return None
+    return (
+        "ZeRO-3 cannot divide quantised weights, each GPU would load the whole model or fail (peft#2016, "
+        f"transformers#24395): launch with {CONFIGS}/ddp.yaml, since a 4-bit 7B model takes 5 GB on each GPU, with "
+        f"{CONFIGS}/fsdp2.yaml to divide it, or set load_in_4bit: false"
+    )
+
+
+def fsdp_of_8_bits(strategy: Strategy, model_args: ModelArguments) -> str | None:
+    if not model_args.load_in_8bit or not strategy.is_fsdp:
+        return None
+    return f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
+
+
+def fsdp_of_4_bits_in_few(strategy: Strategy, model_args: ModelArguments) -> str | None:
+    if not model_args.load_in_4bit or not strategy.is_fsdp or model_args.bnb_4bit_quant_storage == "float32":
+        return None
+    return (
+        "FSDP2 divides 4-bit weights only when they are stored as floating-point numbers, and changes one in a thousand "
+        "of those stored in 16 bits (bitsandbytes#1945): set bnb_4bit_quant_storage: float32, which is "
+        f"{model_args.bnb_4bit_quant_storage or 'uint8'}"
+    )
+
+
+def quantised_weights_trained_in_full(model_args: ModelArguments, *, adapts: bool) -> str | None:
+    if not (model_args.load_in_4bit or model_args.load_in_8bit) or adapts:
+        return None
+    return "quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora"
+
+
+def checkpointing_of(training_args: TrainingArguments) -> dict:
+    """`gradient_checkpointing_kwargs` where activations are checkpointed; else empty."""
+    return (training_args.gradient_checkpointing_kwargs or {}) if training_args.gradient_checkpointing else {}
+
+
+def checkpointing_without_reentrance(
+    strategy: Strategy, training_args: TrainingArguments, *, adapts: bool
+) -> str | None:
+    sharded = strategy.is_deepspeed and strategy.shards_weights
+    if not adapts or checkpointing_of(training_args).get("use_reentrant") is not False or not sharded:
+        return None
+    return (
+        "use_reentrant: false of LoRA under ZeRO-3 would be turned into true by TRL (trl#2514): remove use_reentrant "
+        "from gradient_checkpointing_kwargs, and checkpointing is not reentrant; layers are gathered whole here, which "
+        "that needs"
+    )
+
+
+def reentrant_checkpointing(strategy: Strategy, training_args: TrainingArguments, *, adapts: bool) -> str | None:
+    if not adapts or not checkpointing_of(training_args).get("use_reentrant") or not strategy.is_ddp:
+        return None
+    return (
+        "reentrant checkpointing of LoRA under DDP fails with 'marked ready twice' (trl#921, peft#313): remove "
+        "use_reentrant from gradient_checkpointing_kwargs"
+    )
+
+
+def selective_checkpointing(training_args: TrainingArguments) -> str | None:
+    if not checkpointing_of(training_args).get("selective"):
+        return None
+    return (
+        "selective checkpointing stops at the first step: TRL 1.16 looks for it where transformers 5.23 no longer does, "
+        "and PyTorch does not know it. Remove selective from gradient_checkpointing_kwargs; checkpoint_layers says how "
+        "much is computed again"
+    )
+
+
+def fsdp_of_bitsandbytes_optimizer(strategy: Strategy, training_args: TrainingArguments) -> str | None:
+    if not strategy.is_fsdp or not training_args.optim.value.startswith(BITSANDBYTES_OPTIMIZERS):
+        return None
+    return (
+        f"optim: {training_args.optim.value} is one of bitsandbytes, which cannot step weights that FSDP2 divides "
+        "(bitsandbytes#1633: illegal memory access): set optim: adamw_torch"
+    )
+
+
+def offloaded_optimizer(strategy: Strategy, training_args: TrainingArguments) -> str | None:
+    offloads = strategy.is_deepspeed and "optimizer" in strategy.offloads
+    if not offloads or training_args.optim.value.startswith("adamw_torch"):
+        return None
+    return (
+        f"optim: {training_args.optim.value} keeps its state on the GPU, but this launch offloads the optimizer to "
+        f"main memory: set optim: adamw_torch, or launch with {CONFIGS}/deepspeed_zero3.yaml"
+    )
+
+
+# Rows without an image
+
+
+def image_problems(
+    script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset, validation_rows: Dataset | None
+) -> list[str]:
+    """Rows without an image among those with one, against how this launch divides the work."""
+    strategy = Strategy.from_environment()
+    evaluated = None if training_args.eval_strategy == "no" else validation_rows
+    found = [
+        validated_without_image(strategy, evaluated),
+        trained_without_image(strategy, script_args, training_args, rows),
+    ]
+    return [problem for problem in found if problem]
+
+
+def rows_without_image(rows: Dataset) -> int:
+    """How many rows of a vision dataset carry no image; no picture is decoded. 0 for a text dataset."""
+    if "images" not in rows.column_names:
+        return 0
+    return pc.sum(pc.equal(pc.list_value_length(rows.data.column("images")), 0)).as_py() or 0
+
+
+def validated_without_image(strategy: Strategy, rows: Dataset | None) -> str | None:
+    if not strategy.shards_weights or rows is None or not (without := rows_without_image(rows)):
+        return None
+    return (
+        f"{without} of {len(rows)} validation rows have no image, and an evaluation of divided weights then waits "
+        f"for ever too: leave these rows out, set eval_strategy: no, or launch with {CONFIGS}/ddp.yaml"
+    )
+
+
+def trained_without_image(
+    strategy: Strategy, script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset
+) -> str | None:
+    without = rows_without_image(rows)
+    if not without:
+        return None
+    found = f"{without} of {len(rows)} training rows have no image. "
+    sees = {script_args.projector, script_args.vision_tower} != {"frozen"}
+    if strategy.shards_weights:
+        return (
+            f"{found}Where weights are divided, a process whose rows skip the vision tower waits for ever for the others "
+            f"(DeepSpeed#7170): leave these rows out, or launch with {CONFIGS}/ddp.yaml"
+        )
+    if sees and strategy.is_deepspeed:
+        return (
+            f"{found}DeepSpeed averages what has a gradient, and a process without a picture has none for the projector "
+            f"or the vision tower: the processes send different things, and wait for ever. Launch with {CONFIGS}/ddp.yaml, "
+            "leave these rows out, or set projector and vision_tower to frozen"
+        )
+    if sees and strategy.is_ddp and not training_args.ddp_find_unused_parameters:
+        return (
+            f"{found}A batch of them leaves the projector or the vision tower without gradient, and DDP then stops with "
+            "'Expected to have finished reduction' (LlamaFactory#6376): remove ddp_find_unused_parameters: false"
+        )
+    return None
+
+
+def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:
+    """`ddp_find_unused_parameters` of the recipe; where it is silent, whether a batch may leave a parameter out.
+
+    To search costs DDP a walk over the whole graph at every step. Only a batch without a single image leaves something
+    out, and only what sees the image. TRL searches for every vision model, transformers where nothing is checkpointed.
+    """
+    if training_args.ddp_find_unused_parameters is not None:
+        return training_args.ddp_find_unused_parameters
+    sees = {script_args.projector, script_args.vision_tower} - {"frozen"}
+    return bool(sees) and rows_without_image(rows) > 0

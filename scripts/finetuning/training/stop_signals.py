@@ -1,0 +1,153 @@
+"""A signal ends training at a step that all processes agree on, with a checkpoint of that step.
+
+transformers' own `enable_jit_checkpoint` (5.23) does not do here: it knows SIGTERM only, each process saves at the step
+where the signal finds it (so several processes save different steps, or wait for each other for ever), it writes in
+place, and the command ends as if training were complete.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from finetuning import run_folder, tracking
+from finetuning.folder_lock import give_back
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not failed, run it again
+
+
+class StopRequest:
+    """Remembers the first of the stop signals: TERM (preemption), USR1, USR2 (a warning before the time limit).
+
+    `STOP_SIGNALS=TERM,USR2` in the environment leaves USR1 to others. Processes forked from this one (DataLoader
+    workers) inherit the handler and must not act on it.
+    """
+
+    def __init__(self):
+        names = os.environ.get("STOP_SIGNALS", "TERM,USR1,USR2").split(",")
+        unknown = [name for name in names if f"SIG{name}" not in signal.Signals.__members__]
+        if unknown:
+            raise ValueError(
+                f"STOP_SIGNALS={','.join(names)}: no such signals: {', '.join(unknown)}; try TERM,USR1,USR2"
+            )
+        self.signals = [signal.Signals[f"SIG{name}"] for name in names]
+        self.received = 0  # number of the signal that this process got
+        self.agreed = 0  # of the one that all processes know of
+        self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def _remember(self, number: int, frame: object) -> None:
+        if os.getpid() == self._process and not self.received:
+            self.received = number
+
+    def __enter__(self) -> "StopRequest":
+        self._process = os.getpid()
+        self._before = {number: signal.signal(number, self._remember) for number in self.signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agree(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop; called by all processes at the same step.
+
+        On several GPUs it is the answer to the call before: to read the newest one, host and GPU would wait for each
+        other at every step.
+        """
+        if not torch.distributed.is_initialized():
+            self.agreed = self.received
+            return self.agreed > 0
+        number = torch.full((), self.received, device=device)  # filled there: a copy would wait for the whole step
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        if device.type != "cuda":
+            self.agreed = int(number)
+            return self.agreed > 0
+        if self._asked is not None:
+            answer, arrived = self._asked
+            arrived.synchronize()
+            self.agreed = int(answer)
+        answer, arrived = torch.empty_like(number, device="cpu", pin_memory=True), torch.cuda.Event()
+        answer.copy_(number, non_blocking=True)
+        arrived.record()
+        self._asked = answer, arrived
+        return self.agreed > 0
+
+    @property
+    def reason(self) -> str:
+        return signal.Signals(self.agreed).name
+
+
+class StopTogether(TrainerCallback):
+    """Ends training at the step at which the processes learn of a stop signal, with a checkpoint of that very step."""
+
+    def __init__(self, request: StopRequest):
+        self.request = request
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            args.eval_on_start = self._evaluation_is_owed(args, state)
+
+    def _evaluation_is_owed(self, args, state) -> bool:
+        # An evaluation that was due at the step of the signal is made up for now: it can take longer than the grace.
+        if args.eval_strategy == "steps":
+            due = state.global_step % state.eval_steps == 0
+        else:
+            due = args.eval_strategy == "epoch" and float(state.epoch).is_integer()
+        return due and not any(
+            "eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # After the last step there is nothing left to interrupt.
+        if self.request.agree(args.device) and state.global_step < state.max_steps:
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # The trainer takes the end of an interrupted epoch for the end of an epoch.
+        if self.request.agreed and state.global_step < state.max_steps:
+            control.should_log = control.should_save = control.should_evaluate = False
+
+
+def leave_interrupted(trainer: Any, reason: str) -> None:
+    """End all processes with code 75, after the first has told people, trackers and the job file.
+
+    A job file is told by OUTCOME_FILE, and the code is then 0: `accelerate launch` turns 75 into 1 and a page of traces.
+    """
+    if trainer.is_world_process_zero():
+        state = trainer.state
+        run_folder.end_attempt(Path(trainer.args.output_dir), state.global_step, reason)
+        tracking.close(trainer.args, state, EXIT_INTERRUPTED)
+        print(
+            f"Stopped at step {state.global_step} of {state.max_steps} ({reason}). The same command continues from there."
+        )
+        if outcome := os.environ.get("OUTCOME_FILE"):
+            Path(outcome).parent.mkdir(parents=True, exist_ok=True)
+            Path(outcome).write_text("interrupted\n", encoding="utf-8")
+        give_back(Path(trainer.args.output_dir))
+    trainer.accelerator.wait_for_everyone()
+    sys.exit(0 if "OUTCOME_FILE" in os.environ else EXIT_INTERRUPTED)
+
+
+def obey_parent_only(worker: int, signals: list[signal.Signals], then: Callable[[int], None] | None) -> None:
+    """First act of a DataLoader worker: heed stop signals of its own process, and of nobody else.
+
+    Slurm signals every process of a step. PyTorch's loader workers die of TERM, and the run with them; but their own
+    process ends them by TERM too, and would wait for ever for one that ignores it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def listen() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    if then is not None:
+        then(worker)

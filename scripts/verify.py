@@ -1,0 +1,57 @@
+"""Is everything in a folder as it was written? Reads every file of runs, checkpoints and merged models.
+
+    python scripts/verify.py outputs/llava-lora
+    python scripts/verify.py outputs/*/checkpoint-* models/llava-merged
+
+Compares each file's size and SHA-256 with the manifest that was written last. Of a run also its checkpoints. Exits with 1
+when something is damaged or missing, or when there is nothing to compare with.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from finetuning.manifest import MANIFEST, has_manifest, manifest_problems
+from finetuning.run_folder import checkpoints, read_metrics
+
+
+def folders_of(folder: Path) -> list[Path]:
+    """The folder itself, where it is finished, and the checkpoints in it. ValueError where there are none."""
+    found = list(checkpoints(folder).values())
+    if has_manifest(folder) or read_metrics(folder) or not found:
+        found.append(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    return found
+
+
+def describe(folder: Path) -> tuple[bool, str]:
+    """(Whether all is as it was written, a line or more for people.)"""
+    if not has_manifest(folder):
+        return False, f"{folder}: no {MANIFEST}: written by an older version, or not whole"
+    problems = manifest_problems(folder)
+    if problems:
+        return False, "\n".join([f"{folder}: damaged", *(f"  {problem}" for problem in problems)])
+    return True, f"{folder}: whole"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    all_whole = True
+    for folder in args.folders:
+        try:
+            lines = [describe(part) for part in folders_of(folder)]
+        except ValueError as error:
+            lines = [(False, str(error))]
+        for whole, line in lines:
+            all_whole &= whole
+            print(line)
+    sys.exit(0 if all_whole else 1)
+
+
+if __name__ == "__main__":
+    main()
