@@ -14,6 +14,7 @@ LEAST_DOCUMENTED = 0.75
 READ_IN = {
     "accelerate_configs": "preflight/test_checks.py",
     "data_prep/anime": "data_prep/test_prepare_anime.py",
+    "data_prep/preparing": "data_prep/test_prepare_anime.py",
     "scripts/configs": "commands/test_train_llava.py",
     "slurm": "commands/test_slurm_files.py",
 }
