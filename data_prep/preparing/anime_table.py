@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from preparing.ledger import Ledger
 from preparing.tables import SEPARATORS, read_table
 
@@ -68,6 +70,9 @@ TAG = re.compile(
 INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
+_emoji = "\u2600-\u27bf\U0001f000-\U0001faff"
+LONE_JOINER = re.compile(f"(?<![{_emoji}\ufe0f])\u200d|\u200d(?![{_emoji}])")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 COMPANY_FORMS = re.compile(r"(inc|ltd|llc|corp|co|gmbh|s\.a|k\.k)\.?", re.IGNORECASE)
 HIGHEST_SCORE = 10
 FEWEST_SCORES = 20  # fewer do not tell the scale
@@ -215,7 +220,7 @@ def read_titles(table: AnimeTable, ledger: Ledger) -> list[Title]:
     path = table.path
     titles: dict[int, Title] = {}
     lines_by_name: dict[str, int] = {}
-    for line, cells in table.rows:
+    for line, cells in tqdm(table.rows, desc="reading titles", unit="row"):
         ledger.read("titles")
         if len(cells) != len(table.header):
             detail = f"{len(cells)} cells where the header has {len(table.header)}: a quote or a comma is out of place"
@@ -314,16 +319,13 @@ def clean_row(row: dict[str, str], line: int, table: AnimeTable) -> Title:
 
 def clean_text(text: str, *, is_prose: bool) -> str:
     """NFC on one line, entities as characters, without invisible characters; prose also without tags."""
-    for _ in range(2):  # some tables were escaped twice
+    for _ in range(2 if "&" in text else 0):  # some tables were escaped twice
         text = ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     if is_prose:
         text = TAG.sub(" ", text)
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
-    # A joiner that joins no emoji.
-    text = re.sub(
-        "(?<![\u2600-\u27bf\U0001f000-\U0001faff\ufe0f])\u200d|\u200d(?![\u2600-\u27bf\U0001f000-\U0001faff])", "", text
-    )
-    text = "".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in text)
+    if not text.isascii():
+        text = LONE_JOINER.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
+    text = CONTROL.sub(" ", text)
     text = " ".join(text.split())
     return re.sub(r" (?=[.,;:!?](?:\s|$))", "", text) if is_prose else text
 

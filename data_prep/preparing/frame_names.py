@@ -50,12 +50,9 @@ def original_stem(stem: str) -> str:
 
 
 def split_number(stem: str) -> tuple[str, int | None]:
-    """("seq_", 7) of "seq_000007"; None for a number where the digits at the end belong to a mixed word such as 0ab4."""
-    word = re.search(r"[^\W_]+$", stem)
-    if not word or not re.fullmatch(r"[^\W\d_]*[0-9]+", word[0]):
-        return stem, None
-    digits = re.search(r"[0-9]+$", stem)[0]
-    return stem.removesuffix(digits), int(digits)
+    """("seq_", 7) of "seq_000007"; None for a number where the stem ends in none."""
+    digits = re.search(r"[0-9]+$", stem)
+    return (stem[: digits.start()], int(digits[0])) if digits else (stem, None)
 
 
 def find_day(stem: str) -> tuple[str, str] | None:
@@ -107,10 +104,14 @@ def count_in_videos(frames: Iterable[Frame]) -> None:
 
 
 def is_series(prefix: str, members: Counter[str], number_of_files: int) -> bool:
-    """Whether numbers behind `prefix` name frames: not where each file has a prefix of its own, as hashes would."""
-    letters = re.search(r"[^\W\d_]*$", prefix)[0]
-    if letters and set(letters) <= set("abcdef"):
-        return members[prefix] * 2 >= number_of_files
+    """Whether numbers behind `prefix` name frames, and are no digits of a hash.
+
+    Where letters stand before the digits that a hash could have, as in 0ab4, at least half of the files must begin so.
+    Where the prefix holds a number of its own, one other file must; other prefixes are words.
+    """
+    word = re.search(r"[^\W_]*$", prefix)[0]
+    if word and (re.search(r"\d", word) or set(word) <= set("abcdef")):
+        return members[prefix] > 1 and members[prefix] * 2 >= number_of_files
     return members[prefix] > 1 or number_of_files == 1 or not re.search(r"\d", prefix)
 
 
