@@ -14,7 +14,8 @@ image) must be as many as the pictures; each picture is shown at the start of th
 messages and CSV may leave the marks out: the first user turn shows the pictures then. `system` and its like become a system
 turn; a turn marked with weight: 0, loss: false or their like is read, not learnt. What cannot be obeyed is rejected (video,
 tools, preferences), and keys that are not used are counted. Every record ends up accepted, or in rejects.csv with a reason.
-Records that share an image, or have almost the same one, go to the same split.
+Records that share an image, or have almost the same one, go to the same split, and with --group_by those of one folder,
+camera, clip or day.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from preparing.conversations import (
     MESSAGES_FEATURE,
     RESERVED_COLUMNS,
     WEIGHTED_MESSAGES_FEATURE,
+    is_empty,
 )
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.images import (
@@ -357,9 +359,12 @@ def read_value(value: Any, type_name: str) -> str | int | float:
 
 
 def group_records(
-    records: list[Record], inspections: dict[InputImage, Inspection], max_bits: int
+    records: list[Record], inspections: dict[InputImage, Inspection], max_bits: int, group_by: str | None
 ) -> list[list[Record]]:
-    """Records that share an image, or have near-duplicate images, in one group; `image_id` names the first image."""
+    """Records that share an image, have near-duplicate images, or are of one folder or one value of a key, in one group.
+
+    `image_id` names the first image.
+    """
     images = list(inspections)
     number_of = {image: number for number, image in enumerate(images)}
     hashes = stack_hashes([inspections[image].difference_hash for image in images]) if images else []
@@ -368,11 +373,28 @@ def group_records(
     for place, record in enumerate(records):
         record.image_id = record.images[0].name if record.images else f"text-{record.line}"
         pairs += [(len(images) + place, number_of[image]) for image in record.images]
+    first_of: dict[str, int] = {}
+    for place, record in enumerate(records) if group_by else ():
+        group = str(Path(record.image_id).parent) if group_by == "folder" else str(record.raw[group_by])
+        pairs.append((len(images) + place, len(images) + first_of.setdefault(group, place)))
     groups = [
         [records[node - len(images)] for node in group if node >= len(images)]
         for group in connected_groups(len(images) + len(records), pairs)
     ]
     return [group for group in groups if group]
+
+
+def check_groups(records: list[Record], group_by: str | None) -> None:
+    """Every record must say which camera, clip or day it is of."""
+    for record in records if group_by else ():
+        if record.problem:
+            continue
+        if group_by == "folder" and not record.images:
+            record.reject("no_group", "it has no image, so that --group_by folder cannot place it")
+        elif group_by != "folder" and is_empty(record.raw.get(group_by)):
+            record.reject(
+                "no_group", f"it has no {group_by}, which --group_by needs; its keys: {', '.join(record.raw)}"
+            )
 
 
 def make_row(record: Record, columns: dict[str, str], has_images: bool, has_weights: bool) -> dict[str, Any]:
@@ -397,6 +419,9 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         metavar="NAME:TYPE",
         help=f"columns to keep as ground truth, as in count:int64; types: {', '.join(COLUMN_TYPES)}",
+    )
+    parser.add_argument(
+        "--group_by", help="records that stay in one split: folder (of the image), or a key such as camera, clip or day"
     )
     parser.add_argument("--validation_size", type=float, default=0.1, help="share of the records (default %(default)s)")
     parser.add_argument("--test_size", type=float, default=0.1, help="share of the records (default %(default)s)")
@@ -436,6 +461,7 @@ def main() -> None:
     inspections = check_images(records, args.max_pixels)
     check_duplicates(records, inspections)
     read_columns(records, columns)
+    check_groups(records, args.group_by)
     ledger = Ledger()
     for record in records:
         ledger.read("records")
@@ -448,7 +474,7 @@ def main() -> None:
     # Split.
     splits, leaks = {}, {"between": {}}
     if accepted:
-        groups = group_records(accepted, inspections, args.near_duplicate_bits)
+        groups = group_records(accepted, inspections, args.near_duplicate_bits, args.group_by)
         splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
         seen = {
             name: [
@@ -462,7 +488,7 @@ def main() -> None:
     # Write.
     has_images = any(record.images for record in accepted)
     has_weights = any("weight" in message for record in accepted for message in record.messages)
-    unused = Counter(key for record in accepted for key in record.unused)
+    unused = Counter(key for record in accepted for key in record.unused if key != args.group_by)
     features = datasets.Features(
         {
             "messages": WEIGHTED_MESSAGES_FEATURE if has_weights else MESSAGES_FEATURE,
@@ -479,7 +505,9 @@ def main() -> None:
         ledger=ledger,
         sources=sources,
         arguments=vars(args),
-        split_rule=f"groups of records with the same or almost the same image, shuffled with seed {args.seed}",
+        split_rule="groups of records with the same or almost the same image"
+        + (f" or the same {args.group_by}" if args.group_by else "")
+        + f", shuffled with seed {args.seed}",
         make_row=functools.partial(make_row, columns=columns, has_images=has_images, has_weights=has_weights),
         unused_keys=dict(unused.most_common()),
         leak_report=leaks,

@@ -256,6 +256,34 @@ def test_values_that_a_kept_column_cannot_hold_are_rejected(tmp_path, prepare):
     assert sorted(count for rows in dataset.values() for count in rows["count"]) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("group_by", ["folder", "camera"])
+def test_records_of_one_folder_or_camera_stay_together(tmp_path, prepare, group_by):
+    records = []
+    for number in range(20):
+        name = f"c{number % 4}/{number}.jpg"
+        draw(tmp_path / "images" / name, number)
+        records.append(llava_record(1) | {"image": name, "camera": f"c{number % 4}"})
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+    records.append({"messages": turns})
+    path = save_json(tmp_path / "r.json", records)
+    words = (
+        "--images",
+        tmp_path / "images",
+        "--group_by",
+        group_by,
+        "--validation_size",
+        "0.25",
+        "--test_size",
+        "0.25",
+    )
+    dataset, manifest, rejects = prepare(path, *words)
+    cameras = {name: {image_id[:2] for image_id in rows["image_id"]} for name, rows in dataset.items()}
+    assert sorted(map(len, cameras.values())) == [1, 1, 2]
+    assert not set.intersection(*cameras.values())
+    assert [reason for _, _, reason in rejects] == ["no_group"]
+    assert f"or the same {group_by}" in manifest["split_rule"]
+
+
 def test_records_of_one_image_or_of_near_duplicates_stay_together(tmp_path, images, prepare):
     records = [llava_record(number) for number in range(1, 21)]
     for number in range(1, 11):  # a second question to each of the first ten images
