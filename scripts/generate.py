@@ -27,9 +27,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
+from finetuning.folder_lock import give_back, take_lock
 from finetuning.inference.generation import answer_batch
 from finetuning.models.loading import is_vision, load_config, load_for_inference
-from finetuning.run_folder import adapter_base, changed_settings, read_json, write_json
+from finetuning.run_folder import adapter_base, changed_settings, read_json, write_atomically, write_json
 
 Item = tuple[str | None, str]  # (path of the picture, question)
 
@@ -108,7 +109,7 @@ def start_or_continue(output: Path, settings: dict[str, Any]) -> set[Item]:
     written = output.read_bytes()
     whole = written[: written.rfind(b"\n") + 1]
     if whole != written:
-        output.write_bytes(whole)
+        write_atomically(output, whole)
     answered = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
     return {(answer["image"], answer["question"]) for answer in answered}
 
@@ -205,10 +206,12 @@ def main(options: argparse.Namespace) -> None:
             "load_in_4bit": options.load_in_4bit,
             "max_new_tokens": options.max_new_tokens,
         }
+        take_lock(options.output, "a generate.py")
         with PartialState().main_process_first():
             done = start_or_continue(options.output, settings)
         remaining = [item for item in items if item not in done]
         if not remaining:
+            give_back(options.output)
             PartialState().print(f"All {len(items):,} answers are in {options.output} already")
             return
         if done:
@@ -222,6 +225,7 @@ def main(options: argparse.Namespace) -> None:
         stream(model, processing_class, as_row(items[0]), options)
     else:
         answer_many(model, processing_class, remaining, options.output, options)
+        give_back(options.output)
         PartialState().print(f"{len(items):,} answers: {options.output}")
 
 

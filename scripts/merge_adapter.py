@@ -36,6 +36,8 @@ from finetuning.export.merging import (
     write_merge_report,
 )
 from finetuning.export.model_card import write_model_card
+from finetuning.folder_lock import one_at_a_time
+from finetuning.manifest import files_in, follow_umask, write_manifest
 from finetuning.models.loading import (
     check_adapter_is_complete,
     is_vision,
@@ -82,6 +84,12 @@ def check_inputs(run: Path, output: Path) -> dict:
 
 
 def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_size: str) -> dict:
+    """Merge, prove and save; the report. Raises ValueError where it cannot be done, or another process does it."""
+    with one_at_a_time(output, "a merge"):
+        return merge(run, output, dtype_name, rows, max_shard_size)
+
+
+def merge(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_size: str) -> dict:
     # What will be merged, and whether it can be: before any weights are loaded
     arguments = check_inputs(run, output)
     adapter = PeftConfig.from_pretrained(run)
@@ -163,6 +171,8 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
             report["quantised_run_against_merged"] = compare_observations(merged, trained)
         write_merge_report(unfinished, report)
         write_model_card(unfinished, run, arguments, report)
+        follow_umask(files_in(unfinished))
+        write_manifest(unfinished)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -83,6 +83,7 @@ def holder_of(file: Path) -> str:
 
 
 def is_half_made(file: Path) -> bool:
+    """Whether a lock names nobody although its maker had time to: it was killed in between."""
     try:
         status = file.stat()
     except FileNotFoundError:

@@ -40,6 +40,7 @@ def write_manifest(folder: Path, paths: Iterable[Path] | None = None) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
+    """Whether a folder has one: those of older versions do not."""
     return (folder / MANIFEST).is_file()
 
 

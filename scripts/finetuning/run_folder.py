@@ -66,6 +66,7 @@ def write_atomically(path: Path, content: str | bytes, *, to_disk: bool = True) 
 
 
 def write_json(path: Path, values: Any, *, to_disk: bool = True) -> None:
+    """`write_atomically` of an object as indented JSON."""
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", to_disk=to_disk)
 
 
@@ -209,6 +210,7 @@ def untuned_model(folder: Path) -> str:
 
 
 def now() -> str:
+    """This moment in UTC, to the second, as ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -247,6 +249,7 @@ def this_job() -> dict[str, Any]:
 
 
 def begin_attempt(folder: Path, from_step: int) -> None:
+    """Note in `progress.json` that a training starts at a step; what was known of a fresh start's folder is dropped."""
     before = read_progress(folder)
     progress = before if from_step else {}
     progress["attempts"] = [*before.get("attempts", []), {"started": now(), "from_step": from_step, **this_job()}]
@@ -254,6 +257,7 @@ def begin_attempt(folder: Path, from_step: int) -> None:
 
 
 def end_attempt(folder: Path, step: int, reason: str) -> None:
+    """Note in `progress.json` where and why the last attempt ended in order."""
     progress = read_progress(folder)
     progress["step"] = step
     progress["attempts"][-1] |= {"ended": now(), "step": step, "reason": reason}

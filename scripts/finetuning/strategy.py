@@ -68,18 +68,22 @@ class Strategy:
 
     @property
     def is_one_process(self) -> bool:
+        """One process on one device."""
         return self.kind == "one process"
 
     @property
     def is_ddp(self) -> bool:
+        """DistributedDataParallel: a whole model in each process."""
         return self.kind == "DDP"
 
     @property
     def is_deepspeed(self) -> bool:
+        """DeepSpeed's ZeRO, any stage."""
         return self.kind == "ZeRO"
 
     @property
     def is_fsdp(self) -> bool:
+        """PyTorch's FSDP, any version."""
         return self.kind == "FSDP"
 
     @property

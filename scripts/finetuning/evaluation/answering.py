@@ -15,6 +15,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from finetuning.folder_lock import take_lock
 from finetuning.inference.generation import generate_answers
 from finetuning.models.loading import load_for_inference
 from finetuning.run_folder import EvaluationFolder, changed_settings, set_aside
@@ -54,11 +55,12 @@ def digest(values: Any) -> str:
 
 
 def start_evaluation(folder: EvaluationFolder, settings: dict[str, Any], *, overwrite: bool) -> bool:
-    """Make the folder of an evaluation, or find it; True when it is finished already, with the same settings.
+    """Make the folder of an evaluation and lock it, or find it; True when it is finished already, with the same settings.
 
     With `overwrite` what is there is kept under another name. ValueError when it was made with other settings.
     """
     state = PartialState()
+    take_lock(folder.folder, "an evaluation")
     before = None if overwrite else folder.settings()
     if before is not None and (changed := changed_settings(before, settings)):
         raise ValueError(

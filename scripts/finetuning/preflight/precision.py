@@ -42,6 +42,7 @@ def precision_problems(
 def mixed_types(
     script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
 ) -> str | None:
+    """Weights in another 16-bit type than the run computes in."""
     computes = str(weight_dtype(training_args.fp16, training_args.bf16)).removeprefix("torch.")
     # Where nothing computes in 16 bits, adapters bring their input into their own type; parts trained in full do not.
     any_goes = computes == "float32" and "full" not in script_args.placement.values()
@@ -54,6 +55,7 @@ def mixed_types(
 
 
 def flash_attention(attention: str, training_args: TrainingArguments, capability: tuple[int, int] | None) -> str | None:
+    """FlashAttention against GPU, installation and precision."""
     needs, package = FLASH_ATTENTION[attention]
     if capability is None:
         return f"attn_implementation: {attention} needs a GPU: set attn_implementation: sdpa"
@@ -73,6 +75,7 @@ def flash_attention(attention: str, training_args: TrainingArguments, capability
 
 
 def other_attention(attention: str, capability: tuple[int, int] | None, *, with_images: bool) -> str | None:
+    """Attention that is not installed, not for these rows, or not known."""
     if "/" in attention and not is_kernels_available():
         return (
             f"attn_implementation: {attention} comes from the Hub by the package kernels, which is not installed: set "
@@ -91,6 +94,7 @@ def other_attention(attention: str, capability: tuple[int, int] | None, *, with_
 
 
 def flash_attention_of_a_shared_prefix(attention: str) -> str:
+    """FlashAttention where dialogues share their image: it takes no mask."""
     return (
         f"attn_implementation: {attention} takes no mask, which dialogues that share their image need: set "
         "attn_implementation: sdpa, or share_image_prefix: false"

@@ -38,6 +38,7 @@ def strategy_problems(
 
 
 def one_process_of_many_gpus(strategy: Strategy, training_args: TrainingArguments) -> str | None:
+    """One process that sees several GPUs: transformers would wrap the model in nn.DataParallel."""
     if not strategy.is_one_process or training_args.n_gpu <= 1:
         return None
     return (
@@ -48,12 +49,14 @@ def one_process_of_many_gpus(strategy: Strategy, training_args: TrainingArgument
 
 
 def fsdp_1(strategy: Strategy) -> str | None:
+    """Version 1 of FSDP flattens parameters, which LoRA and saving do not survive."""
     if not strategy.is_fsdp or strategy.stage == 2:
         return None
     return f"fsdp_version 1 is not supported here: launch with {CONFIGS}/fsdp2.yaml"
 
 
 def fsdp_without_gpus(strategy: Strategy) -> str | None:
+    """FSDP where accelerate finds no GPU."""
     if not strategy.is_fsdp or PartialState().distributed_type not in (DistributedType.MULTI_CPU, DistributedType.NO):
         return None
     return (
@@ -63,6 +66,7 @@ def fsdp_without_gpus(strategy: Strategy) -> str | None:
 
 
 def sharded_quantised_weights(strategy: Strategy, model_args: ModelArguments) -> str | None:
+    """Quantised weights under ZeRO-3."""
     quantised = model_args.load_in_4bit or model_args.load_in_8bit
     if not quantised or not strategy.is_deepspeed or not strategy.shards_weights:
         return None
@@ -74,12 +78,14 @@ def sharded_quantised_weights(strategy: Strategy, model_args: ModelArguments) ->
 
 
 def fsdp_of_8_bits(strategy: Strategy, model_args: ModelArguments) -> str | None:
+    """8-bit weights under FSDP2."""
     if not model_args.load_in_8bit or not strategy.is_fsdp:
         return None
     return f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
 
 
 def fsdp_of_4_bits_in_few(strategy: Strategy, model_args: ModelArguments) -> str | None:
+    """4-bit weights under FSDP2 that are stored in 16 bits or fewer."""
     if not model_args.load_in_4bit or not strategy.is_fsdp or model_args.bnb_4bit_quant_storage == "float32":
         return None
     return (
@@ -90,6 +96,7 @@ def fsdp_of_4_bits_in_few(strategy: Strategy, model_args: ModelArguments) -> str
 
 
 def quantised_weights_trained_in_full(model_args: ModelArguments, *, adapts: bool) -> str | None:
+    """Quantised weights and no LoRA."""
     if not (model_args.load_in_4bit or model_args.load_in_8bit) or adapts:
         return None
     return "quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora"
@@ -103,6 +110,7 @@ def checkpointing_of(training_args: TrainingArguments) -> dict:
 def checkpointing_without_reentrance(
     strategy: Strategy, training_args: TrainingArguments, *, adapts: bool
 ) -> str | None:
+    """`use_reentrant: false` of LoRA under ZeRO-3."""
     sharded = strategy.is_deepspeed and strategy.shards_weights
     if not adapts or checkpointing_of(training_args).get("use_reentrant") is not False or not sharded:
         return None
@@ -114,6 +122,7 @@ def checkpointing_without_reentrance(
 
 
 def reentrant_checkpointing(strategy: Strategy, training_args: TrainingArguments, *, adapts: bool) -> str | None:
+    """`use_reentrant: true` of LoRA under DDP."""
     if not adapts or not checkpointing_of(training_args).get("use_reentrant") or not strategy.is_ddp:
         return None
     return (
@@ -123,6 +132,7 @@ def reentrant_checkpointing(strategy: Strategy, training_args: TrainingArguments
 
 
 def selective_checkpointing(training_args: TrainingArguments) -> str | None:
+    """`selective` of gradient_checkpointing_kwargs."""
     if not checkpointing_of(training_args).get("selective"):
         return None
     return (
@@ -133,6 +143,7 @@ def selective_checkpointing(training_args: TrainingArguments) -> str | None:
 
 
 def fsdp_of_bitsandbytes_optimizer(strategy: Strategy, training_args: TrainingArguments) -> str | None:
+    """An optimizer of bitsandbytes under FSDP2."""
     if not strategy.is_fsdp or not training_args.optim.value.startswith(BITSANDBYTES_OPTIMIZERS):
         return None
     return (
@@ -142,6 +153,7 @@ def fsdp_of_bitsandbytes_optimizer(strategy: Strategy, training_args: TrainingAr
 
 
 def offloaded_optimizer(strategy: Strategy, training_args: TrainingArguments) -> str | None:
+    """An optimizer that stays on the GPU where the launch offloads it."""
     offloads = strategy.is_deepspeed and "optimizer" in strategy.offloads
     if not offloads or training_args.optim.value.startswith("adamw_torch"):
         return None
@@ -175,6 +187,7 @@ def rows_without_image(rows: Dataset) -> int:
 
 
 def validated_without_image(strategy: Strategy, rows: Dataset | None) -> str | None:
+    """Validation rows without an image, where no process holds the whole model."""
     if not strategy.shards_weights or rows is None or not (without := rows_without_image(rows)):
         return None
     return (
@@ -186,6 +199,7 @@ def validated_without_image(strategy: Strategy, rows: Dataset | None) -> str | N
 def trained_without_image(
     strategy: Strategy, script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset
 ) -> str | None:
+    """Training rows without an image, where another process would wait for their gradients."""
     without = rows_without_image(rows)
     if not without:
         return None

@@ -20,6 +20,7 @@ from finetuning.evaluation.answering import (
 )
 from finetuning.evaluation.frames import frame_times, near_copies, thumbnail
 from finetuning.evaluation.page import Findings, write_evaluation
+from finetuning.folder_lock import give_back
 from finetuning.pages import LANGUAGES, Say, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
@@ -63,6 +64,7 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
             findings = find(exam, answers, settings, {"base": "base", "tuned": "tuned"}, speak(args.language))
             write_evaluation(run, folder, base, findings, settings, language=args.language, is_headline=is_headline)
         show(folder, is_headline=is_headline)
+    give_back(folder.folder)
     state.destroy_process_group()
 
 
