@@ -128,6 +128,14 @@ def group_look_alikes(frames: list[Frame], max_bits: int) -> list[list[Frame]]:
     return [[frames[place] for place in group] for group in connected_groups(len(frames), pairs)]
 
 
+def describe_rejects(frames: list[Frame], labels: Labels, dialogues: list[Dialogue]) -> str:
+    """What was rejected before the split: few frames are often what is left of many. "" where nothing was."""
+    ledger = Ledger()
+    for kind, items in (("frames", frames), ("labels", labels.items), ("dialogues", dialogues)):
+        settle(ledger, kind, items)
+    return f"What was read, and why it was rejected:\n{ledger.table()}" if ledger.rejects else ""
+
+
 def describe_gaps(frames: list[Frame], photos: set[str], args: argparse.Namespace) -> str:
     """What the gaps cost, if it is much, and what to do about it; "" otherwise."""
     num_in_gap = sum(frame.problem is not None and frame.problem[0] == "split_gap" for frame in frames)
@@ -330,7 +338,10 @@ def main() -> None:
     rule, rows, leaks, photos = "nothing to split", {}, {}, set()
     if accepted:
         photos = find_photos(accepted)
-        splits, rule = split_frames(accepted, args)
+        try:
+            splits, rule = split_frames(accepted, args)
+        except ValueError as error:
+            raise ValueError(f"{error}\n{describe_rejects(frames, labels, dialogues)}".rstrip()) from error
         per_frame = None if args.questions_per_frame == "all" else int(args.questions_per_frame)
         pass_problems_on(frames, labels.items, dialogues)
         rows = choose_rows(splits, dialogues, per_frame, args.seed)

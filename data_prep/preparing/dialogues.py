@@ -40,7 +40,9 @@ NUMBER_WORDS = (
     "count", "number", "num", "n", "x", "xx", "total", "value", "int", "integer", "answer", "people", "수", "인원", "인원수",
     "사람수", "사람 수", "숫자", "개수",
 )  # fmt: skip
-BLANK = re.compile(r"_{2,}|\b[xX]{2,}\b|[○◯□]{2,}|(?<!\w)%\(?[a-z_]*\)?[ds](?!\w)")
+BLANK = re.compile(
+    r"_{2,}|(?<![\w'])[NX](?=\s?(?:people|persons?|명)\b)|\b[xX]{2,}\b|[○◯□]{2,}|(?<!\w)%\(?[a-z_]*\)?[ds](?!\w)"
+)
 
 
 def read_dialogues(path: Path) -> tuple[list[Dialogue], list[str]]:

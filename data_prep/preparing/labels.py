@@ -151,6 +151,11 @@ def find_count_column(path: Path, header: list[str], wanted: str | None) -> int:
     ]
     if len(found) == 1:
         return header.index(found[0])
+    if all(number_named(name) is not None for name in header):
+        raise ValueError(
+            f"{path} opens with the columns {', '.join(header)}: expected their names in the first line, one that names the "
+            "frame and one column called count; write them there"
+        )
     problem = f"{' and '.join(found)} could each be the number of people" if found else "none is the number of people"
     raise ValueError(
         f"{path} opens with the columns {', '.join(header)}: expected a first column that names the frame, and one other "

@@ -92,6 +92,8 @@ def test_braces_of_json_are_text(read, template, filled):
         ("%d people.", "%d is not filled in"),
         ("%(count)s people.", "is not filled in"),
         ("___ people.", "___ is not filled in"),
+        ("N people.", "N is not filled in"),
+        ("X명", "X is not filled in"),
         ("XX people.", "XX is not filled in"),
         ("○○명입니다.", "is not filled in"),
         ("{} people.", "{} is no column in braces"),

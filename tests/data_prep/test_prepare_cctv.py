@@ -376,9 +376,17 @@ def test_too_few_frames_for_the_gap_say_what_to_change(raw, prepare):
         prepare(raw)
 
 
+def test_a_split_that_fails_for_want_of_frames_says_what_was_rejected(raw, prepare):
+    (raw / "labels.csv").write_text("id,count\n1,5\n2,two\n3,three\n")
+    with pytest.raises(ValueError, match=r"(?s)1 usable frames are too few.*bad_count x 2, first: .*labels.csv:3"):
+        prepare(raw, *NO_GAP)
+
+
 def test_unusable_files_are_named(raw, prepare):
     (raw / "labels.csv").write_text("1,29\n2,30\n")
-    with pytest.raises(ValueError, match=r"labels\.csv opens with the columns 1, 29: expected .* column called count"):
+    with pytest.raises(
+        ValueError, match=r"labels\.csv opens with the columns 1, 29: expected their names in the first line"
+    ):
         prepare(raw)
     (raw / "labels.csv").write_text("image,count,text\n1,3,x\n")
     with pytest.raises(ValueError, match="text means something else to training"):
