@@ -90,6 +90,7 @@ class FileImage:
     folder: Path
 
     def read(self) -> bytes:
+        """The picture's bytes, as they were found."""
         return (self.folder / self.name).read_bytes()
 
 
@@ -101,6 +102,7 @@ class GivenImage:
     data: bytes = field(repr=False)
 
     def read(self) -> bytes:
+        """The picture's bytes, as they were found."""
         return self.data
 
 
@@ -114,6 +116,7 @@ class HeldImage:
     place: int
 
     def read(self) -> bytes:
+        """The picture's bytes, as they were found."""
         return self.dataset.read(self.row, self.place)
 
 
@@ -123,6 +126,7 @@ class HeldImages:
     column: str
 
     def read(self, row: int, place: int) -> bytes:
+        """The picture's bytes, as they were found."""
         held = self.rows[row][self.column]
         image = held[place] if isinstance(held, list) else held
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
@@ -145,6 +149,7 @@ class Record:
     problem: tuple[str, str] | None = None
 
     def reject(self, reason: str, detail: str) -> None:
+        """Note why the record is left out; the first reason stays."""
         self.problem = self.problem or (reason, detail)
 
 
@@ -180,6 +185,7 @@ def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, 
 
 
 def open_dataset(source: str, split: str) -> datasets.Dataset:
+    """One split of a saved dataset or a Hub dataset. Raises ValueError where there is no such split."""
     path = Path(source)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         opened = datasets.load_from_disk(source)
@@ -200,11 +206,13 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
 
 
 def read_json(path: Path) -> Iterator[Record]:
+    """Records of a JSON list, each with the line that it begins in."""
     for line, raw in json_items(path, read_text(path)):
         yield Record(str(path), line, raw)
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
+    """Records of JSON Lines; a line that is not JSON is a record with a problem."""
     for line, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
             try:
@@ -214,6 +222,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def read_csv(path: Path) -> Iterator[Record]:
+    """Records of a table with the columns question and answer. Raises ValueError where the header lacks them."""
     rows = csv_rows(path)
     _, header = next(rows, (1, []))
     if missing := {"question", "answer"} - set(header):
@@ -303,6 +312,7 @@ def find_images(
 
 @functools.cache  # many records show one image
 def find_file(name: str, folder: Path) -> FileImage | tuple[str, str]:
+    """The picture of that name inside `folder`, or why it is not read: (reason, detail)."""
     path = find_inside(name, folder)
     if isinstance(path, tuple):
         return path
@@ -311,6 +321,7 @@ def find_file(name: str, folder: Path) -> FileImage | tuple[str, str]:
 
 
 def read_image(image: InputImage) -> bytes:
+    """The picture's bytes, for a pool of processes."""
     return image.read()
 
 
@@ -326,6 +337,7 @@ def check_images(records: list[Record], max_pixels: int) -> dict[InputImage, Ins
 
 
 def check_duplicates(records: list[Record], inspections: dict[InputImage, Inspection]) -> None:
+    """Reject records whose pictures and words are those of an earlier one."""
     first_lines: dict[tuple[Any, ...], int] = {}
     for record in records:
         if record.problem:
@@ -348,6 +360,7 @@ def read_columns(records: list[Record], columns: dict[str, str]) -> None:
 
 
 def read_value(value: Any, type_name: str) -> str | int | float:
+    """A cell in its column's type. Raises TypeError or ValueError where it does not fit."""
     if type_name == "string":
         if not isinstance(value, str):
             raise TypeError
@@ -398,6 +411,7 @@ def check_groups(records: list[Record], group_by: str | None) -> None:
 
 
 def make_row(record: Record, columns: dict[str, str], has_images: bool, has_weights: bool) -> dict[str, Any]:
+    """A row of the dataset; pictures as their own bytes, weights of turns where any record has them."""
     messages = [{"weight": 1} | message for message in record.messages] if has_weights else record.messages
     row = {"messages": messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
     if has_images:
@@ -406,6 +420,7 @@ def make_row(record: Record, columns: dict[str, str], has_images: bool, has_weig
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line; flags are not abbreviated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

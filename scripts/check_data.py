@@ -33,6 +33,7 @@ BATCH_SIZE = 8
 
 
 def audit_batch(auditor: Auditor, rows: Dataset, indices: list[int]) -> list[RowAudit]:
+    """Audit the rows at `indices`, for a pool of processes."""
     return auditor(undecoded(rows, indices))
 
 
@@ -129,6 +130,7 @@ def main(
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own flags, and the words left over for the recipe."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

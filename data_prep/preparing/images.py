@@ -34,6 +34,7 @@ LEAK_SHARE = 0.5
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags about pictures that all preparing commands share."""
     parser.add_argument(
         "--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected (default 50 million)"
     )
@@ -46,6 +47,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def image_flag_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the values of these flags, in words."""
     smallest = {"max_pixels": 1, "near_duplicate_bits": 0}
     problems = [
         f"--{name} {getattr(args, name)}: expected {least} or more"
@@ -77,6 +79,7 @@ def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Inspection:
 
 
 def read_and_inspect(read: Callable[[Any], bytes], max_pixels: int, source: Any) -> Inspection:
+    """Read a picture and inspect it; a file that cannot be read is a problem of that picture."""
     try:
         data = read(source)
     except OSError as error:
@@ -207,6 +210,7 @@ def frames_apart(left: list[Seen], right: list[Seen]) -> list[int]:
 
 
 def describe_leaks(report: dict[str, Any]) -> str:
+    """The leak report in words, a line for each pair of splits."""
     lines = []
     for pair, found in report["between"].items():
         second = pair.partition("/")[2]

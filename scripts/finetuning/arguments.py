@@ -227,5 +227,6 @@ def both_asked_for(argv: list[str], recipe: Path, training_args: TrainingArgumen
 
 
 def split_config_flag(word: str) -> list[str]:
+    """`--config=FILE` -> `--config`, `FILE`; any other word as it is."""
     # TrlParser knows `--config FILE` only, and would otherwise ignore the recipe without a word.
     return word.split("=", 1) if word.startswith("--config=") else [word]

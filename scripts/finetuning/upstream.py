@@ -41,6 +41,7 @@ class Entry(NamedTuple):
 
     @property
     def library(self) -> str:
+        """Name of the package, as pip knows it."""
         return self.owner.partition(".")[0]
 
 

@@ -34,6 +34,7 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         )
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows -> a batch, with the numbers of its rows under `rows`. Raises ValueError for an image mark in a text."""
         for example in examples:
             self.refuse_image_marks(example)
         batch = super().torch_call([with_pictures(example) for example in examples])
@@ -42,6 +43,7 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         return batch
 
     def refuse_image_marks(self, example: dict[str, Any]) -> None:
+        """Raise ValueError where a message holds the image mark, which the collator itself puts in."""
         mark = self.processor.image_token
         for message in chain(example["messages"], *example.get("other_messages", [])):
             num_marks, text = leading_marks(message)

@@ -90,6 +90,7 @@ class SharedPrefixCollator(LlavaDataCollator):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows of `group_by_image` -> a batch, as the class says."""
         batch = super().torch_call(examples)
         image_token = self.processor.image_token_id
         sequences = []
