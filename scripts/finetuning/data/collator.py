@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchFeature, DataCollator, PreTrainedTokenizerBase, ProcessorMixin
@@ -69,6 +70,30 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
+
+
+def tokenize(
+    processor: ProcessorMixin, messages: list[dict[str, Any]], tokens_per_image: int, *, prompt: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, both (tokens,), of a dialogue of which each picture becomes `tokens_per_image` tokens.
+
+    What the collator makes of it, without reading a picture. `messages` are as `prepare_multimodal_messages` gives them.
+    With `prompt` they end with a question, and nothing is supervised.
+    """
+    encoded = processor.tokenizer.apply_chat_template(
+        messages,
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=not prompt,
+        add_generation_prompt=prompt,
+        add_special_tokens=False,
+    )
+    tokens = torch.tensor(encoded["input_ids"])
+    supervised = torch.tensor(encoded["assistant_masks"]) if not prompt else torch.zeros_like(tokens)
+    repeats = torch.where(tokens == processor.image_token_id, tokens_per_image, 1)
+    labels = torch.where(supervised == 1, tokens, -100)
+    return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
 def leading_marks(message: dict[str, Any]) -> tuple[int, str]:
