@@ -146,6 +146,7 @@ class Record:
     messages: list[dict[str, Any]] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     image_id: str = ""
+    number: int = 0  # of the record in its input, from 1: a JSON file may hold all of them in one line
     problem: tuple[str, str] | None = None
 
     def reject(self, reason: str, detail: str) -> None:
@@ -300,7 +301,7 @@ def find_images(
         return record.reject("two_pictures", f"its marks name {named[0]!r:.60}, its keys {in_keys[0]!r:.60}")
     for place, picture in enumerate(in_keys or named, start=1):
         if isinstance(picture, bytes):
-            record.images.append(GivenImage(f"{record.line}-{place}-image", picture))
+            record.images.append(GivenImage(f"{record.number}-{place}-image", picture))
             continue
         if folder is None:
             return record.reject("no_images_folder", f"it names {picture!r:.80}, but no --images folder was given")
@@ -338,15 +339,15 @@ def check_images(records: list[Record], max_pixels: int) -> dict[InputImage, Ins
 
 def check_duplicates(records: list[Record], inspections: dict[InputImage, Inspection]) -> None:
     """Reject records whose pictures and words are those of an earlier one."""
-    first_lines: dict[tuple[Any, ...], int] = {}
+    first: dict[tuple[Any, ...], Record] = {}
     for record in records:
         if record.problem:
             continue
         pictures = tuple(inspections[image].sha256 for image in record.images)
         words = tuple((message["role"], message["content"], message.get("weight", 1)) for message in record.messages)
-        if (pictures, words) in first_lines:
-            record.reject("duplicate", f"same images and words as line {first_lines[pictures, words]}")
-        first_lines.setdefault((pictures, words), record.line)
+        if twin := first.get((pictures, words)):
+            record.reject("duplicate", f"same images and words as record {twin.number}, line {twin.line}")
+        first.setdefault((pictures, words), record)
 
 
 def read_columns(records: list[Record], columns: dict[str, str]) -> None:
@@ -384,7 +385,7 @@ def group_records(
     pairs = [(left, right) for left, right, _ in near_duplicates(hashes, hashes, max_bits)] if images else []
     # Records are nodes after the images, tied to each image they show.
     for place, record in enumerate(records):
-        record.image_id = record.images[0].name if record.images else f"text-{record.line}"
+        record.image_id = record.images[0].name if record.images else f"text-{record.number}"
         pairs += [(len(images) + place, number_of[image]) for image in record.images]
     first_of: dict[str, int] = {}
     for place, record in enumerate(records) if group_by else ():
@@ -471,7 +472,9 @@ def main() -> None:
     records, sources, held = read_records(args.input, args.input_split)
 
     # Check.
-    for record in records:
+    records_of_line = Counter(record.line for record in records)
+    for number, record in enumerate(records, start=1):
+        record.number = number
         read_conversation(record, args.images, held, columns)
     inspections = check_images(records, args.max_pixels)
     check_duplicates(records, inspections)
@@ -481,7 +484,9 @@ def main() -> None:
     for record in records:
         ledger.read("records")
         if record.problem:
-            ledger.reject("records", record.file, record.line, *record.problem)
+            reason, detail = record.problem
+            where = f"record {record.number}: " if records_of_line[record.line] > 1 else ""
+            ledger.reject("records", record.file, record.line, reason, where + detail)
         else:
             ledger.accept("records")
     accepted = [record for record in records if not record.problem]

@@ -83,6 +83,7 @@ def main(
     model_args: ModelArguments,
     options: argparse.Namespace,
 ) -> list[RowAudit]:
+    """Audits the dataset, prints and keeps what was found, and returns the audit of each row."""
     # What training would load, without weights
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     vision = is_vision(config)
@@ -143,6 +144,7 @@ def main(
 
 
 def positive(text: str) -> int:
+    """A flag's value as a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
