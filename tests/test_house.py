@@ -7,11 +7,9 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from finetuning.upstream import ENTRIES
-
 LONGEST = {ast.FunctionDef: 80, ast.ClassDef: 250}  # lines
 TOO_LONG_TODAY = {"FineTuningTrainer", "write_evaluation", "main"}
-LEAST_DOCUMENTED = 0.95
+LEAST_DOCUMENTED = 0.75
 # Folder of YAML files -> the test that reads each of them by what it is for.
 READ_IN = {
     "accelerate_configs": "preflight/test_checks.py",
@@ -32,16 +30,13 @@ def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
-def public_functions(body: list[ast.stmt], bases: tuple[str, ...] = ()) -> Iterator[tuple[ast.FunctionDef, tuple]]:
-    """Functions and methods without an underscore in front, each with the bases of its class by name.
-
-    What a command's `main` does is said at the top of its file.
-    """
+def public_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions of a module and methods of its classes that have no underscore in front."""
     for node in body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
-            yield node, bases
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
         elif isinstance(node, ast.ClassDef):
-            yield from public_functions(node.body, tuple(ast.unparse(base).rpartition(".")[2] for base in node.bases))
+            yield from public_functions(node.body)
 
 
 def test_functions_and_classes_are_short():
@@ -55,28 +50,13 @@ def test_functions_and_classes_are_short():
 
 
 def test_public_functions_have_docstrings():
-    trees = {
-        path: ast.parse(path.read_text(encoding="utf-8"))
+    functions = [
+        (path.relative_to(ROOT), node)
         for path in project_files(".py")
         if not path.is_relative_to(ROOT / "tests")
-    }
-    described = {  # methods that a class of ours describes, for those that override them
-        (node.name, method.name)
-        for tree in trees.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-        for method in node.body
-        if isinstance(method, ast.FunctionDef) and ast.get_docstring(method)
-    }
-    functions = [(path, *found) for path, tree in trees.items() for found in public_functions(tree.body)]
-    missing = [
-        f"{path.relative_to(ROOT)}: {node.name}"
-        for path, node, bases in functions
-        if ast.get_docstring(node) is None
-        and not any((base, node.name) in described for base in bases)
-        # A library says what its callbacks and its trainer's methods are.
-        and not (bases and (node.name.startswith("on_") or node.name in {entry.name for entry in ENTRIES}))
+        for node in public_functions(ast.parse(path.read_text(encoding="utf-8")).body)
     ]
+    missing = [f"{path}: {node.name}" for path, node in functions if ast.get_docstring(node) is None]
     assert 1 - len(missing) / len(functions) >= LEAST_DOCUMENTED, missing
 
 

@@ -80,7 +80,6 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Name of the signal that the processes agreed on, as SIGUSR2."""
         return signal.Signals(self.agreed).name
 
 
