@@ -175,6 +175,8 @@ class Stages:
             setattr(Answerer, method, self.replaced[stage])
 
     def timed(self, stage: str, method: Callable) -> Callable:
+        """`method`, whose seconds on the GPU are added to `stage`."""
+
         def with_time(*args, **kwargs):
             wait_for_gpu()
             started = time.perf_counter()
@@ -187,6 +189,7 @@ class Stages:
 
 
 def wait_for_gpu() -> None:
+    """Let the host wait for all that was launched; nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -259,6 +262,7 @@ def measure(name: str, setting: Setting, ways: dict[str, Callable], options: arg
 
 
 def prompt_tokens(processing_class, row: dict) -> list[int]:
+    """Token ids of one row's prompt, as generation sends it."""
     from finetuning.data.collator import prompt_batch
 
     return prompt_batch(processing_class, [row])["input_ids"][0].tolist()
@@ -291,6 +295,7 @@ def ways_of(setting: Setting, options: argparse.Namespace, before: Callable | No
 
 
 def write_report(results: list[dict], options: argparse.Namespace) -> str:
+    """The results as Markdown: a header of the machine and a table, one row for each way of answering."""
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     lines = [
         f"{machine}, torch {torch.__version__}, {options.model} in its published shape with random weights, LoRA r=64, "

@@ -37,6 +37,7 @@ def parts() -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
 
 
 def messages() -> str:
+    """The text of messages.txt: dialogues about each count of the frames, English and Korean."""
     dialogues = []
     for name in parts():
         if name == "count":

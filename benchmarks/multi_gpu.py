@@ -60,6 +60,7 @@ VARIANTS = {
 
 
 def make_model(name: str, folder: Path, layers: int | None = None) -> None:
+    """Save a model of the published shape with random weights in bf16 into `folder`; `layers` makes it shallower."""
     config = AutoConfig.from_pretrained(name)
     if layers:
         config.text_config.num_hidden_layers = layers
@@ -178,6 +179,7 @@ def proceed(variant: Variant, run: Path, args: argparse.Namespace, seconds: floa
 
 
 def table(results: dict[str, dict[str, object]]) -> str:
+    """The results as a Markdown table, one row for each strategy."""
     lines = ["| | samples/s | peak GiB per GPU | saved MB | continued |", "|---|---|---|---|---|"]
     for name, result in results.items():
         if "failed" in result:

@@ -136,6 +136,7 @@ def draw_rows(number: int, questions: int, *, vision: bool, seed: int = 0) -> Da
 
 
 def dialogue(question: str, answer: str) -> list[dict[str, str]]:
+    """One question and its answer as `messages`."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -152,6 +153,7 @@ def random_model(name: str, variant: Variant, device: str, dtype: torch.dtype) -
 
 
 def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Replace the decoder's linear layers by NF4 ones with nested scales, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     layers = [
@@ -278,6 +280,7 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
 
 
 def free_memory() -> None:
+    """Give back what the run before held on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -376,6 +379,7 @@ def peak_rate() -> float:
 
 
 def write_report(results: list[dict], options: argparse.Namespace, folder: Path) -> str:
+    """Write results.json into `folder`; returns the same as Markdown."""
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     facts = {"machine": machine, "torch": torch.__version__, **{k: str(v) for k, v in vars(options).items()}}
     (folder / "results.json").write_text(

@@ -121,6 +121,8 @@ def draw_rows(num_titles: int, chooser: random.Random) -> list[list[str]]:
 
 
 def draw_row(anime_id: int, name: str, english_name: str, other_name: str, chooser: random.Random) -> list[str]:
+    """One row of the table, with values missing as often as in the real one."""
+
     def maybe(value: str, chance_known: float) -> str:
         return value if chooser.random() < chance_known else "UNKNOWN"
 

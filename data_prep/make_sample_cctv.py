@@ -71,6 +71,7 @@ def new_walker(rng: np.random.Generator, others: list[Walker]) -> Walker:
 
 
 def separation(walker: Walker, x: float, y: float) -> float:
+    """Distance in pixels between a walker and a place."""
     return math.hypot(walker.x - x, walker.y - y)
 
 
@@ -148,6 +149,7 @@ def draw_frame(
 
 
 def parse_size(text: str) -> tuple[int, int]:
+    """`160x120` -> (160, 120) pixels. Raises ArgumentTypeError for anything else."""
     width, cross, height = text.partition("x")
     if not (cross and width.isdecimal() and height.isdecimal() and int(width) >= 32 and int(height) >= 32):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected WIDTHxHEIGHT in pixels, each at least 32: 160x120")
@@ -155,6 +157,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_num_frames(text: str) -> int:
+    """A whole number from 1 to 999999. Raises ArgumentTypeError for anything else."""
     if not text.isdecimal() or not 1 <= int(text) <= 999_999:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 to 999999")
     return int(text)

@@ -139,6 +139,7 @@ def word_facts(title: Title, wording: dict[str, Any], synopsis_sentences: int | 
 
 
 def reword(names: list[str], wording: dict[str, Any], field: str) -> list[str]:
+    """Names of the table in the words of the language, where the wording has one."""
     words = wording.get("values", {}).get(field, {})
     return [words.get(name, name) for name in names]
 
@@ -190,6 +191,7 @@ def choose_unseen(titles: list[Title], series: list[int], number: int, chooser: 
 
 
 def make_row(title: Title, kind: str, question: str, answer: str, wording: dict[str, Any]) -> dict[str, Any]:
+    """A row of the dataset: one question and its answer about a title."""
     return {
         "messages": [
             {"role": "user", "content": question.format(title=Value(title.title))},
@@ -234,6 +236,7 @@ def find_leaks(splits: dict[str, list[dict[str, Any]]], series_by_id: dict[int, 
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line, checked as far as it can be without reading the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True, help="the table, as downloaded")
     parser.add_argument(
@@ -265,6 +268,7 @@ def count_or_all(text: str) -> int | None:
 
 
 def share(text: str) -> float:
+    """A share from 0 to 0.5. Raises ArgumentTypeError for anything else."""
     try:
         number = float(text)
     except ValueError:

@@ -123,6 +123,7 @@ def split_frames(frames: list[Frame], args: argparse.Namespace) -> tuple[dict[st
 
 
 def group_look_alikes(frames: list[Frame], max_bits: int) -> list[list[Frame]]:
+    """Frames whose difference hashes differ in at most `max_bits` of 256, and what joins them, as one group."""
     hashes = stack_hashes([frame.difference_hash for frame in frames])
     pairs = [(left, right) for left, right, _ in near_duplicates(hashes, hashes, max_bits)]
     return [[frames[place] for place in group] for group in connected_groups(len(frames), pairs)]
@@ -178,6 +179,7 @@ def choose_rows(
 
 
 def make_row(pair: tuple[Frame, Dialogue], extra_columns: list[str]) -> dict[str, Any]:
+    """A row of the dataset from a frame and a dialogue, filled in with the frame's label."""
     frame, dialogue = pair
     values = frame.label.values
     return {
@@ -199,6 +201,7 @@ def describe_files(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
 
 
 def describe_labels(path: Path, labels: Labels) -> dict[str, Any]:
+    """Path, size and SHA-256 of the label files, for the manifest."""
     if path.is_file():
         return describe_file(path)
     names = {str(file.relative_to(path)): describe_file(file)["sha256"] for file in labels.files}
@@ -206,6 +209,7 @@ def describe_labels(path: Path, labels: Labels) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line; flags are not abbreviated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -299,6 +303,7 @@ def find_argument_problems(args: argparse.Namespace) -> list[str]:
 
 
 def make_features(extra_columns: list[str]) -> datasets.Features:
+    """Column types of the dataset; the label's further columns are text."""
     return datasets.Features(
         {
             "messages": MESSAGES_FEATURE,

@@ -5,7 +5,8 @@
 
 Takes the recipe and the flags of the training that it is for (--config, --dataset_name, --model_name_or_path, ...), and
 runs the same processor, template and collator over all rows on all cores; of the model it reads only the configuration,
-no weights. Every fault has a reason code and a row. Exit status 1 when there is one, 0 when the data is clean. What was
+no weights. Pictures in which there is nothing to see, and pictures that look the same and are labelled differently, are
+faults too. Every fault has a reason code and a row. Exit status 1 when there is one, 0 when the data is clean. What was
 found is kept in outputs/data-check/<dataset>/check.json; with --preview N a page beside it shows N rows (faulty ones
 first) with their pictures as preprocessed and their tokens, the supervised ones marked.
 """
@@ -23,16 +24,25 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.data.dataset import open_dataset, open_split
-from finetuning.data.label_audit import Auditor, RowAudit, describe_faults, undecoded
+from finetuning.data.dataset import open_dataset, open_split, spread
+from finetuning.data.label_audit import (
+    Auditor,
+    RowAudit,
+    describe_faults,
+    labels_of,
+    report_differing_labels,
+    undecoded,
+)
 from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
+from finetuning.data.pictures import open_picture
 from finetuning.models.loading import is_vision, load_config, load_processing_class
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
-BATCH_SIZE = 8
+BATCH_SIZE = 16
 
 
 def audit_batch(auditor: Auditor, rows: Dataset, indices: list[int]) -> list[RowAudit]:
+    """Audit the rows at `indices`, for a pool of processes."""
     return auditor(undecoded(rows, indices))
 
 
@@ -73,6 +83,7 @@ def main(
     model_args: ModelArguments,
     options: argparse.Namespace,
 ) -> list[RowAudit]:
+    """Audits the dataset, prints and keeps what was found, and returns the audit of each row."""
     # What training would load, without weights
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     vision = is_vision(config)
@@ -84,17 +95,20 @@ def main(
     )
     dataset = open_dataset(script_args.dataset_name, vision=vision)
     columns = ["messages", "images", "row"] if vision else ["messages", "row"]
-    splits = {
-        name: open_split(dataset, name, script_args.dataset_name).select_columns(columns)
-        for name in dataset
-        if dataset[name]
-    }
+    splits = {name: open_split(dataset, name, script_args.dataset_name) for name in dataset if dataset[name]}
 
-    # Every row
+    # Every row, or a sample, each on its own; then what they say of pictures that look the same
     audits: list[RowAudit] = []
+    labels: list[dict[str, str]] = []
     for name, rows in splits.items():
+        rows = rows if options.sample is None else spread(rows, options.sample)
         auditor = Auditor(processing_class, config, training_args.max_length, name)
-        audits += audit_rows(auditor, rows, options.processes)
+        audits += audit_rows(auditor, rows.select_columns(columns), options.processes)
+        labels += labels_of(rows) if vision else []
+    if vision:
+        report_differing_labels(
+            audits, labels, lambda audit: open_picture(undecoded(splits[audit.split], [audit.row])[0]["images"][0])
+        )
 
     # What was found
     faulty = [audit for audit in audits if audit.faults]
@@ -111,6 +125,7 @@ def main(
         "dataset": script_args.dataset_name,
         "model": model_args.model_name_or_path,
         "rows": len(audits),
+        "sample": options.sample,
         "faulty_rows": len(faulty),
         "faults": faults,
     }
@@ -128,13 +143,26 @@ def main(
     return audits
 
 
+def positive(text: str) -> int:
+    """A flag's value as a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own flags, and the words left over for the recipe."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="write an HTML page with N rows")
+    parser.add_argument(
+        "--sample", type=positive, metavar="N", help="check N rows of each split, evenly spaced, not all of them"
+    )
     parser.add_argument("--output", type=Path, help="folder of the report (outputs/data-check/<dataset>)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes to check on (all cores)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=positive, default=cores, help="processes to check on (all cores)")
     return parser.parse_known_args(argv)
 
 
@@ -147,4 +175,5 @@ if __name__ == "__main__":
     if any(audit.faults for audit in audits):
         num_faulty = sum(bool(audit.faults) for audit in audits)
         sys.exit(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{describe_faults(audits)}")
-    print(f"All {len(audits):,} rows are good: every picture, prompt and answer is what the model will be asked with.")
+    checked = f"All {len(audits):,} rows" if options.sample is None else f"{len(audits):,} rows, a sample,"
+    print(f"{checked} are good: every picture, prompt and answer is what the model will be asked with.")

@@ -31,6 +31,7 @@ ROOM = 5 * 2**30  # bytes: a few checkpoints of a LoRA, or the file system is cl
 
 
 def gpu_problems(expected: int) -> list[str]:
+    """What is wrong with this machine's GPUs, each tried by a sum."""
     visible = torch.cuda.device_count()
     problems = [] if visible >= expected else [f"{visible} GPUs visible, {expected} expected"]
     for index in range(min(visible, expected)):
@@ -43,6 +44,7 @@ def gpu_problems(expected: int) -> list[str]:
 
 
 def file_problems(dataset_name: str, model_name: str, revision: str, output_dir: str) -> list[str]:
+    """What of the job's files this machine cannot read, or cannot write."""
     problems = []
     try:
         vision = is_vision(load_config(model_name, revision))

@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of an evaluation, with this task's sizes."""
     return evaluation_parser(__doc__, batch_size=16, max_new_tokens=128).parse_args(argv)
 
 

@@ -21,6 +21,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of an evaluation, with this task's sizes."""
     return evaluation_parser(__doc__, batch_size=8, max_new_tokens=32).parse_args(argv)
 
 

@@ -148,6 +148,7 @@ def stream(
     row: dict[str, Any],
     options: argparse.Namespace,
 ) -> str:
+    """Answer one row, printing tokens as they come; returns the answer."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     return answer_batch(model, processing_class, [row], max_new_tokens=options.max_new_tokens, streamer=streamer)[0]
@@ -230,6 +231,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The command line; flags are not abbreviated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

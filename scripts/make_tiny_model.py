@@ -54,6 +54,7 @@ It was produced by the studio, has {n} episodes, is rated PG-13 and was scored {
 
 
 def corpus(text: Path | None = None) -> list[str]:
+    """Lines that a vocabulary is learnt from: the project's own, and those of the file `text`."""
     own = [line.format(n=n) for n in range(60) for line in TEXT.strip().splitlines()]
     return own if text is None else own + text.read_text(encoding="utf-8-sig").splitlines()
 
@@ -74,6 +75,7 @@ def train_vocabulary(
 
 
 def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA with random weights, and its processor."""
     vocabulary, merges = train_vocabulary(["<unk>", "<s>", "</s>"], 800)
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<pad>", legacy=False)  # noqa: S106
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -117,6 +119,7 @@ def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration,
 
 
 def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokenizer]:
+    """A Gemma with random weights, and its tokenizer."""
     turns = ["<start_of_turn>", "<end_of_turn>"]
     vocabulary, merges = train_vocabulary(
         ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns], 1000 if args.text is None else 2000, args.text
@@ -166,6 +169,7 @@ def draw_shapes(rng: random.Random, size: int, count: int) -> Image.Image:
 
 
 def shape_row(rng: random.Random, size: int, max_count: int) -> dict:
+    """A question about a drawn picture of 1 to `max_count` shapes."""
     count = rng.randint(1, max_count)
     question, answer = rng.choice(
         [("How many shapes are there?", f"{count} shapes."), ("도형이 몇 개 있나요?", f"{count}개입니다.")]
@@ -197,6 +201,7 @@ class Lessons(Dataset):
 
 
 def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Train all weights on drawn shapes, so that the sample has a base that sees."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)

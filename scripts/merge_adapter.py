@@ -90,6 +90,7 @@ def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_s
 
 
 def merge(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_size: str) -> dict:
+    """Merge a run's adapter into its base, prove it on `rows` questions, save; returns the report."""
     # What will be merged, and whether it can be: before any weights are loaded
     arguments = check_inputs(run, output)
     adapter = PeftConfig.from_pretrained(run)

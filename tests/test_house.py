@@ -7,9 +7,11 @@ from pathlib import Path
 
 from conftest import ROOT
 
+from finetuning.upstream import ENTRIES
+
 LONGEST = {ast.FunctionDef: 80, ast.ClassDef: 250}  # lines
 TOO_LONG_TODAY = {"FineTuningTrainer", "write_evaluation", "main"}
-LEAST_DOCUMENTED = 0.75
+LEAST_DOCUMENTED = 0.95
 # Folder of YAML files -> the test that reads each of them by what it is for.
 READ_IN = {
     "accelerate_configs": "preflight/test_checks.py",
@@ -30,13 +32,16 @@ def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
-def public_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
-    """Functions of a module and methods of its classes that have no underscore in front."""
+def public_functions(body: list[ast.stmt], bases: tuple[str, ...] = ()) -> Iterator[tuple[ast.FunctionDef, tuple]]:
+    """Functions and methods without an underscore in front, each with the bases of its class by name.
+
+    What a command's `main` does is said at the top of its file.
+    """
     for node in body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            yield node
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
+            yield node, bases
         elif isinstance(node, ast.ClassDef):
-            yield from public_functions(node.body)
+            yield from public_functions(node.body, tuple(ast.unparse(base).rpartition(".")[2] for base in node.bases))
 
 
 def test_functions_and_classes_are_short():
@@ -50,13 +55,28 @@ def test_functions_and_classes_are_short():
 
 
 def test_public_functions_have_docstrings():
-    functions = [
-        (path.relative_to(ROOT), node)
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
         for path in project_files(".py")
         if not path.is_relative_to(ROOT / "tests")
-        for node in public_functions(ast.parse(path.read_text(encoding="utf-8")).body)
+    }
+    described = {  # methods that a class of ours describes, for those that override them
+        (node.name, method.name)
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and ast.get_docstring(method)
+    }
+    functions = [(path, *found) for path, tree in trees.items() for found in public_functions(tree.body)]
+    missing = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path, node, bases in functions
+        if ast.get_docstring(node) is None
+        and not any((base, node.name) in described for base in bases)
+        # A library says what its callbacks and its trainer's methods are.
+        and not (bases and (node.name.startswith("on_") or node.name in {entry.name for entry in ENTRIES}))
     ]
-    missing = [f"{path}: {node.name}" for path, node in functions if ast.get_docstring(node) is None]
     assert 1 - len(missing) / len(functions) >= LEAST_DOCUMENTED, missing
 
 

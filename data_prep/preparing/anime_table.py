@@ -107,6 +107,7 @@ class AnimeTable:
     separators: dict[str, str] = field(default_factory=dict)  # between the names of a cell, where it is no comma
 
     def describe(self) -> list[str]:
+        """Lines for people: which column says what, which are not used, and what was noticed."""
         said = ", ".join(f"{role} = {name}" for role, name in self.columns.items())
         unused = [name for name in self.header if name not in self.columns.values()]
         return [f"columns: {said}", f"not used: {', '.join(unused) or 'none'}", *self.notes]
@@ -206,12 +207,14 @@ def check_score(table: AnimeTable, *, explicit: bool) -> None:
 
 
 def known_cells(table: AnimeTable, column: str) -> list[str]:
+    """Cells of a column that say something."""
     place = table.header.index(column)
     cells = [cells[place] for _, cells in table.rows if len(cells) == len(table.header)]
     return [cell for cell in cells if cell.casefold() not in MISSING]
 
 
 def share_of_numbers(cells: list[str]) -> float:
+    """Share of the cells that are numbers, 0 to 1."""
     return sum(to_number(cell) is not None for cell in cells) / len(cells) if cells else 0.0
 
 
@@ -356,6 +359,7 @@ def split_names(text: str, separator: str) -> list[str]:
 
 
 def parse_list(text: str) -> Any:
+    """A list written as JSON or as Python writes it. Raises ValueError for anything else."""
     try:
         return json.loads(text)
     except ValueError:

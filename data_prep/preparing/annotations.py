@@ -131,6 +131,7 @@ def count_class(annotations: Annotations, path: Path, wanted: list[str] | None) 
 
 
 def read_json(path: Path, text: str) -> Annotations:
+    """COCO, VIA or LabelMe, told apart by their keys. Raises ValueError for what is none of them."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -192,6 +193,7 @@ def read_coco(path: Path, content: dict[str, Any]) -> Annotations:
 
 
 def parse_xml(path: Path, text: str) -> ElementTree.Element:
+    """The root of an XML file. Raises ValueError for what is not XML, or declares entities."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError(
             f"{path} declares a document type or entities, which no annotation tool writes: it is not read"
@@ -243,6 +245,7 @@ def read_cvat(path: Path, root: ElementTree.Element) -> Annotations:
 
 
 def check_shape(mark: Mark, shape: ElementTree.Element) -> None:
+    """Reject a shape of CVAT that is no single object."""
     if shape.tag not in (*COUNTED_SHAPES, "tag"):
         mark.reject(
             "unknown_shape", f"a {shape.tag} is no object that can be counted: expected {', '.join(COUNTED_SHAPES)}"
@@ -321,6 +324,7 @@ def read_via_table(path: Path, table: Table) -> Annotations:
 
 
 def parse_cell(text: str) -> Any:
+    """JSON of a table's cell; None where it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -386,6 +390,7 @@ def read_folder(folder: Path) -> Annotations:
 
 
 def is_labelme(content: Any) -> bool:
+    """Whether a JSON file is LabelMe's: shapes, and the path of a picture."""
     return (
         isinstance(content, dict)
         and isinstance(content.get("shapes"), list)
@@ -394,6 +399,7 @@ def is_labelme(content: Any) -> bool:
 
 
 def read_labelme(path: Path, content: dict[str, Any]) -> Picture:
+    """One picture and its shapes, from a file of LabelMe."""
     picture = Picture(str(path), None, content["imagePath"].replace("\\", "/").removeprefix("../"))
     for place, shape in enumerate(content["shapes"]):
         mark = Mark(f"{path}#shapes[{place}]", None)
@@ -470,6 +476,7 @@ def read_dots(paths: list[Path]) -> Annotations:
 
 
 def read_dot_files(paths: list[Path]) -> Iterator[Picture]:
+    """Pictures and their dots from MATLAB files (ShanghaiTech, UCF). Raises ValueError for what cannot be read."""
     for path in paths:
         key = re.sub(r"^GT_", "", path.stem, flags=re.IGNORECASE)
         key = re.sub(r"_ann$", "", key, flags=re.IGNORECASE)

@@ -160,6 +160,7 @@ def as_picture(value: Any) -> str | bytes | None:
 
 
 def from_base64(data: str) -> bytes:
+    """Bytes of base64 text. Raises ValueError where it does not decode."""
     try:
         return base64.b64decode(re.sub(r"\s", "", data), validate=True)
     except binascii.Error as error:

@@ -229,6 +229,7 @@ def closing_brace(text: str, start: int) -> int:
 
 
 def is_json(text: str) -> bool:
+    """Whether the text as a whole is JSON."""
     try:
         json.loads(text)
     except ValueError:
@@ -243,6 +244,7 @@ def fill_in(template: str, values: dict[str, str]) -> str:
 
 
 def tie_dialogues(dialogues: list[Dialogue], index: FrameIndex) -> None:
+    """Find the frame that each dialogue names; one that names none, or could mean two, is rejected."""
     for dialogue in dialogues:
         if dialogue.problem or dialogue.image is None:
             continue

@@ -213,6 +213,7 @@ def video_names(frame: Frame) -> set[str]:
 
 
 def is_of_video(frame: Frame, video: str) -> bool:
+    """Whether the frame is of the video of that name, in any spelling."""
     return normalise_name(video) in map(normalise_name, video_names(frame))
 
 
@@ -222,6 +223,7 @@ def number_named(key: str) -> int | None:
 
 
 def strip_folders(key: str, number: int) -> str:
+    """A key without its first `number` folders."""
     return "/".join(key.split("/")[number:]) if number else key.removeprefix("./")
 
 

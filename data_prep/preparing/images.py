@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import imagehash
-import numpy as np
 from tqdm import tqdm
 
 # The pictures that are checked here are opened by the very function that training opens them with.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from finetuning.data import pictures
+from finetuning.data.near_duplicates import HASH_SIDE, difference_hash, near_duplicates, stack_hashes
 from finetuning.data.pictures import PictureError, open_picture
 
 MAX_PIXELS = 50_000_000
 
-# Difference hash of 16x16 = 256 bits. On a fixed camera the background makes all frames alike to a coarse hash: on the
-# mall frames, 64-bit hashes cannot tell the next frame from one a minute later. Of 256 bits neighbours differ in a
-# median of 35 and in at most 25 for 17% of them; frames 10 apart in 56 and never under 28; frames 300 apart in 64.
-HASH_SIDE = 16
+# On a fixed camera neighbouring frames differ in a median of 35 bits of 256 (finetuning/data/near_duplicates.py).
 NEAR_DUPLICATE_BITS = 25
 # Two splits leak when at least this share of the second looks like, or is a moment away from, something in the first.
 LEAK_SHARE = 0.5
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags about pictures that all preparing commands share."""
     parser.add_argument(
         "--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected (default 50 million)"
     )
@@ -46,6 +44,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def image_flag_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the values of these flags, in words."""
     smallest = {"max_pixels": 1, "near_duplicate_bits": 0}
     problems = [
         f"--{name} {getattr(args, name)}: expected {least} or more"
@@ -71,12 +70,11 @@ def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Inspection:
     except PictureError as error:
         advice = " (--max_pixels)" if error.reason == "oversized_image" else ""
         return Inspection(digest, b"", (error.reason, f"{error}{advice}"))
-    # Averaging pixels first drops camera noise from the hash, and is four times as fast.
-    grey = picture.convert("L").reduce(max(1, min(picture.size) // (4 * HASH_SIDE)))
-    return Inspection(digest, np.packbits(imagehash.dhash(grey, hash_size=HASH_SIDE).hash).tobytes(), None)
+    return Inspection(digest, difference_hash(picture), None)
 
 
 def read_and_inspect(read: Callable[[Any], bytes], max_pixels: int, source: Any) -> Inspection:
+    """Read a picture and inspect it; a file that cannot be read is a problem of that picture."""
     try:
         data = read(source)
     except OSError as error:
@@ -122,25 +120,6 @@ def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
         return "missing_image", f"{name!r} is no file in {folder}{hint if inside.is_file() else ''}"
     except (OSError, ValueError):  # too long (a picture written out in base64), or characters no file name can have
         return "bad_name", f"{name!r:.60} is no file name"
-
-
-def near_duplicates(left: np.ndarray, right: np.ndarray, max_bits: int) -> Iterator[tuple[int, int, int]]:
-    """(row of left, row of right, differing bits) of all pairs of hashes at most `max_bits` apart.
-
-    `left` and `right` are (n, 4) and (m, 4) uint64, as `stack_hashes` makes them. 10^8 pairs take 0.6 s on one core.
-    """
-    words = np.ascontiguousarray(right.T)
-    for row, of_row in enumerate(left):
-        differing = np.zeros(len(right), dtype=np.uint16)  # up to 256, which is 0 in a byte
-        for word, of_word in zip(words, of_row, strict=True):
-            differing += np.bitwise_count(word ^ of_word)
-        for column in np.flatnonzero(differing <= max_bits):
-            yield row, int(column), int(differing[column])
-
-
-def stack_hashes(hashes: Sequence[bytes]) -> np.ndarray:
-    """(n, 4) uint64 of n difference hashes."""
-    return np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(len(hashes), -1)
 
 
 class Seen(NamedTuple):
@@ -207,6 +186,7 @@ def frames_apart(left: list[Seen], right: list[Seen]) -> list[int]:
 
 
 def describe_leaks(report: dict[str, Any]) -> str:
+    """The leak report in words, a line for each pair of splits."""
     lines = []
     for pair, found in report["between"].items():
         second = pair.partition("/")[2]

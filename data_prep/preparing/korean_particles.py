@@ -119,4 +119,5 @@ def listed_finals() -> dict[str, int | None]:
 
 
 def strip_accents(text: str) -> str:
+    """The text without marks above or below its letters."""
     return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))

@@ -58,6 +58,7 @@ class Labels:
 
 
 def plain(name: str) -> str:
+    """A column's name without case, spaces and signs, to compare it."""
     return re.sub(r"[\W_]+", "", normalise_name(name))
 
 
@@ -119,6 +120,7 @@ def read_label_table(
 
 
 def check_header(path: Path, table: Table) -> None:
+    """Raise ValueError where columns with content have no name, or two have the same."""
     header = table.header
     filled = {place for _, cells in table.rows for place, cell in enumerate(cells) if cell}
     nameless = [place for place, name in enumerate(header) if not name and place in filled and place > 0]
@@ -135,6 +137,7 @@ def check_header(path: Path, table: Table) -> None:
 
 
 def find_count_column(path: Path, header: list[str], wanted: str | None) -> int:
+    """Index of the column of counts. Raises ValueError where there is none, or `wanted` is not it."""
     if wanted is not None:
         if wanted not in header:
             raise ValueError(f"--count_column {wanted!r}: {path} has the columns {', '.join(header)}")
@@ -247,6 +250,7 @@ def refuse_rival(path: Path, table: Table, index: FrameIndex, key_at: int, rival
 
 
 def column(table: Table, place: int) -> list[str]:
+    """Filled cells of a column, top to bottom."""
     return [cells[place] for _, cells in table.rows if len(cells) == len(table.header) and cells[place]]
 
 
@@ -279,6 +283,7 @@ def find_video_column(table: Table, index: FrameIndex, others: set[int | None]) 
 
 
 def read_count(label: Label, given: str, name: str, *, decimal_comma: bool) -> None:
+    """Set the label's count from a cell, or reject the label: a whole number of people, 0 or more."""
     # 7.0 is how spreadsheets and pandas write 7 in a column with gaps; where cells are not set apart by commas, 7,0 too.
     mark = "[.,]" if decimal_comma else r"\."
     if re.fullmatch(rf"[0-9]{{1,9}}({mark}0*)?", given):

@@ -27,16 +27,20 @@ class Ledger:
     rejects: list[Reject] = field(default_factory=list)
 
     def read(self, kind: str, number: int = 1) -> None:
+        """Count items of a kind as read."""
         self.num_read[kind] += number
 
     def accept(self, kind: str, number: int = 1) -> None:
+        """Count items of a kind as accepted."""
         self.num_accepted[kind] += number
 
     def reject(self, kind: str, file: str | Path, line: int | None, reason: str, detail: str) -> None:
+        """Count an item as rejected, and note where it stood and why."""
         self.num_rejected[kind] += 1
         self.rejects.append(Reject(str(file), line, reason, detail))
 
     def check(self) -> None:
+        """Raise AssertionError unless what was read is what was accepted and rejected."""
         for kind, num_read in self.num_read.items():
             num_accepted, num_rejected = self.num_accepted[kind], self.num_rejected[kind]
             assert num_accepted + num_rejected == num_read, f"{kind}: {num_accepted} + {num_rejected} != {num_read}"
@@ -49,6 +53,7 @@ class Ledger:
         }
 
     def reasons(self) -> Counter[str]:
+        """How often each reason of rejection occurs."""
         return Counter(reject.reason for reject in self.rejects)
 
     def table(self) -> str:

@@ -40,6 +40,7 @@ PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"
 
 
 def say_problem(error: ValueError) -> tuple[str, str]:
+    """(reason, detail) of an error of this module."""
     return error.args if len(error.args) == 2 else ("bad_record", str(error))
 
 
@@ -133,6 +134,7 @@ def obey_other_keys(
 
 
 def system_words(key: str, value: Any) -> str:
+    """The text of a system prompt. Raises ValueError where it is no text or holds an image mark."""
     if not isinstance(value, str):
         raise ValueError("bad_content", f"{key} is {value!r:.60}, expected the text of a system prompt")
     content = read_content(value)
@@ -215,6 +217,7 @@ def name_pictures(raw: Mapping[str, Any], used: set[str]) -> list[str | bytes]:
 
 
 def read_names(key: str, value: Any) -> list[str | bytes]:
+    """Names, addresses or bytes of pictures under a key. Raises ValueError for what is no picture."""
     value = json_list(value)
     names = []
     for one in value if isinstance(value, list) else [value]:
@@ -230,6 +233,7 @@ def read_names(key: str, value: Any) -> list[str | bytes]:
 
 
 def local_pictures(keys: list[str], names: list[str | bytes]) -> list[str | bytes]:
+    """The same names. Raises ValueError for an address of the web: nothing is downloaded."""
     for name in names:
         if isinstance(name, str) and "://" in name:
             detail = (

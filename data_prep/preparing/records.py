@@ -16,10 +16,12 @@ class Item:
     problem: tuple[str, str] | None = field(default=None, init=False)
 
     def reject(self, reason: str, detail: str) -> None:
+        """Note why the item is left out; the first reason stays."""
         self.problem = self.problem or (reason, detail)
 
     @property
     def where(self) -> str:
+        """File and line, as `labels.csv:3`."""
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
 
@@ -56,6 +58,7 @@ class Dialogue(Item):
 
 
 def settle(ledger: Ledger, kind: str, items: Iterable[Item]) -> None:
+    """Enter items into the ledger: read, and accepted or rejected."""
     for item in items:
         ledger.read(kind)
         if item.problem:

@@ -105,6 +105,7 @@ def find_wording_problems(wording: object) -> list[str]:
 
 
 def find_template_problems(template: object) -> list[str]:
+    """What is wrong with a template, in words; empty where nothing is."""
     if not isinstance(template, str):
         return [f"expected text, got {template!r} (put it in quotes)"]
     try:
@@ -124,6 +125,7 @@ def find_template_problems(template: object) -> list[str]:
 
 @cache
 def fields_of(template: str) -> frozenset[str]:
+    """Names of the fields that a template is filled in with."""
     return frozenset(field for _, field, _, _ in Formatter().parse(template) if field)
 
 

@@ -1,6 +1,6 @@
 """What the commands of scripts/ share. A folder imports only from those above it; root modules import no folder.
 
-arguments, device, strategy, run_folder, tracking, upstream    modules of this folder
+arguments, recipe_file, device, strategy, run_folder, tracking, upstream    modules of this folder
 data           rows, pictures and dialogues -> batches
 models         loading, the parts of a model, what is trainable
 kernels        fused LoRA, attention, loss and what else makes a step fast

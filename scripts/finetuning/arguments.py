@@ -15,6 +15,7 @@ from finetuning.device import (
     launched_precision,
     refuse_more_processes_than_gpus,
 )
+from finetuning.recipe_file import refuse_bad_recipe
 from finetuning.strategy import divide_batch
 
 PLACEMENTS = ["frozen", "lora", "full"]
@@ -108,6 +109,9 @@ class ScriptArguments:
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )
 
+    def __post_init__(self):
+        self.checkpoint_layers = str(self.checkpoint_layers)  # a recipe's 8 is a number
+
     @property
     def placement(self) -> dict[str, str]:
         """Part of the model -> how it is trained."""
@@ -199,6 +203,7 @@ def parse_arguments(
         recipes = ", ".join(sorted(str(path) for path in default_recipe.parent.glob("*.yaml")))
         raise ValueError(f"--config {recipe or ''}: no such file. Recipes that come with the project: {recipes}")
     parser = TrlParser((ScriptArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
+    refuse_bad_recipe(recipe, parser)
     groups = parser.parse_args_and_config(argv)
     refused = [
         f"{key} has no effect here: {reason}"
@@ -227,5 +232,6 @@ def both_asked_for(argv: list[str], recipe: Path, training_args: TrainingArgumen
 
 
 def split_config_flag(word: str) -> list[str]:
+    """`--config=FILE` -> `--config`, `FILE`; any other word as it is."""
     # TrlParser knows `--config FILE` only, and would otherwise ignore the recipe without a word.
     return word.split("=", 1) if word.startswith("--config=") else [word]

@@ -45,6 +45,7 @@ class Table:
     note: str = ""
 
     def as_markdown(self) -> str:
+        """The table as Markdown, its note below it."""
         text = markdown_table(self.columns, self.rows, numbers=True)
         return f"{text}\n\n{self.note}\n" if self.note else f"{text}\n"
 

@@ -55,6 +55,7 @@ def set_up(output_dir: str, run_name: str | None) -> list[str]:
 
 
 def open_wandb(folder: Path, run_name: str | None) -> None:
+    """Begin, or go on with, the W&B run of this folder."""
     import wandb
 
     arguments = read_arguments(folder) or {}

@@ -3,14 +3,17 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from check_data import RECIPE, parse_options
 from check_data import main as check_data
 from conftest import SHARED, run_command
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
+from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.arguments import parse_arguments
+from finetuning.data.collator import LlavaDataCollator, place_images, prompt_batch, tokenize, until_the_question
 from finetuning.data.label_audit import REASONS, Auditor, check_first_rows
 from finetuning.data.label_preview import picture_as_seen, token_pieces
 from finetuning.models.loading import load_config, load_processing_class
@@ -42,9 +45,10 @@ def dialogue(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def picture(cut: bool = False) -> dict[str, bytes | None]:
+def picture(cut: bool = False, brightness: int = 0) -> dict[str, bytes | None]:
     buffer = io.BytesIO()
-    PillowImage.linear_gradient("L").resize((80, 60)).convert("RGB").save(buffer, "JPEG")
+    shades = PillowImage.linear_gradient("L").resize((80, 60)).point(lambda value: min(255, value + brightness))
+    shades.convert("RGB").save(buffer, "JPEG")
     return {"bytes": buffer.getvalue()[: 400 if cut else None], "path": None}
 
 
@@ -63,6 +67,7 @@ FAULTS = {
     "image_supervised": (dialogue("How many? LEARNT", "7 people."), [picture()]),
     "padding_supervised": (dialogue("How many?", "7 <pad> people."), []),
     "prompt_differs": (dialogue("How many? POLITE", "7 people."), [picture()]),
+    "blank_image": (GOOD, [picture(brightness=255)]),
 }
 # Several pictures, text only, several turns, letters outside the vocabulary.
 CLEAN = [
@@ -73,7 +78,7 @@ CLEAN = [
 
 
 def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
-    assert list(FAULTS) == list(REASONS)
+    assert [*FAULTS, "labels_differ"] == list(REASONS)
     rows = [{"messages": messages, "images": images} for messages, images in [*FAULTS.values(), *CLEAN]]
     features = Features(
         {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())}
@@ -91,8 +96,8 @@ def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
     assert "Traceback" not in result.stderr
     found = json.loads((tmp_path / "check" / "check.json").read_text(encoding="utf-8"))
     assert [(fault["row"], fault["reason"]) for fault in found["faults"]] == list(enumerate(FAULTS))
-    assert "12 of 15 rows have faults" in result.stderr
-    for row, code in enumerate(REASONS):
+    assert "13 of 16 rows have faults" in result.stderr
+    for row, code in enumerate(FAULTS):
         assert f"{code} (1 rows)" in result.stderr
         assert f"train row {row}: " in result.stderr
     page = (tmp_path / "check" / "preview.html").read_text(encoding="utf-8")
@@ -100,6 +105,113 @@ def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
     assert page.count("<img ") == 3
     # The data is only read.
     assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == before
+
+
+def save(rows: list[dict], folder) -> None:
+    message = {"role": Value("string"), "content": Value("string")}
+    features = {"messages": List(message), "images": List(Image())}
+    features |= {"count": Value("int64")} if "count" in rows[0] else {}
+    DatasetDict(train=Dataset.from_list(rows, features=Features(features))).save_to_disk(folder)
+
+
+def check(folder, model, *flags: str) -> list:
+    words = ["--dataset_name", str(folder), "--model_name_or_path", str(model), "--output", str(folder / "check")]
+    options, recipe_flags = parse_options([*words, "--processes", "1", *flags])
+    return check_data(*parse_arguments(RECIPE, recipe_flags), options)
+
+
+def test_rows_without_pictures_first_and_last(tiny_llava, tmp_path):
+    rows = [{"messages": GOOD, "images": []}] * 20 + [{"messages": GOOD, "images": [picture()]}] * 2
+    save([*rows, *rows[:20]], tmp_path / "mixed")
+    audits = check(tmp_path / "mixed", tiny_llava)
+    assert [(audit.num_images, audit.faults) for audit in audits] == [
+        (len(r["images"]), []) for r in [*rows, *rows[:20]]
+    ]
+    assert not any(audit.faults for audit in check(tmp_path / "mixed", tiny_llava, "--sample", "3"))
+
+
+def test_a_sample_is_spread_over_each_split(tiny_llava, tmp_path):
+    save([{"messages": GOOD, "images": [picture()]}] * 9, tmp_path / "data")
+    assert [audit.row for audit in check(tmp_path / "data", tiny_llava, "--sample", "3")] == [0, 4, 8]
+    assert len(check(tmp_path / "data", tiny_llava, "--sample", "99")) == 9
+
+
+def noise(seed: int, quality: int = 95, brightness: int = 0, person: bool = False) -> dict[str, bytes | None]:
+    shades = np.random.default_rng(seed).integers(0, 200, (9, 12, 3), dtype=np.uint8) + np.uint8(brightness)
+    shown = PillowImage.fromarray(shades).resize((160, 120))
+    if person:
+        shown.paste((0, 0, 0), (80, 60, 84, 70))
+    buffer = io.BytesIO()
+    shown.save(buffer, "JPEG", quality=quality)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_pictures_that_look_the_same_and_are_labelled_differently_are_found(tiny_llava, tmp_path):
+    def row(image, count, answer=None):
+        return {"messages": dialogue("How many?", answer or f"{count} people."), "images": [image], "count": count}
+
+    rows = [row(noise(1), 3), row(noise(2), 4), row(noise(1, 60, 9), 5), row(noise(2, 60), 4), row(noise(3), None)]
+    rows += [row(noise(4), 1), row(noise(4, person=True), 2), row(noise(5), 6, "6"), row(noise(5), 6, "Six people.")]
+    save(rows, tmp_path / "counts")
+    audits = check(tmp_path / "counts", tiny_llava)
+    assert [audit.row for audit in audits if audit.faults] == [0, 2]
+    assert audits[2].faults == [("labels_differ", "it says '5', train row 0 says '3' of a picture that looks the same")]
+    # Without a column of counts short answers are compared, and long ones are not.
+    answers = [
+        (1, "Yes."),
+        (1, "yes"),
+        (2, "Yes."),
+        (2, "No."),
+        (3, "A hall with many people."),
+        (3, "It is a dark room."),
+    ]
+    rows = [{"messages": dialogue("Dark?", answer), "images": [noise(seed)]} for seed, answer in answers]
+    save(rows, tmp_path / "answers")
+    assert [audit.row for audit in check(tmp_path / "answers", tiny_llava) if audit.faults] == [2, 3]
+
+
+def test_nothing_to_see_is_a_fault_of_the_data_and_stops_no_training(tiny_llava):
+    processor, config = load_processing_class(str(tiny_llava)), load_config(str(tiny_llava))
+    black = picture() | {"bytes": encoded(PillowImage.new("RGB", (64, 48)))}
+    nearly = PillowImage.new("RGB", (100, 100), "white")
+    nearly.paste((0, 0, 0), (0, 0, 9, 9))
+    rows = [
+        {"messages": GOOD, "images": [image]} for image in (black, {"bytes": encoded(nearly), "path": None}, picture())
+    ]
+    audits = Auditor(processor, config)(rows)
+    assert [[code for code, _ in audit.faults] for audit in audits] == [["blank_image"], ["blank_image"], []]
+    assert audits[0].faults[0][1] == "each pixel is (0, 0, 0)"
+    assert audits[1].faults[0][1] == "99.2% of its values are 255: it is white"
+    check_first_rows(Dataset.from_list(rows), processor, config)
+
+
+def encoded(image: PillowImage.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_rows_of_which_only_the_text_is_tokenised_are_what_the_collator_makes(tiny_llava):
+    processor, config = load_processing_class(str(tiny_llava)), load_config(str(tiny_llava))
+    later = [*dialogue("<image>\nHow many?", "7"), *dialogue("<image>\n<image>\nAnd here?", "8 명")]
+    rows = [{"messages": messages, "images": images} for messages, images in CLEAN]
+    rows += [{"messages": later, "images": [picture()] * 3}, {"messages": [*GOOD, *GOOD], "images": []}]
+    alone = [Auditor(processor, config)([row])[0] for row in rows]
+    together = Auditor(processor, config)
+    together([{"messages": GOOD, "images": [picture()]}])
+    assert len(together.tokens_of_size) == 1
+    for mine, light, row in zip(alone, together(rows), rows, strict=True):
+        assert (mine.num_tokens, mine.num_supervised, mine.faults) == (light.num_tokens, light.num_supervised, [])
+        batch = LlavaDataCollator(processor)([row])
+        typed = prepare_multimodal_messages(place_images(row["messages"]), images=row["images"])
+        ids, labels = tokenize(processor, typed, together.tokens_of_size[80, 60][0])
+        assert ids.tolist() == batch["input_ids"][0].tolist()
+        assert labels.tolist() == batch["labels"][0].tolist()
+        asked = {"messages": row["messages"][:1], "images": row["images"]}
+        prompt = prompt_batch(processor, [asked])["input_ids"][0].tolist()
+        cut = until_the_question(asked)
+        typed = prepare_multimodal_messages(place_images(cut["messages"]), images=cut["images"])
+        assert tokenize(processor, typed, together.tokens_of_size[80, 60][0], prompt=True)[0].tolist() == prompt
 
 
 def test_clean_data_passes(tiny_llava, cctv_dataset, tmp_path):

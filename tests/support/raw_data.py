@@ -27,5 +27,5 @@ def read_output(output: Path) -> tuple[DatasetDict, dict, set[tuple[str, str, st
         assert counts["accepted"] + counts["rejected"] == counts["read"]
     assert sum(counts["rejected"] for counts in manifest["read"].values()) == len(rejects)
     assert manifest["reject_reasons"] == dict(Counter(reason for _, _, reason in rejects))
-    assert len({(row["file"], row["line"]) for row in rows}) == len(rows)
+    assert len({(row["file"], row["line"], row["detail"].partition(": ")[0]) for row in rows}) == len(rows)
     return load_from_disk(output), manifest, set(rejects)

@@ -11,18 +11,7 @@ from transformers import BatchFeature, DataCollator, PreTrainedTokenizerBase, Pr
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from finetuning import upstream
 from finetuning.data.pictures import PictureError, open_picture
-
-
-def mask_by_lists(self: ProcessorMixin, processed: dict[str, Any], generation_indices: list[list[int]]) -> Any:
-    """transformers' own, given plain lists: it walks through the offsets of every token, image tokens included, and of a
-    tensor each would be a tensor of its own (576 image tokens a row: a third of the loader's time)."""
-    processed["offset_mapping"] = [torch.as_tensor(offsets).tolist() for offsets in processed["offset_mapping"]]
-    return mask_by_offsets(self, processed, generation_indices)
-
-
-mask_by_offsets = upstream.replace(ProcessorMixin, "_adjust_assistant_masks_indices", mask_by_lists)
 
 # What preparation writes at the start of a user turn for each picture that it shows, where pictures come in later turns.
 IMAGE_LINE = "<image>\n"
@@ -46,6 +35,7 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         )
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows -> a batch, with the numbers of its rows under `rows`. Raises ValueError for an image mark in a text."""
         for example in examples:
             self.refuse_image_marks(example)
         batch = super().torch_call([with_pictures(example) for example in examples])
@@ -54,6 +44,7 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         return batch
 
     def refuse_image_marks(self, example: dict[str, Any]) -> None:
+        """Raise ValueError where a message holds the image mark, which the collator itself puts in."""
         mark = self.processor.image_token
         for message in chain(example["messages"], *example.get("other_messages", [])):
             num_marks, text = leading_marks(message)
@@ -79,6 +70,30 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
+
+
+def tokenize(
+    processor: ProcessorMixin, messages: list[dict[str, Any]], tokens_per_image: int, *, prompt: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, both (tokens,), of a dialogue of which each picture becomes `tokens_per_image` tokens.
+
+    What the collator makes of it, without reading a picture. `messages` are as `prepare_multimodal_messages` gives them.
+    With `prompt` they end with a question, and nothing is supervised.
+    """
+    encoded = processor.tokenizer.apply_chat_template(
+        messages,
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=not prompt,
+        add_generation_prompt=prompt,
+        add_special_tokens=False,
+    )
+    tokens = torch.tensor(encoded["input_ids"])
+    supervised = torch.tensor(encoded["assistant_masks"]) if not prompt else torch.zeros_like(tokens)
+    repeats = torch.where(tokens == processor.image_token_id, tokens_per_image, 1)
+    labels = torch.where(supervised == 1, tokens, -100)
+    return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
 def leading_marks(message: dict[str, Any]) -> tuple[int, str]:

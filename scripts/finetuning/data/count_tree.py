@@ -22,6 +22,7 @@ class AnswerForm:
     after: str
 
     def fill_in(self, count: int) -> str:
+        """The answer that says `count`."""
         return f"{self.before}{count}{self.after}"
 
 
@@ -67,6 +68,7 @@ class CountTree:
 
     @property
     def num_counts(self) -> int:
+        """How many counts have a path."""
         return len(self.places)
 
 

@@ -1,19 +1,30 @@
 """The label audit: what the processor, the template and the collator make of each row, checked before a GPU is paid for."""
 
+import itertools
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetuning.data.collator import LlavaDataCollator, place_images, prompt_batch, stop_tokens
-from finetuning.data.pictures import PictureError, open_picture
+from finetuning.data.collator import (
+    LlavaDataCollator,
+    place_images,
+    prompt_batch,
+    stop_tokens,
+    tokenize,
+    until_the_question,
+)
+from finetuning.data.near_duplicates import COPY_BITS, are_copies, difference_hash, near_duplicates, stack_hashes
+from finetuning.data.pictures import PictureError, open_picture, what_is_blank
 
 IGNORED = -100
 # Reason code of a fault -> what it does to training, and what to do about it.
@@ -33,7 +44,13 @@ REASONS = {
     "padding_supervised": "padding is supervised: the answer holds the pad token, or padding is not masked",
     "prompt_differs": "the prompt that the model is asked with is not the beginning of what it was trained on, or ends "
     "elsewhere than supervision begins",
+    "blank_image": "there is nothing to see in a picture: the model would learn to answer blindly; look at its file",
+    "labels_differ": "pictures that look the same are labelled differently: one of the labels is wrong",
 }
+# Faults of the data alone: a training that begins with such rows is not stopped for them.
+# Different pictures of which each is compared with each (5 * 10^9 pairs take half a minute), and pairs that are opened.
+MOST_COMPARED, MOST_SUSPECTS = 50_000, 2_000
+OF_THE_DATA = ("blank_image", "labels_differ")
 
 
 @dataclass
@@ -45,6 +62,7 @@ class RowAudit:
     num_tokens: int = 0
     num_supervised: int = 0
     num_images: int = 0
+    hashes: list[bytes] = field(default_factory=list, repr=False)  # of its pictures, as `difference_hash` makes them
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -54,15 +72,19 @@ class Auditor:
 
     `config` is the model's: how many features a picture gives is asked of the model, not of the processor that is
     checked. `max_length` is the recipe's. Pictures are whatever `open_picture` opens.
+
+    Of the pictures of one size only the first goes through the processor: what the others show changes no token.
     """
 
     processing_class: ProcessorMixin | PreTrainedTokenizerBase
     config: PreTrainedConfig
     max_length: int | None = None
     split: str = "train"
+    # Width and height of pictures -> (tokens of one, features that the model makes of one).
+    tokens_of_size: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[RowAudit]:
-        """One RowAudit per row, in order. Good rows go through the collator together, as in training."""
+        """One RowAudit per row, in order."""
         audits = [RowAudit(self.split, row.get("row", number)) for number, row in enumerate(rows)]
         readable = []
         for audit, row in zip(audits, rows, strict=True):
@@ -72,16 +94,55 @@ class Auditor:
                 audit.faults.append(("unreadable_image", f"{error.reason}: {error}"))
                 continue
             audit.num_images = len(row["images"])
+            audit.hashes = [difference_hash(image) for image in row["images"]]
             audit.faults += self._refusals(row)
             if not audit.faults:
                 readable.append((audit, row))
-        if readable:
-            batch = collate(self.processing_class, [row for _, row in readable])
-            if "pixel_values" in batch:
-                self.picture_size = tuple(batch["pixel_values"].shape[-2:])
-            for position, (audit, row) in enumerate(readable):
-                self._check(audit, row, *(batch[key][position] for key in ("input_ids", "attention_mask", "labels")))
+        whole, light = self._divide(readable)
+        if whole:
+            batch = collate(self.processing_class, [row for _, row in whole])
+            for position, (audit, row) in enumerate(whole):
+                ids, mask, labels = (batch[key][position] for key in ("input_ids", "attention_mask", "labels"))
+                self._learn_size(row, ids, batch)
+                self._check(audit, row, ids, mask, labels)
+        for audit, row in light:
+            tokens_per_image = self.tokens_of_size[row["images"][0].size][0] if row["images"] else 0
+            messages = prepare_multimodal_messages(place_images(row["messages"]), images=row["images"])
+            ids, labels = tokenize(self.processing_class, messages, tokens_per_image)
+            self._check(audit, row, ids, torch.ones_like(ids), labels)
+        for audit, row in readable:
+            blank = filter(None, map(what_is_blank, row["images"]))
+            audit.faults += [("blank_image", detail) for detail in blank]
         return audits
+
+    def _divide(self, readable: list[tuple[RowAudit, dict[str, Any]]]) -> tuple[list, list]:
+        """(rows that go through the collator together, as in training; rows of which only the text is tokenised)."""
+        if not isinstance(self.processing_class, ProcessorMixin):
+            return readable, []
+        new: dict[tuple, int] = {}
+        light = []
+        for place, (_, row) in enumerate(readable):
+            sizes = {image.size for image in row["images"]}
+            if len(sizes) > 1 or not sizes <= self.tokens_of_size.keys():
+                new.setdefault(tuple(sorted(sizes)), place)
+            if len(sizes) <= 1:
+                light.append(place)
+        whole = set(new.values()) | (set(range(len(readable))) - set(light))
+        # A neighbour, so that one of the two is padded.
+        whole |= {place for place in light[:2] if new}
+        return (
+            [item for place, item in enumerate(readable) if place in whole],
+            [item for place, item in enumerate(readable) if place not in whole],
+        )
+
+    def _learn_size(self, row: dict[str, Any], ids: torch.Tensor, batch: BatchFeature) -> None:
+        if "pixel_values" not in batch:
+            return
+        self.picture_size = tuple(batch["pixel_values"].shape[-2:])
+        sizes = {image.size for image in row["images"]}
+        if len(sizes) == 1:
+            num_tokens = int((ids == self.processing_class.image_token_id).sum())
+            self.tokens_of_size[sizes.pop()] = (num_tokens // len(row["images"]), self._features_per_image())
 
     def _refusals(self, row: dict[str, Any]) -> list[tuple[str, str]]:
         """Faults for which the processor would raise an error, found on the text: cheap, and by name."""
@@ -117,7 +178,7 @@ class Auditor:
         ids, labels = ids[mask == 1].tolist(), labels[mask == 1].tolist()
 
         if image_id is not None:
-            expected = audit.num_images and audit.num_images * self._features_per_image()
+            expected = sum(self._features(image.size) for image in row["images"])
             if ids.count(image_id) != expected:
                 detail = f"{ids.count(image_id)} image tokens, {expected} features of {audit.num_images} images"
                 report(("image_tokens_differ", detail))
@@ -162,6 +223,10 @@ class Auditor:
                 detail = f"message {place + 1}: the prompt has {len(prompt)} tokens, supervision begins at {start}"
                 report(("prompt_differs", detail))
 
+    def _features(self, size: tuple[int, int]) -> int:
+        known = self.tokens_of_size.get(size)
+        return known[1] if known else self._features_per_image()
+
     def _features_per_image(self) -> int:
         """Vectors that the model's vision tower hands to the language model for one preprocessed picture."""
         height, width = self.picture_size
@@ -171,11 +236,80 @@ class Auditor:
 
     def _prompts(self, row: dict[str, Any], answers: list[int]) -> list[list[int]]:
         """Token ids that the model would be asked with before each of the answers."""
-        # What a picture shows does not change the tokens, and a small one is preprocessed in a quarter of the time.
-        images = [image.resize((8, 8)) for image in row["images"]]
-        prompts = [{"messages": row["messages"][:place], "images": images} for place in answers]
-        batch = prompt_batch(self.processing_class, prompts)
-        return [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        prompts = [{"messages": row["messages"][:place], "images": row["images"]} for place in answers]
+        sizes = {image.size for image in row["images"]}
+        if not isinstance(self.processing_class, ProcessorMixin) or len(sizes) > 1:
+            batch = prompt_batch(self.processing_class, prompts)
+            return [
+                ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            ]
+        tokens_per_image = self.tokens_of_size[next(iter(sizes))][0] if sizes else 0
+        return [
+            tokenize(
+                self.processing_class,
+                prepare_multimodal_messages(place_images(cut["messages"]), images=cut["images"]),
+                tokens_per_image,
+                prompt=True,
+            )[0].tolist()
+            for cut in map(until_the_question, prompts)
+        ]
+
+
+def labels_of(rows: Dataset) -> list[dict[str, str]]:
+    """For each row what it says of its picture, by what is asked: its `count`, or answers of up to three words.
+
+    Longer answers to one question may differ and all be right, as captions do.
+    """
+    if "count" in rows.column_names:
+        return [{} if count is None else {"count": str(count)} for count in rows["count"]]
+    labels = []
+    for messages in rows["messages"]:
+        label = {}
+        for question, answer in itertools.pairwise(messages):
+            words = re.findall(r"\w+", answer["content"].casefold())
+            if answer["role"] == "assistant" and len(words) <= 3:
+                label[question["content"]] = " ".join(words)
+        labels.append(label)
+    return labels
+
+
+def report_differing_labels(
+    audits: Sequence[RowAudit], labels: Sequence[dict[str, str]], open_first: Callable[[RowAudit], Image.Image]
+) -> None:
+    """Adds the fault `labels_differ` to rows that say different things of pictures that show the same.
+
+    `labels` are those of the rows of `audits`, `open_first` opens the picture of such a row. Rows with several pictures are
+    left out. Past 50,000 different pictures only those with equal hashes are compared.
+    """
+    number_of: dict[bytes, int] = {}
+    said: list[dict[str, tuple[RowAudit, str]]] = []
+    suspects: list[tuple[RowAudit, str, RowAudit, str]] = []
+
+    def compare(mine: dict[str, tuple[RowAudit, str]], others: dict[str, tuple[RowAudit, str]]) -> None:
+        for key in mine.keys() & others.keys():
+            (first, value), (second, other) = mine[key], others[key]
+            if value != other:
+                suspects.append((first, value, second, other))
+
+    for audit, label in zip(audits, labels, strict=True):
+        if len(audit.hashes) == 1 and label:
+            number = number_of.setdefault(audit.hashes[0], len(number_of))
+            says = {key: (audit, value) for key, value in label.items()}
+            if number == len(said):
+                said.append({})
+            compare(said[number], says)
+            said[number] = says | said[number]
+    if said and len(said) <= MOST_COMPARED:
+        hashes = stack_hashes(list(number_of))
+        for left, right, _ in near_duplicates(hashes, hashes, COPY_BITS):
+            if left < right:
+                compare(said[left], said[right])
+    for first, value, second, other in suspects[:MOST_SUSPECTS]:
+        if are_copies(open_first(first), open_first(second)):
+            for audit, own, twin, its in ((first, value, second, other), (second, other, first, value)):
+                detail = f"it says {own!r}, {twin.split} row {twin.row} says {its!r} of a picture that looks the same"
+                if "labels_differ" not in (code for code, _ in audit.faults):
+                    audit.faults.append(("labels_differ", detail))
 
 
 def undecoded(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
@@ -230,6 +364,8 @@ def check_first_rows(
     """The audit of the first `number` rows, for the start of a training. Raises ValueError that lists their faults."""
     first = undecoded(rows, list(range(min(number, len(rows)))))
     audits = Auditor(processing_class, config, max_length)(first)
+    for audit in audits:
+        audit.faults = [fault for fault in audit.faults if fault[0] not in OF_THE_DATA]
     if any(audit.faults for audit in audits):
         raise ValueError(
             f"the first {len(first)} training rows cannot be trained on:\n{describe_faults(audits)}\n"

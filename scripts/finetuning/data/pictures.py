@@ -60,6 +60,9 @@ ORIENTATION, SAMPLE_FORMAT = 274, 339  # tags of EXIF and TIFF
 # 16-bit colours whose largest 8-bit value stays under this hold 12 bits or fewer, and would be taught as black.
 DARK_16_BIT = 16
 
+# More values than this at one end of the scale: a wrong depth or exposure, not a scene.
+SATURATED_SHARE = 0.99
+
 
 class PictureError(ValueError):
     """A picture that cannot be used. `reason` is a short code, the message one sentence without the file's name."""
@@ -112,6 +115,19 @@ def open_picture(
 def is_litter(path: Path) -> bool:
     """Whether `path` is a file that an operating system left there: `._a.jpg`, `__MACOSX/`, `Thumbs.db`, `.DS_Store`."""
     return path.name.startswith("._") or any(part.lower() in LITTER for part in path.parts)
+
+
+def what_is_blank(picture: Image.Image) -> str | None:
+    """What is wrong with an RGB picture in which there is nothing to see; None where there is."""
+    counts = picture.histogram()
+    num_values = sum(counts)
+    if max(counts[:256]) == max(counts[256:512]) == max(counts[512:]) == num_values // 3:
+        return f"each pixel is {picture.getpixel((0, 0))}"
+    for value, word in ((255, "white"), (0, "black")):
+        share = sum(counts[value::256]) / num_values
+        if share > SATURATED_SHARE:
+            return f"{share:.1%} of its values are {value}: it is {word}"
+    return None
 
 
 def find_pictures(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.arguments import ScriptArguments
-from finetuning.data.collator import LlavaDataCollator, leading_marks
+from finetuning.data.collator import LlavaDataCollator, leading_marks, tokenize
 
 # Values of `branch_ids`: dialogues are numbered from FIRST_BRANCH on.
 PADDING, PREFIX, FIRST_BRANCH = 0, 1, 2
@@ -90,6 +90,7 @@ class SharedPrefixCollator(LlavaDataCollator):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows of `group_by_image` -> a batch, as the class says."""
         batch = super().torch_call(examples)
         image_token = self.processor.image_token_id
         sequences = []
@@ -101,8 +102,10 @@ class SharedPrefixCollator(LlavaDataCollator):
             if any(leading_marks(message)[0] for message in example["messages"]):
                 prefix = 0  # its later pictures come after answers, and such a row is alone
             dialogues = [(tokens, labels)]
+            num_images = len(example.get("images") or [])
             for messages in example.get("other_messages", []):
-                dialogues.append(self.tokenize(messages, example["images"], len(image_places)))
+                messages = prepare_multimodal_messages(messages, images=example["images"])
+                dialogues.append(tokenize(self.processor, messages, len(image_places) // max(num_images, 1)))
             sequences.append(join_dialogues(dialogues, prefix, example.get("row")))
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(sequence["input_ids"]) for sequence in sequences) // multiple) * multiple
@@ -116,22 +119,6 @@ class SharedPrefixCollator(LlavaDataCollator):
         if len(prefixes) == 1 and prefixes != {0}:
             batch["prefix_length"] = prefixes.pop()
         return batch
-
-    def tokenize(self, messages: list[dict], images: list, num_image_tokens: int) -> tuple[Tensor, Tensor]:
-        """Token ids and labels (tokens,) of a dialogue; image tokens are repeated without reading the picture again."""
-        encoded = self.processor.tokenizer.apply_chat_template(
-            prepare_multimodal_messages(messages, images=images),
-            chat_template=self.processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            add_special_tokens=False,
-        )
-        tokens, supervised = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
-        is_image = tokens == self.processor.image_token_id
-        repeats = torch.where(is_image, num_image_tokens // max(int(is_image.sum()), 1), 1)
-        labels = torch.where(supervised == 1, tokens, -100)
-        return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
 def join_dialogues(dialogues: list[tuple[Tensor, Tensor]], prefix: int, row: int | None) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ class Difference:
         return "better" if (self.difference < 0) == self.lower_is_better else "worse"
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the outcome in a word."""
         return asdict(self) | {"outcome": self.outcome}
 
 

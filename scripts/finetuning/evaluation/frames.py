@@ -47,6 +47,7 @@ def frame_times(names: Iterable[str]) -> dict[str, Moment] | None:
 
 
 def is_running(numbers: Sequence[int]) -> bool:
+    """Whether numbers of frames go on in small or even steps, as in a video."""
     steps = [after - before for before, after in itertools.pairwise(numbers)]
     if len(steps) < 2:
         return False

@@ -27,6 +27,7 @@ class Verdict:
         return BEATEN if self.against_trivial.outcome == "worse" else MATCHED
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the comparison to the best trivial answer where there is one."""
         values = self.against_base.as_dict() | {"outcome": self.outcome}
         if self.against_trivial is not None:
             values["trivial"] = {"answer": self.trivial} | self.against_trivial.as_dict()

@@ -31,6 +31,7 @@ class Calibration:
 
     @property
     def note(self) -> str:
+        """How far the interval can be trusted, in words."""
         if self.width is None:
             return "not calibrated: the interval is the model's own opinion"
         few = (
@@ -39,6 +40,7 @@ class Calibration:
         return f"calibrated on {self.rows} rows{few}"
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the note."""
         return asdict(self) | {"note": self.note}
 
 
@@ -131,6 +133,7 @@ class AdaptiveWidth:
         self.level = self.coverage
 
     def width(self) -> float:
+        """Half the interval's width, in people; infinite where the level asks for all."""
         if self.level >= 1:
             return math.inf
         place = math.ceil((len(self.scores) + 1) * max(self.level, 0.0))

@@ -83,6 +83,7 @@ class CountReader:
         self.trees: dict[tuple[str, AnswerForm], CountTree] = {}
 
     def tree(self, question: str) -> CountTree | None:
+        """The tree of all counts behind a question, made once; None where the form of its answers is not known."""
         form = self.forms.get(question)
         if form is None:
             return None

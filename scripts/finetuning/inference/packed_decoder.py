@@ -61,6 +61,7 @@ class Linears:
 
     @property
     def has_lora(self) -> bool:
+        """Whether an adapter is there and switched on."""
         return self.fused is not None and self.fused.is_active
 
     def new_input(self, tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -70,6 +71,7 @@ class Linears:
         return torch.empty(tokens, width, dtype=self.dtype, device=device), None
 
     def reads_4bit(self, tokens: int) -> bool:
+        """Whether so few tokens are multiplied by 4-bit weights as they are stored."""
         return self.is_4bit and tokens <= MOST_ROWS_OF_4BIT_PRODUCT
 
     def __call__(self, x: Tensor, wide: Tensor | None = None) -> Tensor:
@@ -143,6 +145,7 @@ class KeyValuePool:
         (self.memory[:, :, slots] if runs_triton(self.memory) else self.memory).zero_()
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (slots, heads, width) of one layer."""
         keys, values = self.memory[number]
         return keys, values
 
@@ -172,10 +175,12 @@ class PackedDecoder:
         self.stacks = [value for module in modules for value in vars(module).values() if type(value) is ProjectionStack]
 
     def refresh(self) -> None:
+        """Let the 16-bit copies of the adapters follow their fp32 masters."""
         if self.stacks:
             refresh_stacks(self.stacks)
 
     def bytes_of_slot(self) -> int:
+        """Bytes of keys and values that one token takes in all layers."""
         return len(self.layers) * 2 * self.layers[0].heads[1] * self.head_dim * self.dtype.itemsize
 
     def bytes_of_token(self) -> int:
@@ -215,6 +220,7 @@ class PackedDecoder:
         return self.run_layers(hidden, positions, attend)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Callable, asked: Tensor | None = None) -> Tensor:
+        """(tokens, width) through all layers and the last norm; with `asked` only these rows leave the last layer."""
         cos, sin = self.text_model.rotary_emb(hidden[None].to(self.dtype), position_ids=positions[None])
         for number, layer in enumerate(self.layers):
             attended = attend(number, layer, layer.attention_input(hidden), cos, sin).flatten(1)
@@ -224,6 +230,7 @@ class PackedDecoder:
         return self.text_model.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, width) -> (rows, vocabulary)."""
         return self.base.lm_head(hidden)
 
 

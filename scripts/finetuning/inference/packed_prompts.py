@@ -71,6 +71,7 @@ class PackedPrompts:
         return [] if parent is None else [*self.ancestors(parent), parent]
 
     def cumulative(self, lengths: Sequence[int]) -> Tensor:
+        """(n + 1) int32 on the device: where each of n segments begins, and the end."""
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
 
     @cached_property

@@ -36,6 +36,7 @@ class PromptGroup:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the group: its prefix once, and what each row adds."""
         return len(self.prefix) + sum(map(len, self.own))
 
     def split(self) -> tuple["PromptGroup", "PromptGroup"] | None:
@@ -101,6 +102,7 @@ class PromptReader:
         )
 
     def messages_of(self, number: int) -> list[dict[str, str]]:
+        """Messages of a row; its picture is not decoded."""
         # A Dataset would decode the picture with the row.
         rows = self.rows
         return (
@@ -191,6 +193,7 @@ def read_prompts(
 
 
 def has_images(rows: Sequence[dict[str, Any]], number: int) -> bool:
+    """Whether a row has pictures."""
     if isinstance(rows, Dataset):
         return "images" in rows.column_names
     return bool(rows[number].get("images"))

@@ -1,5 +1,6 @@
 """Loading of models and their processors: for training, for inference, as a base alone."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from finetuning.strategy import Strategy
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
 TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja", "gemma2": "gemma.jinja", "gemma3_text": "gemma.jinja"}
+KNOWN_TYPES = f"this project trains {', '.join(TEMPLATE_OF)}"
 GEMMA_TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
 QUANTISATION_KEYS = [
     "load_in_4bit",
@@ -54,8 +56,12 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
             f"scripts/make_tiny_model.py --architecture llava --pretrain --output {name}; a real one: hf download "
             f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
         )
+    if looks_like_folder:
+        refuse_other_config(Path(name) / "config.json")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
+    except ValueError as error:  # transformers names a type that it does not know in twelve lines
+        raise ValueError(f"{name}: transformers knows no model of this type: {KNOWN_TYPES}") from error
     except OSError as error:
         raise ValueError(
             f"{name}: neither a folder nor a model that could be reached on the Hub ({str(error).splitlines()[0]}). "
@@ -66,6 +72,21 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     # even where the caller gives another (LLaVA-NeXT#224).
     upstream.replace(config, "_attn_implementation", None)
     return config
+
+
+def refuse_other_config(path: Path) -> None:
+    """Raises ValueError, one sentence with the remedy, where a folder's config.json is of no model that loads here."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download the model again") from error
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ValueError(f"{path} names no model_type, so it is no model's: {KNOWN_TYPES}")
+    if "mm_vision_tower" in settings:
+        raise ValueError(
+            f"{path}: this is a checkpoint of LLaVA's original authors, which transformers does not load: use the same "
+            "model as llava-hf publishes it (hf download llava-hf/llava-1.5-7b-hf)"
+        )
 
 
 def is_vision(config: PreTrainedConfig) -> bool:
@@ -83,7 +104,20 @@ def load_processing_class(
     before they are resized; with "crop" the published processor cuts out their centre.
     """
     config = load_config(name, revision)
-    processing_class = (AutoProcessor if is_vision(config) else AutoTokenizer).from_pretrained(name, revision=revision)
+    if chat_template_path is None and config.model_type not in TEMPLATE_OF:
+        raise ValueError(
+            f"{name}: model_type is {config.model_type}, for which this project has no chat template: {KNOWN_TYPES}; for "
+            "another text model give --chat_template_path"
+        )
+    try:
+        processing_class = (AutoProcessor if is_vision(config) else AutoTokenizer).from_pretrained(
+            name, revision=revision
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: its {'processor' if is_vision(config) else 'tokenizer'} does not load "
+            f"({str(error).splitlines()[0]}): download the model with all its small files"
+        ) from error
     if is_vision(config) and image_aspect_ratio == "pad":
         settings = processing_class.image_processor.to_dict() | {"do_pad": True}
         settings.pop("image_processor_type")
@@ -127,19 +161,25 @@ def load_base_model(
 ) -> PreTrainedModel:
     """Load the model class that the config of `name` asks for. A Gemma in fp16 keeps its residual stream in fp32.
 
-    Raises ValueError, as `load_config` does, if there is no such model.
+    Raises ValueError, as `load_config` does, if there is no such model, and if its weights are missing.
     """
     config = load_config(name, revision)
     model_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
-    model = model_class.from_pretrained(
-        name,
-        config=config,
-        dtype=dtype,
-        quantization_config=quantization,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
-        revision=revision,
-    )
+    try:
+        model = model_class.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            revision=revision,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{name}: its weights do not load ({str(error).splitlines()[0]}): download the model again, with its "
+            "*.safetensors files"
+        ) from error
     if is_deepspeed_zero3_enabled():
         # Under ZeRO-3 transformers 5.23 stores every renaming that it knows, not those that this checkpoint needed, and
         # would save weights under names that no class has. Without them it saves the class's own names.

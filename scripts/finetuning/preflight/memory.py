@@ -144,4 +144,5 @@ def ways_out(job: Job, gpu_memory: int) -> list[str]:
 
 
 def fits(job: Job, gpu_memory: int) -> bool:
+    """Whether the least memory of a job is within `gpu_memory` bytes."""
     return sum(least_memory(job).values()) <= gpu_memory

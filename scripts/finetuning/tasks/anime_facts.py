@@ -185,6 +185,7 @@ class AnimeExam:
         return metrics, AnswerTable(columns, captions)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
+        """The last evaluation while training, in a sentence."""
         if "eval_facts_right" not in metrics:
             return "no answer was scored while training"
         right, guess = metrics["eval_facts_right"], metrics["eval_facts_right_guess"]
@@ -193,6 +194,7 @@ class AnimeExam:
 
 
 def fields_of(clause: str) -> set[str]:
+    """Names of the fields of a clause."""
     return {field for _, field, _, _ in Formatter().parse(clause) if field}
 
 
@@ -335,6 +337,7 @@ def judge_facts(
     places: Mapping[str, Sequence[int]],
     say: Say,
 ) -> list[Verdict]:
+    """Verdicts on the share of right facts and on perplexity, titles being the clusters."""
     verdicts = []
     grouped_by = say("titles", "작품")
     for split, chosen in places.items():
@@ -367,6 +370,8 @@ def judge_facts(
 
 
 def fact_table(what: str, summaries: dict[str, dict[str, Any]], say: Say) -> Table:
+    """Share right, F1 and error of each fact, for each model and the commonest value."""
+
     def share(value: float | None) -> str:
         return say("none", "없음") if value is None else f"{value:.1%}"
 

@@ -14,6 +14,7 @@ AFTER_ANY = ("에서", "에", "의", "도", "만")
 
 
 def has_hangul(text: str) -> bool:
+    """Whether the text has a Korean letter."""
     return HANGUL.search(text) is not None
 
 

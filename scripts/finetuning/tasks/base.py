@@ -84,6 +84,7 @@ class Task:
         raise NotImplementedError
 
     def scores(self, questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, float]]:
+        """`score` of each question and its answer."""
         return [self.score(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
     def summarise(
@@ -134,6 +135,7 @@ class Task:
         return f"{text}: {'better than' if ahead else 'no better than'} the best trivial answer ({shown(trivial)})"
 
     def best_trivial(self, metrics: Mapping[str, float]) -> float | None:
+        """The best trivial answer's value of the first measure; None where there is none."""
         measure = self.measures[0]
         start = f"{self.name}_{measure.key}_"
         values = [value for key, value in metrics.items() if key.startswith(start)]
@@ -273,6 +275,7 @@ def worst_middling_best(goodness: Mapping[str, Sequence[float]], names: Sequence
 
 
 def first_picture(rows: Dataset, place: int) -> Any:
+    """The first picture of a row, opened; None for a row without."""
     images = rows[place]["images"] if "images" in rows.column_names else None
     return open_picture(images[0]) if images else None
 

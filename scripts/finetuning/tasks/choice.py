@@ -94,6 +94,7 @@ class Choice(Task):
         return turn
 
     def chosen(self, question: Question, answer: str) -> str | None:
+        """The letter that an answer chooses; None where it is not to be told."""
         return parse_choice(answer, read_options(question["question"]))
 
     def score(self, question: Question, answer: str) -> dict[str, float]:

@@ -100,6 +100,7 @@ class Count(Task):
         return metrics
 
     def best_trivial(self, metrics: Mapping[str, float]) -> float | None:
+        """The least MAE of the constant guesses, in people."""
         return min(
             (metrics[f"count_mae_{name}"] for name in KOREAN_GUESSES if f"count_mae_{name}" in metrics), default=None
         )
@@ -212,6 +213,8 @@ KOREAN_GUESSES = {"train_median": "학습 데이터의 중앙값", "train_mean":
 
 
 def score_table(scores: dict[str, dict], labels: Mapping[str, str], say: Say) -> Table:
+    """MAE, bias, share exact and share without a number, for each model."""
+
     def number(value: float | None, sign: str = "") -> str:
         return say("none", "없음") if value is None else f"{value:{sign}.2f}"
 
@@ -249,6 +252,7 @@ def score_table(scores: dict[str, dict], labels: Mapping[str, str], say: Say) ->
 
 
 def crowd_table(by_size: dict[str, list[dict]], labels: Mapping[str, str], say: Say) -> Table:
+    """Penalised MAE by the true number of people, for each model."""
     parts = next(iter(by_size.values()))
     return Table(
         say("Penalised MAE by crowd size", "인원 구간별 벌점 포함 MAE"),

@@ -165,6 +165,7 @@ def compare_neighbours(sentence: str, numerals: list[Numeral], mentions: list[Me
 
 
 def is_range(between: str, first: Mention, second: Mention) -> bool:
+    """Whether two numbers are the ends of a range, by what stands between them."""
     if patterns.DASHED.search(between):  # "35 people - 20 men and 15 women" lists parts; a range goes up
         return not second.total and (None in (first.value, second.value) or second.value > first.value)
     # "3 men and 4 women" are two numbers.

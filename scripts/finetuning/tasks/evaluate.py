@@ -85,6 +85,7 @@ def train_rows_of(
 
 
 def is_own(run: Path, arguments: Mapping[str, Any], name: str) -> bool:
+    """Whether the dataset `name` is the one that the run was trained on."""
     own = arguments["dataset_name"]
     return name == own or Path(name).resolve() == Path(find_again(run, own)).resolve()
 
@@ -186,6 +187,7 @@ def show(folder: EvaluationFolder, *, is_headline: bool) -> None:
 
 
 def positive(text: str) -> int:
+    """A whole number of at least 1. Raises ArgumentTypeError for anything else."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")

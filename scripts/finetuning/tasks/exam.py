@@ -79,6 +79,7 @@ def read_off(rows: Sequence[Question]) -> Assignment:
 
 
 def is_choice(question: str, answer: str) -> bool:
+    """Whether the question has options and the answer is one of them."""
     options = read_options(question)
     return bool(options) and parse_choice(answer, options) is not None
 

@@ -67,6 +67,7 @@ def fewest_that_fit(peak_with: Callable[[int], float], num_layers: int, budget: 
 
 
 def describe(size: float) -> str:
+    """Bytes in GiB, for people."""
     return "more memory than there is" if math.isinf(size) else f"{size / 2**30:.1f} GiB"
 
 
@@ -121,6 +122,7 @@ class LayerCheckpointing(TrainerCallback):
             change_arguments(Path(args.output_dir), checkpoint_layers=str(self.count))
 
     def choose(self) -> int:
+        """The fewest layers with which a step on the longest rows fits this GPU; the same on all processes."""
         trainer, model = self.trainer, self.trainer.model
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
         batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])

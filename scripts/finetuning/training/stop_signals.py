@@ -80,6 +80,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
+        """Name of the signal that the processes agreed on, as SIGUSR2."""
         return signal.Signals(self.agreed).name
 
 
