@@ -38,6 +38,7 @@ from preparing.conversations import (
     RESERVED_COLUMNS,
     WEIGHTED_MESSAGES_FEATURE,
     is_empty,
+    plain_key,
 )
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.images import (
@@ -54,6 +55,7 @@ from preparing.images import (
 )
 from preparing.ledger import Ledger
 from preparing.record_keys import (
+    CONVERSATION_KEYS,
     name_pictures,
     obey_other_keys,
     read_conversation_of,
@@ -62,9 +64,10 @@ from preparing.record_keys import (
     unfilled_placeholder,
 )
 from preparing.splits import connected_groups, split_groups
-from preparing.text_files import RepeatedKeys, csv_rows, json_items, keep_repeated, read_text
+from preparing.tables import read_table
+from preparing.text_files import RepeatedKeys, json_items, keep_repeated, read_text
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv")
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 # Keys whose names in braces or brackets are words of a text more often than they are placeholders.
 COMMON_KEYS = {
     "id",
@@ -158,7 +161,7 @@ def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, 
     """(records, sources for the manifest, the images that the input itself holds) of a file, folder or Hub name."""
     path = Path(source)
     if path.is_file() and path.suffix.lower() in FILE_SUFFIXES:
-        readers = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv}
+        readers = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv}
         return list(readers[path.suffix.lower()](path)), [describe_file(path)], None
     dataset = open_dataset(source, split)
     inner = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
@@ -172,8 +175,8 @@ def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, 
     images = None
     for name in with_images:
         undecoded = datasets.Image(decode=False)
-        held = dataset.features[name]
-        dataset = dataset.cast_column(name, undecoded if inner[name] is held else datasets.List(undecoded))
+        in_lists = isinstance(dataset.features[name], datasets.List)
+        dataset = dataset.cast_column(name, datasets.List(undecoded) if in_lists else undecoded)
         images = HeldImages(dataset, name)
     text_only = dataset.remove_columns(images.column) if images else dataset
     records = [Record(source, number, raw) for number, raw in enumerate(text_only, start=1)]
@@ -223,16 +226,15 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Records of a table with the columns question and answer. Raises ValueError where the header lacks them."""
-    rows = csv_rows(path)
-    _, header = next(rows, (1, []))
-    if missing := {"question", "answer"} - set(header):
-        raise ValueError(
-            f"{path} has the columns {', '.join(header) or '(none)'}; {' and '.join(sorted(missing))} missing"
-        )
+    """Records of a table. Raises ValueError where its header has neither question and answer nor a conversation."""
+    table = read_table(path)
+    header = [name.lower() if name.lower() in ("question", "answer") else name for name in table.header]
+    if not {"question", "answer"} <= set(header) and not {plain_key(name) for name in header} & set(CONVERSATION_KEYS):
+        missing = " and ".join(sorted({"question", "answer"} - set(header)))
+        raise ValueError(f"{path} has the columns {', '.join(header) or '(none)'}; {missing} missing")
     if "" in header or len(set(header)) < len(header):
         raise ValueError(f"{path} has the columns {', '.join(header)}: expected each to have a name of its own")
-    for line, cells in rows:
+    for line, cells in table.rows:
         record = Record(str(path), line, dict(zip(header, cells, strict=False)))
         if len(cells) != len(header):
             record.reject("wrong_number_of_cells", f"{len(cells)} cells under {len(header)} columns")
@@ -273,8 +275,8 @@ def read_conversation(record: Record, folder: Path | None, held: HeldImages | No
     except ValueError as error:
         return record.reject(*say_problem(error))
     others = [key for key in raw if key not in used and key not in kept]
-    # An empty cell of pandas (NaN) is the one value that differs from itself.
-    unused = [str(key) for key in others if raw[key] is not None and raw[key] == raw[key]]
+    # An empty cell says nothing; that of pandas (NaN) is the one value that differs from itself.
+    unused = [str(key) for key in others if raw[key] not in (None, "") and raw[key] == raw[key]]
     record.unused = [*unused, *turns.unused]
 
 

@@ -1,7 +1,5 @@
 """Reads text files that people made: UTF-8 or CP949, with the line on which every item starts."""
 
-import csv
-import io
 import json
 import unicodedata
 from collections import Counter
@@ -26,20 +24,6 @@ def read_text(path: Path) -> str:
 def normalise_name(name: str) -> str:
     """A file name for comparing: NFC (macOS writes NFD), forward slashes, case folded, no surrounding space."""
     return unicodedata.normalize("NFC", name.strip()).replace("\\", "/").casefold()
-
-
-def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line on which the row starts, cells stripped of surrounding space), header first; blank lines are no rows."""
-    csv.field_size_limit(2**31 - 1)  # the module's own limit of a cell is 128 KiB
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    line = 1
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                yield line, [cell.strip() for cell in cells]
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}:{line} is not CSV: {error}") from error
 
 
 class RepeatedKeys(dict):

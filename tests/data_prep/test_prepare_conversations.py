@@ -342,6 +342,70 @@ def test_mistakes_are_told_without_a_stack_trace(tmp_path):
 def test_an_input_that_is_not_there_is_named(tmp_path, prepare):
     for missing in (tmp_path / "none.json", Path("data/none.json"), tmp_path / "nowhere"):
         with pytest.raises(
-            ValueError, match=rf"--input {missing} is no file of \.json \.jsonl \.csv, no folder, and no Hub name"
+            ValueError, match=rf"--input {missing} is no file of \.json \.jsonl \.csv \.tsv, no folder, and no Hub name"
         ):
             prepare(missing)
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "encoding"),
+    [("a.CSV", ",", "utf-8"), ("a.csv", ";", "utf-8-sig"), ("a.tsv", "\t", "utf-8"), ("a.csv", "\t", "cp949")],
+)
+def test_tables_of_other_programs_and_long_cells(tmp_path, images, prepare, name, separator, encoding):
+    long = "말" * 70_000  # more than 128 KiB
+    rows = [("image_path", "Question", "Answer")] + [
+        (f"coco\\{n:012}.jpg", f"몇 명{n}?", f"{n}명") for n in range(1, 6)
+    ]
+    text = "\r\n".join(separator.join(row) for row in [*rows, ("", long, "긴 글")])
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    dataset, manifest, rejects = prepare(
+        tmp_path / name, "--images", images, "--validation_size", "0", "--test_size", "0"
+    )
+    assert rejects == set()
+    shown = {row["messages"][0]["content"]: len(row["images"]) for row in dataset["train"]}
+    assert shown == {f"몇 명{n}?": 1 for n in range(1, 6)} | {long: 0}
+    assert manifest["unused_keys"] == {}
+
+
+def test_keys_that_are_not_used_are_counted(tmp_path, images, prepare, capsys):
+    records = [llava_record(number) | {"source": "coco"} for number in range(1, 4)] + [llava_record(4)]
+    _, manifest, _ = prepare(
+        save_json(tmp_path / "data.json", records), "--images", images, "--validation_size", "0", "--test_size", "0"
+    )
+    assert manifest["unused_keys"] == {"id": 4, "source": 3}
+    assert "keys not used: id x 4, source x 3" in capsys.readouterr().out
+
+
+def test_records_of_one_line_are_told_apart_and_masks_become_weights(tmp_path, prepare):
+    records = [
+        {"messages": [{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": "A."}]} for n in (1, 2)
+    ]
+    turns = [*records[0]["messages"], *records[1]["messages"]]
+    records += [{"messages": [turns[0], turns[1] | {"weight": 0}, *turns[2:]]}, {"messages": []}, {"messages": []}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    dataset, _, rejects = prepare(tmp_path / "data.json", "--validation_size", "0", "--test_size", "0")
+    assert rejects == {("data.json", "1", "no_turns")}
+    assert (tmp_path / "out" / "rejects.csv").read_text("utf-8-sig").count("record 4: ") == 1
+    rows = {row["image_id"]: [message["weight"] for message in row["messages"]] for row in dataset["train"]}
+    assert rows == {"text-1": [1, 1], "text-2": [1, 1], "text-3": [1, 0, 1, 1]}
+
+
+def test_columns_of_pictures_video_and_sound_of_a_dataset(tmp_path, images, prepare):
+    row = {"messages": as_messages(1)["messages"]}
+    row["messages"][0] = {"role": "user", "content": "What is it?"}
+
+    def save(name: str, **columns) -> Path:
+        rows = [row | {"id": n} for n in range(2)]
+        saved = datasets.Dataset.from_list(rows)
+        for column, (feature, value) in columns.items():
+            saved = saved.add_column(column, [value] * 2).cast_column(column, feature)
+        datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    picture = (datasets.Image(), str(images / "coco" / "000000000001.jpg"))
+    dataset, _, _ = prepare(save("one", photo=picture), "--validation_size", "0", "--test_size", "0")
+    assert len(dataset["train"][0]["images"]) == 1
+    with pytest.raises(ValueError, match="holds images in image, depth: leave the column that is meant"):
+        prepare(save("two", image=picture, depth=picture), output="out2")
+    with pytest.raises(ValueError, match="holds video or audio in sound"):
+        prepare(save("sound", sound=(datasets.Audio(decode=False), "a.wav")), output="out3")
