@@ -407,5 +407,6 @@ def test_columns_of_pictures_video_and_sound_of_a_dataset(tmp_path, images, prep
     assert len(dataset["train"][0]["images"]) == 1
     with pytest.raises(ValueError, match="holds images in image, depth: leave the column that is meant"):
         prepare(save("two", image=picture, depth=picture), output="out2")
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match="holds video or audio in sound"):
-        prepare(save("sound", sound=(datasets.Audio(decode=False), "a.wav")), output="out3")
+        prepare(save("sound", sound=(datasets.Audio(decode=False), str(tmp_path / "a.wav"))), output="out3")
