@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 
-from finetuning.data.collator import LlavaDataCollator, prompt_batch
+from finetuning.data.collator import LlavaDataCollator, mask_by_lists, mask_by_offsets, prompt_batch
 from finetuning.data.dataset import open_dataset
 from finetuning.data.label_audit import Auditor
 from finetuning.data.pictures import open_picture
@@ -149,3 +149,14 @@ def test_training_and_asking_see_the_same_pixels_to_the_last_bit(processor, tmp_
     assert torch.equal(trained, prompt_batch(processor, asked)["pixel_values"])
     # The 16-bit and the float picture show the same; nothing else does.
     assert len({pixels.numpy().tobytes() for pixels in trained}) == len(pictures) - 1
+
+
+def test_answers_are_found_in_lists_as_in_tensors(processor):
+    ids = torch.arange(12)[None]
+    offsets = torch.stack([torch.arange(12) * 2, torch.arange(12) * 2 + 2], dim=-1)[None]
+    marked = [
+        adjust(processor, {"offset_mapping": offsets.clone(), "input_ids": ids}, [[(4, 9), (15, 20)]])
+        for adjust in (mask_by_lists, mask_by_offsets)
+    ]
+    assert marked[0]["assistant_masks"] == marked[1]["assistant_masks"]
+    assert marked[0]["assistant_masks"][0] == [0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]

@@ -11,7 +11,18 @@ from transformers import BatchFeature, DataCollator, PreTrainedTokenizerBase, Pr
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from finetuning import upstream
 from finetuning.data.pictures import PictureError, open_picture
+
+
+def mask_by_lists(self: ProcessorMixin, processed: dict[str, Any], generation_indices: list[list[int]]) -> Any:
+    """transformers' own, given plain lists: it walks through the offsets of every token, image tokens included, and of a
+    tensor each would be a tensor of its own (576 image tokens a row: a third of the loader's time)."""
+    processed["offset_mapping"] = [torch.as_tensor(offsets).tolist() for offsets in processed["offset_mapping"]]
+    return mask_by_offsets(self, processed, generation_indices)
+
+
+mask_by_offsets = upstream.replace(ProcessorMixin, "_adjust_assistant_masks_indices", mask_by_lists)
 
 # What preparation writes at the start of a user turn for each picture that it shows, where pictures come in later turns.
 IMAGE_LINE = "<image>\n"
