@@ -26,6 +26,7 @@ from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.training.stop_signals import end_with_launcher
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
@@ -88,6 +89,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     try:
         main(*parse_arguments(RECIPE))
     except (ValueError, TrainingDiverged) as error:

@@ -5,10 +5,12 @@ where the signal finds it (so several processes save different steps, or wait fo
 place, and the command ends as if training were complete.
 """
 
+import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from finetuning import run_folder, tracking
 from finetuning.folder_lock import give_back
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not failed, run it again
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that the kernel sends a process whose parent has died
+GRACE = 8  # seconds in which a process that lost its launcher may save
 
 
 class StopRequest:
@@ -152,3 +156,27 @@ def obey_parent_only(worker: int, signals: list[signal.Signals], then: Callable[
     threading.Thread(target=listen, daemon=True).start()
     if then is not None:
         then(worker)
+
+
+def end_with_launcher() -> None:
+    """Let this process end when `accelerate launch`, which started it, is killed alone; first act of a training.
+
+    Else it would train on, unseen, and beside the one that is started next. One process is asked to stop as by TERM, and
+    killed where it has not saved within GRACE seconds; several have lost the launcher's store, through which they meet,
+    and are killed at once: their last checkpoint is whole. Started without a launcher, by a shell, a training outlives it.
+    """
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if not launched or not sys.platform.startswith("linux"):
+        return
+    launcher, several = os.getppid(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if several else signal.SIGTERM)
+
+    def kill_after_grace() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        if several:
+            os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel was asked to tell
+        time.sleep(GRACE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill_after_grace, daemon=True).start()
