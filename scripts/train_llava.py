@@ -24,6 +24,7 @@ from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import searches_unused_parameters
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
+from finetuning.training.origin import fingerprints
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.training.stop_signals import end_with_launcher
@@ -45,7 +46,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     checkpoint = start_or_continue(
         training_args.output_dir,
         resolved_arguments(script_args, training_args, model_args),
+        fingerprints(script_args, training_args, model_args, config),
         overwrite_completed=script_args.overwrite_completed_run,
+        accept_changes=script_args.accept_changes,
     )
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 

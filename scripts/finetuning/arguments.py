@@ -105,6 +105,13 @@ class ScriptArguments:
             "counts images. Unset: where an image has several dialogues."
         },
     )
+    accept_changes: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue a run although its data, its base model or its template are no longer those that it was "
+            "begun with; begun_with.json notes it."
+        },
+    )
     overwrite_completed_run: bool = field(
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )

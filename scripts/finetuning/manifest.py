@@ -6,7 +6,7 @@ A checkpoint, a finished run and a merged model have one. Standard library only.
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest}
 
 
+def describe_files(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Name below `folder` -> `describe_file` of each path."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip([str(path.relative_to(folder)) for path in paths], pool.map(describe_file, paths), strict=True))
+
+
 def files_in(folder: Path) -> list[Path]:
     """All files below a folder but the manifest itself."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
@@ -32,11 +38,7 @@ def files_in(folder: Path) -> list[Path]:
 def write_manifest(folder: Path, paths: Iterable[Path] | None = None) -> None:
     """Describe these files of a folder, or all of them, in its manifest; the last write in it."""
     paths = files_in(folder) if paths is None else sorted(paths)
-    with ThreadPoolExecutor(THREADS) as pool:
-        described = dict(
-            zip([str(path.relative_to(folder)) for path in paths], pool.map(describe_file, paths), strict=True)
-        )
-    write_json(folder / MANIFEST, {"files": described})
+    write_json(folder / MANIFEST, {"files": describe_files(folder, paths)})
 
 
 def has_manifest(folder: Path) -> bool:

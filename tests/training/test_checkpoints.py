@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,23 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from finetuning.training.checkpoints import checkpoint_problems, last_whole_checkpoint, put_in_place
-
-
-def write_checkpoint(folder: Path, step: int) -> Path:
-    """The files of a checkpoint of two processes, small."""
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    save_file({"weight": torch.full((64, 64), float(step))}, checkpoint / "adapter_model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.save({"state": torch.ones(500)}, checkpoint / name)
-    for rank in (0, 1):
-        torch.save({"cpu": torch.random.get_rng_state()}, checkpoint / f"rng_state_{rank}.pth")
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return checkpoint
+from support.checkpoints import write_checkpoint
 
 
 def cut(path: Path) -> None:

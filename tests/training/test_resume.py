@@ -1,9 +1,16 @@
 """Where a run starts and continues, and what of a launch does not fit what was begun."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from finetuning import run_folder
-from finetuning.training.resume import continuation_problems, refuse_futile_restart
+from finetuning.folder_lock import give_back, lock_file
+from finetuning.training.checkpoints import put_in_place
+from finetuning.training.origin import of_folder
+from finetuning.training.resume import continuation_problems, refuse_futile_restart, start_or_continue
+from support.checkpoints import write_checkpoint
 from support.launches import launch_by
 
 ALL_FULL = {"language_model": "full", "projector": "full"}
@@ -70,3 +77,82 @@ def test_continuing_with_another_strategy_or_number_of_processes(
         (tmp_path / name).touch()
     found = continuation_problems(tmp_path, {"global_batch_size": global_batch_size})
     assert (message in found[0]) if message else found == []
+
+
+# Starting
+
+
+ARGUMENTS = {"global_batch_size": 8, "seed": 1}
+BEGUN_WITH = {"dataset": "d" * 64, "base": "b" * 64, "template": "t" * 64}
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """A run with a checkpoint of step 4."""
+    run = tmp_path / "run"
+    assert start_or_continue(str(run), ARGUMENTS, BEGUN_WITH) is None
+    put_in_place(write_checkpoint(run / "unfinished", 4), run / "checkpoint-4")
+    return run
+
+
+def test_a_run_goes_on_from_its_checkpoint(begun):
+    assert start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH) == str(begun / "checkpoint-4")
+    with pytest.raises(ValueError, match="begun with other arguments \\(seed: 1 -> 2\\)"):
+        start_or_continue(str(begun), ARGUMENTS | {"seed": 2}, BEGUN_WITH)
+    assert [attempt["from_step"] for attempt in run_folder.read_progress(begun)["attempts"]] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("dataset", "the rows of --dataset_name"), ("base", "the files of"), ("template", "the chat")]
+)
+def test_data_base_and_template_are_what_the_run_was_begun_with(begun, name, words):
+    changed = BEGUN_WITH | {name: "e" * 64}
+    with pytest.raises(ValueError, match=f"{words}.*not what this run was begun with.*--accept_changes"):
+        start_or_continue(str(begun), ARGUMENTS, changed)
+    assert start_or_continue(str(begun), ARGUMENTS, changed, accept_changes=True)
+    noted = run_folder.read_begun_with(begun)
+    assert noted["sha256"] == changed and words in noted["accepted"][0]["changes"][0]
+    assert start_or_continue(str(begun), ARGUMENTS, changed)  # accepted once and for all
+    assert run_folder.read_begun_with(begun)["accepted"] == noted["accepted"]
+
+
+def test_one_bit_of_the_data_is_another_fingerprint(tmp_path):
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / "data.arrow"
+    path.write_bytes(b"picture" * 1000)
+    before = of_folder(tmp_path, ("**/*.arrow",))
+    assert of_folder(tmp_path, ("**/*.arrow",)) == before
+    path.write_bytes(b"picturf" + b"picture" * 999)
+    assert of_folder(tmp_path, ("**/*.arrow",)) != before
+    assert of_folder(tmp_path / "elsewhere", ("**/*.arrow",)) is None
+
+
+@pytest.mark.parametrize("text", ["", "---\n", "---\nglobal_batch_size: 8\n"])
+def test_damaged_arguments_do_not_strand_a_run(begun, text):
+    (begun / "arguments.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"arguments\.yaml: damaged .* Delete this file"):
+        start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH)
+    (begun / "arguments.yaml").unlink()
+    assert start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH) == str(begun / "checkpoint-4")
+
+
+def test_damaged_metrics_are_written_again_from_the_checkpoint_or_nothing_is_touched(begun):
+    (begun / "metrics.json").write_text('{"train_loss": 0.')
+    assert start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH) == str(begun / "checkpoint-4")
+    shutil.rmtree(begun / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"metrics\.json: damaged .* no checkpoint is here to write it again from"):
+        start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH)
+
+
+def test_a_job_that_is_queued_again_on_another_node_is_not_kept_out_by_its_own_lock(begun, monkeypatch):
+    give_back(begun)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH)
+    give_back(begun)
+    lock_file(begun).write_text("4711\nnode7\n1\n")
+    start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH)
+    give_back(begun)
+    lock_file(begun).write_text("4711\nnode7\n1\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with pytest.raises(ValueError, match="a training by process 4711 on node7"):
+        start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH)

@@ -94,6 +94,13 @@ def is_vision(config: PreTrainedConfig) -> bool:
     return hasattr(config, "vision_config")
 
 
+def template_path(config: PreTrainedConfig, given: str | None) -> Path | None:
+    """The template file that a model is trained and asked with: the given one, else the project's; None: its own."""
+    if given is not None:
+        return Path(given)
+    return CHAT_TEMPLATES / TEMPLATE_OF[config.model_type] if config.model_type in TEMPLATE_OF else None
+
+
 def load_processing_class(
     name: str, *, image_aspect_ratio: str = "pad", chat_template_path: str | None = None, revision: str = "main"
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
@@ -122,8 +129,7 @@ def load_processing_class(
         settings = processing_class.image_processor.to_dict() | {"do_pad": True}
         settings.pop("image_processor_type")
         processing_class.image_processor = LlavaImageProcessor(**settings)
-    if chat_template_path is None and config.model_type in TEMPLATE_OF:
-        chat_template_path = CHAT_TEMPLATES / TEMPLATE_OF[config.model_type]
+    chat_template_path = template_path(config, chat_template_path)
     if config.model_type.startswith("gemma"):
         # Every Gemma vocabulary has them. If the tokenizer's settings do not list them as special (google/gemma-2b),
         # transformers 5 splits them into letters.

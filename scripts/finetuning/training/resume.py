@@ -14,11 +14,12 @@ from finetuning import run_folder, tracking
 from finetuning.folder_lock import give_back, take_lock
 from finetuning.manifest import write_manifest
 from finetuning.strategy import Strategy
+from finetuning.training import origin
 from finetuning.training.checkpoints import last_whole_checkpoint
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
-    "checkpoint_layers", "config", "ddp_find_unused_parameters", "ddp_timeout", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
+    "accept_changes", "checkpoint_layers", "config", "ddp_find_unused_parameters", "ddp_timeout", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
     "include_num_input_tokens_seen", "log_adapter", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "overwrite_completed_run", "per_device_eval_batch_size", "project", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
@@ -46,12 +47,20 @@ def resolved_arguments(*groups: Any) -> dict[str, Any]:
     return json.loads(json.dumps(resolved, default=str))
 
 
-def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_completed: bool) -> str | None:
+def start_or_continue(
+    output_dir: str,
+    arguments: dict[str, Any],
+    fingerprints: dict[str, str],
+    *,
+    overwrite_completed: bool = False,
+    accept_changes: bool = False,
+) -> str | None:
     """Make the run's folder; the checkpoint to continue from, None for a fresh start.
 
     A complete run is left as it is, and the process ends with code 0. With `overwrite_completed` its folder is kept under
-    another name: nothing finished is ever overwritten. Raises ValueError if the run was begun with other arguments:
-    continuing it with those would be neither the one run nor the other.
+    another name: nothing finished is ever overwritten. Raises ValueError if the run was begun with other arguments, or
+    with other data, base or template (`origin.fingerprints`), unless `accept_changes`: continuing it with those would be
+    neither the one run nor the other.
     """
     folder, state = Path(output_dir), PartialState()
     take_lock(folder, "a training", owner_has_ended=is_queued_again(folder))
@@ -68,11 +77,19 @@ def start_or_continue(output_dir: str, arguments: dict[str, Any], *, overwrite_c
     refuse_futile_restart(folder, from_step)
     if checkpoint is not None:
         refuse_other_run(folder, checkpoint, arguments)
+    changes = origin.changes(folder, fingerprints) if checkpoint is not None else []
+    if state.num_processes > 1:
+        (changes,) = broadcast_object_list([changes])
+    if changes and not accept_changes:
+        raise ValueError(
+            f"{folder}: {'; '.join(changes)}: not what this run was begun with. Continue it with that, give the new run its "
+            "own folder with --output_dir, or add --accept_changes true, which begun_with.json will note"
+        )
     state.wait_for_everyone()  # all have read what is written now
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         run_folder.write_arguments(folder, arguments)
-        run_folder.write_begun_with(folder)
+        origin.note(folder, fingerprints, changes)
         run_folder.begin_attempt(folder, from_step)
         if checkpoint is not None:
             print(f"Continuing from {checkpoint}")
