@@ -217,6 +217,11 @@ def parse_arguments(
         for key, reason in DECIDED_ELSEWHERE.items()
         if any(getattr(group, key, None) for group in groups)
     ]
+    if getattr(groups[1], "hub_token", None):
+        refused.append(
+            "hub_token: others can read command lines, recipes and job files. Set HF_TOKEN in the environment, or log in "
+            "once with hf auth login"
+        )
     if both_asked_for(argv, recipe, groups[1]):
         refused.append(
             f"max_steps: {groups[1].max_steps} and num_train_epochs: {groups[1].num_train_epochs} say both how long to train, "

@@ -1,10 +1,15 @@
 """Models as they are loaded: precision of a Gemma in fp16, and folders that are none."""
 
+import json
+import shlex
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
 
-from finetuning.models.loading import load_base_model, load_processing_class
+from finetuning.models.loading import load_base_model, load_config, load_processing_class
 
 
 def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):
@@ -53,3 +58,28 @@ def test_folders_that_are_no_model_of_this_project_are_named(tmp_path, tiny_llav
         load_processing_class(bare)
     with pytest.raises(ValueError, match=r"its weights do not load.*\*\.safetensors files"):
         load_base_model(bare, dtype=torch.float32)
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(tiny_gemma, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_gemma, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="its weights are pickles") as refused:
+        load_base_model(str(folder), dtype=torch.float32)
+    command = shlex.split(str(refused.value).partition("tensors only): ")[2])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2], {})  # what the user is told to run
+    assert load_base_model(str(folder), dtype=torch.float32).num_parameters() > 0
+
+
+def test_code_that_comes_with_a_model_is_never_run(tiny_gemma, tmp_path):
+    folder = tmp_path / "with-code"
+    shutil.copytree(tiny_gemma, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="with-code: "):
+        load_config(str(folder))
+    assert not (tmp_path / "ran").exists()

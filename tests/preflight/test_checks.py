@@ -448,6 +448,13 @@ def test_options_that_would_end_in_a_stack_trace(tmp_path):
     assert found(H200, activation_offloading=True) == []
 
 
+def test_a_token_is_no_flag(tmp_path):
+    recipe = ROOT / "scripts" / "configs" / "llava_qlora.yaml"
+    with pytest.raises(ValueError, match=r"hub_token: .*Set HF_TOKEN in the environment") as refused:
+        parse_arguments(recipe, ["--hub_token", "hf_secretsecret"])
+    assert "hf_secretsecret" not in str(refused.value)
+
+
 def test_steps_and_epochs_are_not_both_asked_for(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset_name: data/cctv\noutput_dir: outputs/run\nnum_train_epochs: 2\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import ModelConfig
 
 from finetuning import upstream
@@ -42,6 +43,8 @@ QUANTISATION_KEYS = [
     "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 ]
+# No code that comes with a model is run, and nobody is asked whether it may.
+SAFE = {"trust_remote_code": False}
 # These stay in 16 bits when the base is quantised: the vision tower and projector are 5 % of LLaVA's weights, and TRL's
 # fused loss reads the rows of `lm_head` directly. transformers matches the patterns from the start of a module's name.
 NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
@@ -59,7 +62,7 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     if looks_like_folder:
         refuse_other_config(Path(name) / "config.json")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, **SAFE)
     except ValueError as error:  # transformers names a type that it does not know in twelve lines
         raise ValueError(f"{name}: transformers knows no model of this type: {KNOWN_TYPES}") from error
     except OSError as error:
@@ -68,6 +71,8 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
             "Check the name and the network; for a gated model accept its licence on its page and set HF_TOKEN; "
             "on a machine without network download it before and set HF_HUB_OFFLINE=1"
         ) from error
+    if list(Path(name).glob("pytorch_model*.bin")) and not list(Path(name).glob("*.safetensors")):
+        raise pickles_refused(name, config)
     # The recipe and the GPU decide on the attention. transformers would load the FlashAttention that a config names
     # even where the caller gives another (LLaVA-NeXT#224).
     upstream.replace(config, "_attn_implementation", None)
@@ -118,7 +123,7 @@ def load_processing_class(
         )
     try:
         processing_class = (AutoProcessor if is_vision(config) else AutoTokenizer).from_pretrained(
-            name, revision=revision
+            name, revision=revision, **SAFE
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -156,6 +161,19 @@ def quantization_config(model_args: ModelConfig, dtype: torch.dtype) -> BitsAndB
     )
 
 
+def pickles_refused(name: str, config: PreTrainedConfig) -> ValueError:
+    """The error for weights that can run code when they are opened, with the command that converts them."""
+    model_class = "AutoModelForImageTextToText" if is_vision(config) else "AutoModelForCausalLM"
+    is_folder = Path(name).is_dir()
+    folder = name if is_folder else f"models/{name.rpartition('/')[2]}"
+    afterwards = "" if is_folder else f", copy the tokenizer's files there too, and set --model_name_or_path {folder}"
+    return ValueError(
+        f"{name}: its weights are pickles, which can run code when they are opened, and only safetensors are read here. "
+        f'Convert them once (transformers reads the tensors only): python -c "from transformers import {model_class} as M; '
+        f"M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{folder}')\"{afterwards}"
+    )
+
+
 def load_base_model(
     name: str,
     *,
@@ -180,8 +198,12 @@ def load_base_model(
             attn_implementation=attn_implementation,
             device_map=device_map,
             revision=revision,
+            use_safetensors=True,
+            **SAFE,
         )
     except OSError as error:
+        if f"have a file named {SAFE_WEIGHTS_NAME}" in str(error) and not Path(name).is_dir():
+            raise pickles_refused(name, config) from error
         raise ValueError(
             f"{name}: its weights do not load ({str(error).splitlines()[0]}): download the model again, with its "
             "*.safetensors files"
@@ -309,4 +331,4 @@ def load_for_inference(
 def load_saved_processing_class(folder: Path) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor or tokenizer that training saved beside the weights, with its template and picture settings."""
     is_processor = (folder / "processor_config.json").is_file()
-    return (AutoProcessor if is_processor else AutoTokenizer).from_pretrained(folder)
+    return (AutoProcessor if is_processor else AutoTokenizer).from_pretrained(folder, **SAFE)
