@@ -55,11 +55,13 @@ camera: Camera
 
 
 def take(given: Camera) -> None:
+    """Give this process of the pool its camera."""
     global camera
     camera = given
 
 
 def read(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A frame as (height, width, 3) bytes, resized to (width, height) = `size`."""
     with Image.open(path) as frame:
         return np.asarray(frame.convert("RGB").resize(size))
 

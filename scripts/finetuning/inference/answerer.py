@@ -85,11 +85,13 @@ class Answerer:
             yield batch
 
     def divided(self, group: PromptGroup) -> list[PromptGroup]:
+        """The group in parts of at most `most_rows` rows."""
         if len(group.rows) <= self.most_rows:
             return [group]
         return [part for half in group.split() for part in self.divided(half)]
 
     def slots_of(self, group: PromptGroup) -> int:
+        """Slots of keys and values that the group takes: its tokens, and the answers of its rows."""
         return group.num_tokens + len(group.rows) * self.max_new_tokens
 
     def make_room(self, slots: int, rows: int) -> None:
@@ -148,6 +150,7 @@ class Answerer:
         return results
 
     def answer_once(self, groups, names, on_token) -> dict[int, dict[str, str]]:
+        """Answers of all groups by each named model: row -> name -> text. Pictures are encoded once where all see alike."""
         self.make_room(sum(map(self.slots_of, groups)), sum(len(group.rows) for group in groups))
         chunks = [self.lay_out(part) for part in self.chunks(groups)]
         features: list[Tensor | None] = []
@@ -182,6 +185,7 @@ class Answerer:
         return chunks
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Chunk:
+        """Groups as one chunk: prefixes first, then what rows add to theirs, and the runs that each row will read."""
         alone, shared = by_length(groups)
         ordered = alone + shared
         segments = [Segment(group.prefix) for group in ordered]
@@ -215,6 +219,7 @@ class Answerer:
         return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values).pooler_output))
 
     def decode_rows(self, chunks: Sequence[Chunk], features: Sequence[Tensor | None], on_token) -> dict[int, str]:
+        """Answers of the chunks' rows, as row -> text."""
         rows = [row for chunk in chunks for row in chunk.rows]
         self.steps.begin(len(rows))
         first_slot = 0
@@ -235,9 +240,11 @@ class Answerer:
         return first_slot + len(hidden)
 
     def decode_steps(self, on_token: Callable[[int], None] | None) -> list[list[int]]:
+        """Token ids of each row's answer, without its stop token."""
         return self.steps.run(on_token)
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
+        """(tokens) -> (tokens, width), image tokens replaced by `features`. Raises ValueError where their numbers differ."""
         embeddings = self.decoder.text_model.embed_tokens(tokens)
         if features is None:
             return embeddings
@@ -254,6 +261,7 @@ def by_length(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[Pr
 
 
 def halved(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[PromptGroup]] | None:
+    """The groups in two halves; None where a single group cannot be split."""
     if len(groups) > 1:
         return list(groups[: len(groups) // 2]), list(groups[len(groups) // 2 :])
     parts = groups[0].split()
@@ -347,6 +355,7 @@ class DecodeSteps:
                 answers[number] = tokens[place][: counts[place]]
 
     def compact(self, keep: list[int], numbers: list[int]) -> list[int]:
+        """Keep the rows at these places and no others; returns their numbers."""
         places = torch.tensor(keep, device=self.tokens.device)
         for state in (self.tokens, self.positions, self.slots, self.runs, self.alive, self.out, self.counts):
             state[: len(keep)] = state[places]
@@ -371,6 +380,7 @@ class DecodeSteps:
             self.graphs[key].replay()
 
     def compute(self, size: int) -> None:
+        """One token of the first `size` rows, all on the device: what a CUDA graph records."""
         decoder = self.decoder
         alive = self.alive[:size]
         tokens, positions, slots, runs = self.tokens[:size], self.positions[:size], self.slots[:size], self.runs[:size]
@@ -388,8 +398,10 @@ class DecodeSteps:
         alive *= self.goes_on(tokens)
 
     def goes_on(self, tokens: Tensor) -> Tensor:
+        """(rows) 1 where a token is no stop token, else 0."""
         return (tokens[:, None] != self.stops).all(1).long()
 
 
 def step_size(rows: int) -> int:
+    """The smallest recorded size that holds so many rows; `rows` itself beyond the largest."""
     return next((size for size in STEP_SIZES if size >= rows), rows)
