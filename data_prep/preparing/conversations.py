@@ -56,26 +56,26 @@ NAMED = re.compile(
 )
 # What else looks like a mark for a picture, and would be taught as words.
 UNKNOWN_MARK = re.compile(
-    r"<[^<>\n]{0,40}(?:image|img|picture|photo|vision_|pixel|im_patch|im_start|im_end)[^<>\n]{0,200}>"
+    r"<[^<>\n='\"]{0,40}(?:image|img|picture|photo|vision_|pixel|im_patch|im_start|im_end)[^<>\n]{0,200}>"
     r"|\[/?(?:image|img|picture|photo)(?:[ _:-][^\]\n]*|\d+)?\]"
     r"|\{\{?\s*(?:image|img|picture|photo)\w*\s*\}?\}",
     re.IGNORECASE,
 )
 MEDIA_MARK = re.compile(
     r"<[|/]?(?:video|vid|audio|speech|sound|music|voice)(?:[ _-]?(?:here|pad|placeholder|token|bos|eos|start|end))?"
-    r"(?:[ _-]?\d+)?\s*/?\|?>|<(?:video|audio)\b[^<>]*>",
+    r"(?:[ _-]?\d+)?\s*/?\|?>|<(?:video|audio)\b[^<>]*>|\[(?:video|audio)(?:[ _-]?\d+)?\]",
     re.IGNORECASE,
 )
 
 # Keys of a turn or a record that say whether it is learnt: true means so; true means not so; nobody knows.
 LEARNT_KEY = re.compile(
-    r"(?:sample|example|record|turn|token|answer|response|assistant|message|compute|calculate|has|use)?"
-    r"(?:weight|loss|lossweight|lossmask)(?:es|s)?"
-    r"|(?:do|is|to)?(?:train|trainable|trained|training|supervised?|supervision|learn|learnable|learnt|learned)"
+    r"(?:sample|example|record|turn|token|answer|response|assistant|message)?(?:weight|lossweight|lossmask)(?:es|s)?"
+    r"|\w*loss(?:es)?|(?:do|is|to)?(?:train|trainable|trained|training|supervised?|supervision|learn|learnable|learnt|learned)"
     r"|train(?:able)?(?:on)?(?:this)?(?:turn|message|answer|mask)?"
 )
 SKIPPED_KEY = re.compile(
-    r"(?:is|to)?(?:masked|ignored?|skip(?:ped)?|excluded?)|(?:no|skip|ignore|without)(?:loss|train(?:ing)?)|(?:dont|not?)train"
+    r"(?:is|to)?(?:masked|ignored?|skip(?:ped)?|excluded?)|(?:dont|not?)train"
+    r"|(?:no|skip|ignored?|without|mask(?:ed)?|excluded?|notin)(?:from|in)?(?:the)?(?:loss|train(?:ing)?)"
 )
 UNCLEAR_KEY = re.compile(r"(?:\w*mask|mask\w*|trainon\w+|\w*lossweight\w*|supervis\w+)s?")
 TOOL_KEYS = ("toolcalls", "toolcall", "functioncall", "functioncalls", "tools", "functions")
@@ -177,6 +177,8 @@ def read_content(content: Any) -> Content:
         parts: list[Any] = [{"type": "text", "text": content}]
     elif isinstance(content, list):
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    elif isinstance(content, Mapping):
+        parts = [content]
     else:
         detail = f"content is {type(content).__name__}, expected text or a list of typed parts"
         raise ValueError("bad_content", detail)
@@ -290,10 +292,10 @@ def read_mask(key: Any, value: Any) -> bool | None:
         return None
     words = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
     told = words.get(str(value).strip().lower())
-    if told is not None and learnt:
-        return told
     if told is not None and skipped:
         return not told
+    if told is not None and learnt:
+        return told
     raise ValueError(f"{key} is {value!r:.60}: a turn is learnt or it is not; write weight: 1 or weight: 0")
 
 
@@ -340,6 +342,8 @@ def read_turns(
             problems.append((reason, f"turn {number}: {detail}"))
             continue
         unused.update([*content.unused, *of_turn])
+        if role == "system" and not content.text and not content.pictures:
+            continue  # many tools write one, and it says nothing
         if not content.text:
             problems.append(("empty_text", f"turn {number} ({role}) has no text"))
         if weight is False and role == "assistant" and not masks_and_pictures:
@@ -349,7 +353,9 @@ def read_turns(
         masked = role == "assistant" and weight is False
         messages.append({"role": role, "content": content.text, **({"weight": 0} if masked else {})})
         contents.append(content)
-    if not problems:
+    if not problems and not messages:
+        problems = [("no_turns", "there is nothing but an empty system turn")]
+    elif not problems:
         problems = check_roles(messages) + place_marks(messages, [len(content.pictures) for content in contents])
     pictures = [picture for content in contents for picture in content.pictures]
     return Turns(messages, len(pictures), problems, pictures, tuple(unused.elements()))

@@ -24,7 +24,7 @@ from preparing.conversations import (
 
 CONVERSATION_KEYS = ("conversations", "messages", "conversation", "dialogue", "dialog", "dialogs", "chat", "turns")
 PICTURE_KEY = re.compile(
-    r"(?:input|source|src|main|query|user|local)?(?:image|img|picture|photo|pic|frame)s?"
+    r"(?:input|source|src|main|query|user|local)?(?:image|img|picture|photo|pic|frame|pixel|pixelvalue)s?"
     r"(?:path|filename|filepath|file|name|url|uri|src|source|link|location|base64|b64|bytes|data)?s?(?P<number>\d+|[ab])?"
 )
 FILE_KEY = re.compile(r"(?:file|filename|filepath|path)s?")
@@ -34,7 +34,23 @@ SYSTEM_KEY = re.compile(r"sys(?:tem)?(?:prompt|message|msg|instruction|content|t
 # Of keys that begin with `system`, those that say no words.
 SYSTEM_NOTES = re.compile(r"system(?:fingerprint|id|name|version|type|info)")
 PREFERENCE_KEY = re.compile(r"(?:chosen|rejected|prefer|dispreferred).*|(?:win|lose)(?:ner|r)?(?:response|answer)")
-KTO_KEYS = ("label", "ktotag", "ktolabel", "desirable", "isdesirable")
+# What marks a wrong answer where it is false.
+KTO_KEYS = (
+    *(
+        "label",
+        "ktotag",
+        "ktolabel",
+        "desirable",
+        "correct",
+        "iscorrect",
+        "good",
+        "isgood",
+        "valid",
+        "isvalid",
+        "preferred",
+    ),
+    *("accepted", "approved", "isdesirable"),
+)
 # A question and an answer in keys of their own; beside a conversation they must say what it says.
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 
@@ -51,7 +67,9 @@ def read_conversation_of(raw: Mapping[str, Any]) -> tuple[Turns | None, bool, se
     """
     found: dict[str, Turns] = {}
     preferences = [
-        key for key, value in raw.items() if PREFERENCE_KEY.fullmatch(plain_key(key)) and not is_empty(value)
+        key
+        for key, value in raw.items()
+        if PREFERENCE_KEY.fullmatch(plain_key(key)) and not is_empty(value) and not says_right(key, value)
     ]
     if preferences:
         detail = (
@@ -86,6 +104,11 @@ def read_conversation_of(raw: Mapping[str, Any]) -> tuple[Turns | None, bool, se
         raise ValueError("two_conversations", f"history is not empty: put its turns into {first}")
     # In LLaVA's own form a record with a picture has its mark.
     return found[first], plain_key(first) != "conversations", set(found)
+
+
+def says_right(key: str, value: Any) -> bool:
+    """Whether a flag of a preference says that the answer is the right one: `rejected: false`, `chosen: true`."""
+    return isinstance(value, bool) and value != plain_key(key).startswith(("rejected", "dispreferred"))
 
 
 def json_list(value: Any) -> Any:
@@ -192,8 +215,8 @@ def name_pictures(raw: Mapping[str, Any], used: set[str]) -> list[str | bytes]:
             told[key] = read_names(key, value)
             if match["number"]:
                 numbered.append((match["number"].zfill(9), key))
-        elif looks_like_picture(value):
-            weak[key] = read_names(key, value)
+        elif names := picture_names_in(value):
+            weak[key] = read_names(key, names)
     if not (told or weak):
         for key, value in raw.items():
             if isinstance(value, str) and MEDIA_NAME.search(value.strip()):
@@ -219,6 +242,8 @@ def name_pictures(raw: Mapping[str, Any], used: set[str]) -> list[str | bytes]:
 def read_names(key: str, value: Any) -> list[str | bytes]:
     """Names, addresses or bytes of pictures under a key. Raises ValueError for what is no picture."""
     value = json_list(value)
+    if isinstance(value, str) and all(map(looks_like_picture, pieces := re.split(r"\s*[,;|]\s*", value.strip()))):
+        value = pieces
     names = []
     for one in value if isinstance(value, list) else [value]:
         try:
@@ -228,8 +253,20 @@ def read_names(key: str, value: Any) -> list[str | bytes]:
             raise ValueError("bad_image", f"{key}: {error}") from error
         if picture is None:
             raise ValueError("bad_image", f"{key} is {value!r:.60}: one of its names is empty")
+        if isinstance(picture, str) and MEDIA_NAME.search(picture.strip()):
+            raise ValueError("video_or_audio", f"{key} is {picture!r:.60}: pictures and text are learnt only")
         names.append(picture)
     return names
+
+
+def picture_names_in(value: Any) -> list[str]:
+    """Names of pictures that a value of any key holds: alone, in a list of nothing else, or once in an object."""
+    if isinstance(value, Mapping):
+        names = [one for one in value.values() if looks_like_picture(one)]
+        return names if len(names) == 1 else []
+    value = json_list(value)
+    names = value if isinstance(value, list) else [value]
+    return names if all(map(looks_like_picture, names)) else []
 
 
 def local_pictures(keys: list[str], names: list[str | bytes]) -> list[str | bytes]:

@@ -57,6 +57,8 @@ FOLLOWED = [
     {"path": "1.jpg"},
     {"frame": "1.jpg"},
     {"name of the shot": "1.jpg"},
+    {"meta": {"split": "train", "original": "1.jpg"}},
+    {"shots": ["1.jpg"]},
     {"image": "1.jpg", "file_name": "1.jpg"},
     {"image": "1.jpg", "original": "DSC_7.jpg"},
     {"image": "1.jpg", "image_path": "/somewhere/else/1.jpg"},
@@ -79,6 +81,8 @@ REFUSED_PICTURES = [
     ("bad_image", {"image": 3}),
     ("bad_image", {"images": ["1.jpg", None]}),
     ("bad_image", {"image_url": "https://example.com/1.jpg"}),
+    ("bad_image", {"pixel_values": [[1, 2], [3, 4]]}),
+    ("video_or_audio", {"image": "a.mp4"}),
     ("bad_image", {"image": "s3://bucket/1.jpg"}),
     ("two_pictures", {"image_path": "1.jpg", "file_name": "2.jpg"}),
     ("two_pictures", {"image": "1.jpg", "img": "2.jpg"}),
@@ -185,7 +189,7 @@ def test_marks_of_other_tools_are_marks(folder, mark):
 
 UNKNOWN_MARKS = ["<start_of_image>", "<image_soft_token>", "<|vision_start|>", "[image: hall]", "[image 1]", "{image}"]
 UNKNOWN_MARKS += ["</img>", "<picture of a hall>", "{{ image }}", "[PHOTO_1]"]
-MEDIA_MARKS = ["<video>", "<|video_pad|>", "<audio>", "<|AUDIO|>", "<VideoHere>", "<speech>", "<video_1>"]
+MEDIA_MARKS = ["[VIDEO]", "<video>", "<|video_pad|>", "<audio>", "<|AUDIO|>", "<VideoHere>", "<speech>", "<video_1>"]
 
 
 @pytest.mark.parametrize("mark", UNKNOWN_MARKS + MEDIA_MARKS)
@@ -196,8 +200,18 @@ def test_marks_that_are_not_understood_are_never_words(folder, mark):
 
 
 def test_words_that_only_look_like_marks_stay(folder):
+    html = "<div class='picture-frame'>What is it?</div>"
+    assert read(asked(html), folder).messages[0]["content"] == html
     text = "Is a < b and b > c? See [1], {x}, <b>bold</b>, $x$ and ![not a picture](notes.txt)."
     assert read(asked(text), folder).messages[0]["content"] == text
+
+
+def test_several_names_in_one_text_and_empty_system_turns(folder):
+    assert names(read(asked(images="1.jpg, 2.jpg"), folder)) == ["1.jpg", "2.jpg"]
+    turns = [{"role": "system", "content": ""}, *asked()["messages"]]
+    assert [message["role"] for message in read({"messages": turns}, None).messages] == ["user", "assistant"]
+    assert read({"messages": turns[:1]}, None).problem[0] == "no_turns"
+    assert read(asked(rejected=False, chosen=True, label=True, is_correct=True), None).problem is None
 
 
 def test_marks_out_of_order_are_refused(folder):
@@ -246,6 +260,7 @@ MASKS += [
     {"Train": "no"},
     {"compute_loss": False},
 ]
+MASKS += [{"include_in_loss": False}, {"do_loss": 0}, {"exclude_from_loss": True}, {"mask_loss": True}]
 MASKS += [{"supervised": False}, {"is_masked": True}, {"train_on_turn": False}]
 
 
@@ -317,6 +332,9 @@ OTHER_DATA = [
     ("preference_data", {"label": False}),
     ("preference_data", {"label": "false"}),
     ("preference_data", {"kto_tag": False}),
+    ("preference_data", {"is_correct": False}),
+    ("preference_data", {"rejected": True}),
+    ("preference_data", {"chosen": False}),
     ("tool_calls", {"tools": '[{"type": "function"}]'}),
     ("tool_calls", {"functions": [{"name": "f"}]}),
     ("two_conversations", {"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]}),
