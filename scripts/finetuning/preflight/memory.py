@@ -1,8 +1,8 @@
 """The least that each GPU must hold before it sees a row: weights, gradients and the optimizer's state.
 
 Per trained number, in bytes: weight 4, gradient 4, AdamW 8; under DeepSpeed 2, 2, and 4 + 8 with its fp32 master (ZeRO,
-arXiv 1910.02054, section 3.1). A strategy divides some of it by the number of processes. Activations come on top, and
-depend on rows, layers and kernels: they are measured in the first step (`finetuning.checkpointing`), not guessed here.
+arXiv 1910.02054, section 3.1). A strategy shards some of it over the processes. Activations come on top, and depend
+on rows, layers and kernels: `training.activation_checkpointing` measures them in the first step, nothing is guessed.
 """
 
 from dataclasses import dataclass, replace
