@@ -16,6 +16,9 @@ turn; a turn marked with weight: 0, loss: false or their like is read, not learn
 tools, preferences), and keys that are not used are counted. Every record ends up accepted, or in rejects.csv with a reason.
 Records that share an image, or have almost the same one, go to the same split, and with --group_by those of one folder,
 camera, clip or day.
+
+How answers are scored is read off them; --task says it (one of count, yes_no, choice, short_answer, number, free_text, or
+the key that holds it), and --answers names the key that holds several right answers (texts, or VQA's {"answer": ...}).
 """
 
 import argparse
@@ -24,7 +27,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,9 @@ from preparing.splits import connected_groups, split_groups
 from preparing.tables import read_table
 from preparing.text_files import RepeatedKeys, json_items, keep_repeated, read_text
 
+# The tasks of scripts/finetuning/tasks, which this command does not import: they need the libraries of training.
+TASK_NAMES = ("count", "yes_no", "choice", "short_answer", "number", "free_text")
+SCORING_FEATURES = {"task": datasets.Value("string"), "answers": datasets.List(datasets.Value("string"))}
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 # Keys whose names in braces or brackets are words of a text more often than they are placeholders.
 COMMON_KEYS = {
@@ -150,6 +156,8 @@ class Record:
     unused: list[str] = field(default_factory=list)
     image_id: str = ""
     number: int = 0  # of the record in its input, from 1: a JSON file may hold all of them in one line
+    task: str | None = None
+    answers: list[str] | None = None
     problem: tuple[str, str] | None = None
 
     def reject(self, reason: str, detail: str) -> None:
@@ -413,10 +421,40 @@ def check_groups(records: list[Record], group_by: str | None) -> None:
             )
 
 
-def make_row(record: Record, columns: dict[str, str], has_images: bool, has_weights: bool) -> dict[str, Any]:
+def fill_in_answer(record: Record, answers: str | None) -> None:
+    """A question without an answer of its own is taught the commonest of its right answers, of equals the first."""
+    raw = record.raw
+    if record.problem or answers is None or not isinstance(raw, Mapping) or "question" not in raw or "answer" in raw:
+        return
+    given = raw.get(answers)
+    if isinstance(given, list) and given and not any(key in raw for key in ("messages", "conversations")):
+        texts = [one.get("answer") if isinstance(one, Mapping) else one for one in given]
+        record.raw = {**raw, "answer": Counter(map(str, texts)).most_common(1)[0][0]}
+
+
+def read_scoring(record: Record, task: str | None, answers: str | None) -> None:
+    """The columns `task` and `answers` of a record, or its problem."""
+    if record.problem:
+        return
+    if task is not None:
+        record.task = task if task in TASK_NAMES else record.raw.get(task)
+        if record.task is not None and record.task not in TASK_NAMES:
+            return record.reject("bad_task", f"{task} is {record.task!r:.40}, expected one of {', '.join(TASK_NAMES)}")
+    if answers is not None and (given := record.raw.get(answers)) is not None:
+        given = given if isinstance(given, list) else [given]
+        texts = [one.get("answer") if isinstance(one, Mapping) else one for one in given]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            return record.reject("bad_answers", f"{answers} is {given!r:.60}, expected texts")
+        record.answers = texts
+
+
+def make_row(
+    record: Record, columns: dict[str, str], scoring: Collection[str], has_images: bool, has_weights: bool
+) -> dict[str, Any]:
     """A row of the dataset; pictures as their own bytes, weights of turns where any record has them."""
     messages = [{"weight": 1} | message for message in record.messages] if has_weights else record.messages
     row = {"messages": messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
+    row |= {name: getattr(record, name) for name in ("task", "answers") if name in scoring}
     if has_images:
         row["images"] = [{"bytes": image.read(), "path": Path(image.name).name} for image in record.images]
     return row
@@ -438,6 +476,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME:TYPE",
         help=f"columns to keep as ground truth, as in count:int64; types: {', '.join(COLUMN_TYPES)}",
     )
+    parser.add_argument("--task", help=f"how answers are scored: {', '.join(TASK_NAMES)}; or a key that says so")
+    parser.add_argument("--answers", help="key of several right answers, such as the ten of VQA")
     parser.add_argument(
         "--group_by", help="records that stay in one split: folder (of the image), or a key such as camera, clip or day"
     )
@@ -474,13 +514,19 @@ def main() -> None:
     records, sources, held = read_records(args.input, args.input_split)
 
     # Check.
+    # The columns of scoring, and the keys that they are read from.
+    scoring = {name: feature for name, feature in SCORING_FEATURES.items() if getattr(args, name) is not None}
+    kept = {*columns, *(getattr(args, name) for name in scoring)}
     records_of_line = Counter(record.line for record in records)
     for number, record in enumerate(records, start=1):
         record.number = number
-        read_conversation(record, args.images, held, columns)
+        fill_in_answer(record, args.answers)
+        read_conversation(record, args.images, held, kept)
     inspections = check_images(records, args.max_pixels)
     check_duplicates(records, inspections)
     read_columns(records, columns)
+    for record in records:
+        read_scoring(record, args.task, args.answers)
     check_groups(records, args.group_by)
     ledger = Ledger()
     for record in records:
@@ -518,6 +564,7 @@ def main() -> None:
             **({"images": IMAGES_FEATURE} if has_images else {}),
             "image_id": datasets.Value("string"),
             **{name: datasets.Value(type_name) for name, type_name in columns.items()},
+            **scoring,
         }
     )
     write_dataset(
@@ -530,7 +577,9 @@ def main() -> None:
         split_rule="groups of records with the same or almost the same image"
         + (f" or the same {args.group_by}" if args.group_by else "")
         + f", shuffled with seed {args.seed}",
-        make_row=functools.partial(make_row, columns=columns, has_images=has_images, has_weights=has_weights),
+        make_row=functools.partial(
+            make_row, columns=columns, scoring=scoring, has_images=has_images, has_weights=has_weights
+        ),
         unused_keys=dict(unused.most_common()),
         leak_report=leaks,
     )

@@ -6,7 +6,8 @@
 Takes the recipe and the flags of the training that it is for (--config, --dataset_name, --model_name_or_path, ...), and
 runs the same processor, template and collator over all rows on all cores; of the model it reads only the configuration,
 no weights. Pictures in which there is nothing to see, and pictures that look the same and are labelled differently, are
-faults too. Every fault has a reason code and a row. Exit status 1 when there is one, 0 when the data is clean. What was
+faults too. Every fault has a reason code and a row. It also says how answers will be scored, and which rows cannot be. Exit
+status 1 when there is a fault or nothing that is asked can be scored, 0 when the data is clean. What was
 found is kept in outputs/data-check/<dataset>/check.json; with --preview N a page beside it shows N rows (faulty ones
 first) with their pictures as preprocessed and their tokens, the supervised ones marked.
 """
@@ -18,6 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -36,6 +38,8 @@ from finetuning.data.label_audit import (
 from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
 from finetuning.data.pictures import open_picture
 from finetuning.models.loading import is_vision, load_config, load_processing_class
+from finetuning.tasks.anime_facts import load_wording
+from finetuning.tasks.exam import reasons, scoring_of
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 BATCH_SIZE = 16
@@ -97,6 +101,9 @@ def main(
     columns = ["messages", "images", "row"] if vision else ["messages", "row"]
     splits = {name: open_split(dataset, name, script_args.dataset_name) for name in dataset if dataset[name]}
 
+    # Which rows can be scored
+    scoring = check_scoring(script_args, splits)
+
     # Every row, or a sample, each on its own; then what they say of pictures that look the same
     audits: list[RowAudit] = []
     labels: list[dict[str, str]] = []
@@ -128,6 +135,7 @@ def main(
         "sample": options.sample,
         "faulty_rows": len(faulty),
         "faults": faults,
+        "scoring": scoring,
     }
     (folder / "check.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"Report: {folder / 'check.json'}")
@@ -140,6 +148,8 @@ def main(
         title = f"{script_args.dataset_name}, as {model_args.model_name_or_path} sees it"
         (folder / "preview.html").write_text(preview_page(title, audits, shown, processing_class), encoding="utf-8")
         print(f"Preview: {folder / 'preview.html'}")
+    if problem := scoring.get("problem"):
+        raise ValueError("\n".join([problem, *([describe_faults(audits)] if faulty else [])]))
     return audits
 
 
@@ -149,6 +159,37 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return number
+
+
+def check_scoring(script_args: ScriptArguments, splits: dict[str, Dataset]) -> dict[str, Any]:
+    """Says how many rows of each split can be scored, and why others cannot; `problem` where none can that is asked.
+
+    What is asked while training is the validation split, if there is one: none of its rows scorable is an error, unless
+    no answers are wanted (`eval_answers: 0`).
+    """
+    if load_wording(script_args.dataset_name) is not None and script_args.task is None:
+        print("Scoring: facts about titles, read back by the wording in manifest.json")
+        return {"task": "anime_facts"}
+    evidence, found = scoring_of(splits, script_args.dataset_train_split, script_args.task)
+    print(f"Scoring: {evidence}")
+    for name, (number, refused) in found.items():
+        print(f"  {name}: {number:,} of {number + len(refused):,} rows can be scored")
+        if refused:
+            print(f"    {reasons(refused)}")
+    scoring: dict[str, Any] = {
+        "evidence": evidence,
+        "splits": {
+            name: {"scored": number, "refused": [{"row": row, "reason": reason} for row, reason in refused]}
+            for name, (number, refused) in found.items()
+        },
+    }
+    asked = found.get(script_args.dataset_validation_split)
+    if asked is not None and not asked[0] and script_args.eval_answers:
+        scoring["problem"] = (
+            f"not one row of split {script_args.dataset_validation_split} can be scored ({evidence}): {reasons(asked[1])}. "
+            "Correct the rows, name their task (--task, or a column task), or train without asking: --eval_answers 0"
+        )
+    return scoring
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

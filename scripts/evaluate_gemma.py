@@ -13,12 +13,11 @@ Stopped half way, the same command continues; finished, it shows what is there.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 
-from finetuning.data.dataset import open_dataset, open_split, spread
+from finetuning.data.dataset import open_dataset
 from finetuning.evaluation.answering import (
     answer_with_both,
     digest,
@@ -26,9 +25,9 @@ from finetuning.evaluation.answering import (
 )
 from finetuning.evaluation.page import write_evaluation
 from finetuning.evaluation.perplexity import losses_of_both
-from finetuning.pages import speak
+from finetuning.pages import model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
-from finetuning.tasks.anime_facts import SPLITS, FactReader, find, guess_most_common, load_wording
+from finetuning.tasks.anime_facts import TitlesExam, load_wording
 from finetuning.tasks.evaluate import evaluate, evaluation_parser, show
 
 
@@ -40,14 +39,8 @@ def main(args: argparse.Namespace) -> None:
     wording = load_wording(source)
     if wording is None or args.task is not None:
         return evaluate(args, vision=False)
-    dataset = open_dataset(source, vision=False)
-    train = open_split(dataset, "train", name)
-    reader = FactReader(wording, train)
-    questions: list[dict[str, Any]] = []
-    for split in SPLITS:
-        rows = open_split(dataset, split, name)
-        rows = rows if args.limit is None else spread(rows, args.limit)
-        questions += [question | {"split": split} for question in reader.questions(rows)]
+    exam = TitlesExam(open_dataset(source, vision=False), wording, name, args.limit)
+    questions = exam.questions
     settings = {
         "dataset": name,
         "limit": args.limit,
@@ -67,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         losses = losses_of_both(run, base, questions, batch_size=args.batch_size)
         if state.is_main_process:
             say = speak(args.language)
-            findings = find(questions, answers, losses, reader, guess_most_common(train), name, say)
+            findings = exam.find(answers, losses, name, model_names(say), say)
             write_evaluation(run, folder, base, findings, settings, language=args.language, is_headline=True)
     elif state.is_main_process:
         print("This evaluation is finished already, and shown here; --overwrite makes it anew.")

@@ -24,6 +24,7 @@ from finetuning.preflight.strategies import searches_unused_parameters
 from finetuning.tasks.anime_facts import AnimeExam, FactReader, load_wording
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
+from finetuning.training.best_checkpoint import settle_best
 from finetuning.training.origin import fingerprints
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
@@ -42,10 +43,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows, validation_rows)
     wording = load_wording(script_args.dataset_name)
-    if wording and script_args.task is None:
+    if wording and script_args.task is None and script_args.eval_answers:
         exam = AnimeExam(FactReader(wording, train_rows), train_rows, script_args.eval_answers)
     else:
         exam = open_exam(script_args, train_rows, validation_rows)
+    settle_best(training_args, answers_are_scored=exam is not None)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,

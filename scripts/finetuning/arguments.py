@@ -136,6 +136,12 @@ class TrainingArguments(SFTConfig):
             "per_device_train_batch_size is then the most that one GPU takes at once, and accumulation follows."
         },
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better metric_for_best_model; unset: train to the end."
+        },
+    )
     bf16: bool | None = field(default=None, metadata={"help": "bf16 mixed precision; unset: follows the GPU."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
@@ -160,6 +166,19 @@ class TrainingArguments(SFTConfig):
         },
     )
 
+    @property
+    def evaluates_its_checkpoints(self) -> bool:
+        """Whether every checkpoint is saved at a step with an evaluation: without, no checkpoint is known to be the best."""
+        if self.save_strategy == "best":
+            return self.eval_strategy != "no"
+        if self.eval_strategy != self.save_strategy or self.eval_strategy == "no":
+            return False
+        every, saved = self.eval_steps or self.logging_steps, self.save_steps
+        # Shares of all steps below 1, as whole millionths; steps otherwise.
+        return self.eval_strategy == "epoch" or (
+            (every < 1) == (saved < 1) and round(saved * 1_000_000) % round(every * 1_000_000) == 0
+        )
+
     def __post_init__(self):
         capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()
         self.use_cpu = capability is None
@@ -173,7 +192,11 @@ class TrainingArguments(SFTConfig):
         if self.accelerator_config is None and not self.use_cpu:
             # A blocking copy of the next rows waits for the whole step before them, and the GPU then for the next one.
             self.accelerator_config = {"non_blocking": True}
+        # Refused by transformers where it cannot be; `training/best_checkpoint.py` says what is kept then.
+        keeps_best = self.load_best_model_at_end
+        self.load_best_model_at_end = keeps_best and self.evaluates_its_checkpoints
         super().__post_init__()
+        self.load_best_model_at_end = keeps_best
         if self.global_batch_size is not None:
             if self.gradient_accumulation_steps != 1:
                 raise ValueError(

@@ -23,6 +23,11 @@ def speak(language: str) -> Say:
     return lambda english, korean: (english, korean)[place]
 
 
+def model_names(say: Say) -> dict[str, str]:
+    """What the two models of an evaluation are called in tables."""
+    return {"base": say("base", "원본 모델"), "tuned": say("tuned", "미세 조정")}
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: bool = False) -> str:
     """The table as GitHub shows it; pipes and line breaks in cells are made harmless.
 

@@ -278,18 +278,27 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         except ValueError:
             state = {}
         if any("train_runtime" in entry for entry in state.get("log_history", [])):
-            return final_metrics(state["log_history"], state["global_step"])
+            kept = state.get("best_global_step") if state.get("best_model_checkpoint") else None
+            return final_metrics(state["log_history"], state["global_step"], kept)
         raise
 
 
-def final_metrics(log_history: Sequence[dict[str, Any]], global_step: int) -> dict[str, Any]:
-    """What a finished run leaves in `metrics.json`: its training's and its last evaluation's numbers."""
+def final_metrics(
+    log_history: Sequence[dict[str, Any]], global_step: int, kept_step: int | None = None
+) -> dict[str, Any]:
+    """What a finished run leaves in `metrics.json`: its training's numbers, and those of the evaluation of its weights.
+
+    These are the last step's, or those of `kept_step` where a run kept its best checkpoint.
+    """
     metrics: dict[str, Any] = {}
     for entry in log_history:
         if "train_runtime" in entry:
             metrics |= {key: value for key, value in entry.items() if key != "step"}
     for entry in log_history:  # the last evaluation wins
-        metrics |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+        if kept_step is None or entry["step"] == kept_step:
+            metrics |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+    if kept_step is not None:
+        metrics["kept_step"] = kept_step
     return metrics | {"global_step": global_step, "completed": True}
 
 

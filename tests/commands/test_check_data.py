@@ -306,3 +306,73 @@ def test_real_processors_pass(name):
     audits = Auditor(processing_class, config)([{"messages": [*GOOD, *korean], "images": images}] * 2)
     assert [audit.faults for audit in audits] == [[], []]
     assert (audits[0].num_tokens > 576) == name.startswith("llava")
+
+
+def save_splits(folder, rows):
+    features = Features(
+        {
+            "messages": List({"role": Value("string"), "content": Value("string")}),
+            "images": List(Image()),
+            **({"task": Value("string")} if "task" in rows[0] else {}),
+            **({"count": Value("int64")} if "count" in rows[0] else {}),
+        }
+    )
+    split = Dataset.from_list(rows, features=features)
+    DatasetDict(train=split, validation=split).save_to_disk(folder)
+    return folder
+
+
+def check_scored(tiny_llava, folder, *flags):
+    words = ["--dataset_name", folder, "--model_name_or_path", tiny_llava, *flags]
+    options, recipe = parse_options(["--output", str(folder / "check"), "--processes", "1", *map(str, words)])
+    return check_data(*parse_arguments(RECIPE, recipe), options)
+
+
+def test_it_says_which_rows_can_be_scored_before_anything_is_trained(tiny_llava, tmp_path, capsys):
+    rows = [
+        {"messages": dialogue("Is it day?", answer), "images": [picture()]} for answer in ["Yes."] * 9 + ["It is dusk."]
+    ]
+    check_scored(tiny_llava, save_splits(tmp_path / "yes", rows))
+    shown = capsys.readouterr().out
+    assert "Scoring: task yes_no, read off the data: 9 of 10 train answers begin with yes or no (90%)" in shown
+    assert "validation: 9 of 10 rows can be scored" in shown
+    assert "1 rows cannot be scored: its answer begins with neither yes nor no (row 9)" in shown
+    found = json.loads((tmp_path / "yes" / "check" / "check.json").read_text(encoding="utf-8"))["scoring"]
+    assert found["splits"]["train"]["scored"] == 9 and found["splits"]["train"]["refused"][0]["row"] == 9
+
+
+def test_data_of_which_nothing_can_be_scored_is_an_error_unless_no_answers_are_wanted(tiny_llava, tmp_path):
+    rows = [{"messages": dialogue("Many?", "Some."), "images": [picture()], "count": 7}] * 3
+    folder = save_splits(tmp_path / "some", rows)
+    with pytest.raises(
+        ValueError, match=r"not one row of split validation can be scored .*no answer states the row's count, 7"
+    ):
+        check_scored(tiny_llava, folder)
+    check_scored(tiny_llava, folder, "--eval_answers", "0")
+    check_scored(tiny_llava, folder, "--task", "short_answer")
+    with pytest.raises(ValueError, match="task 'shout' does not exist; the tasks are count, yes_no"):
+        check_scored(tiny_llava, folder, "--task", "shout")
+
+
+def test_a_breakdown_is_scored_by_its_total(tiny_llava, tmp_path, capsys):
+    answers = [
+        f"There are {men + women} people: {men} men and {women} women." for men, women in ((3, 4), (5, 1), (0, 2))
+    ]
+    rows = [
+        {"messages": dialogue("How many?", answer), "images": [picture()], "count": count}
+        for answer, count in zip(answers, (7, 6, 2), strict=True)
+    ]
+    check_scored(tiny_llava, save_splits(tmp_path / "breakdown", rows))
+    assert "validation: 3 of 3 rows can be scored" in capsys.readouterr().out
+
+
+def test_tasks_can_be_mixed_by_a_column(tiny_llava, tmp_path, capsys):
+    rows = [
+        {"messages": dialogue("Is it day?", "Yes."), "images": [picture()], "task": "yes_no"},
+        {"messages": dialogue("Where?", "Seoul"), "images": [picture()], "task": "short_answer"},
+        {"messages": dialogue("Say something.", "Anything."), "images": [picture()], "task": None},
+    ]
+    check_scored(tiny_llava, save_splits(tmp_path / "mixed", rows))
+    shown = capsys.readouterr().out
+    assert "tasks by the column task: yes_no (1 of 3 rows), short_answer (1 of 3 rows)" in shown
+    assert "1 rows cannot be scored: its column task is empty (row 2)" in shown

@@ -1,8 +1,10 @@
 """Evaluating real runs of a tiny LLaVA: one that learned nothing, and one that learned to say the one right count."""
 
 import json
+import shutil
 from functools import partial
 
+import compare
 import evaluate_llava
 import pytest
 import torch
@@ -106,6 +108,52 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(zero_run):
     assert [line["tuned_count"] for line in lines[:2]] == [3, 7]
     assert [line["tuned"] for line in lines[2:]] == [line["base"] for line in lines[2:]]
     assert not unfinished.exists()
+
+
+def test_the_page_is_made_again_in_korean_without_asking_again(zero_run, capsys, monkeypatch):
+    evaluate(zero_run)
+    monkeypatch.setattr("finetuning.tasks.evaluate.answer_with_both", None)
+    evaluate(zero_run, "--language", "ko")
+    assert "잴 수 있는 변화가 없습니다: 평균 절대 오차" in capsys.readouterr().out
+    page = (zero_run / "report.html").read_text(encoding="utf-8")
+    assert '<html lang="ko">' in page and "사람 수 점수" in page and "Counting scores" not in page
+    evaluate(zero_run, "--language", "en")
+    assert "Counting scores" in (zero_run / "report.html").read_text(encoding="utf-8")
+
+
+def test_rows_that_were_trained_on_and_other_datasets_leave_the_runs_page_alone(
+    zero_run, cctv_dataset, tmp_path, capsys
+):
+    evaluate(zero_run)
+    held_out = (zero_run / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    evaluate(zero_run, "--split", "train", "--limit", "4", "--overwrite")
+    assert "THE RUN WAS TRAINED ON THESE VERY ROWS" in capsys.readouterr().out
+    assert "THE RUN WAS TRAINED ON" in (zero_run / "evaluation" / "train" / "report.html").read_text(encoding="utf-8")
+
+    shutil.copytree(cctv_dataset, tmp_path / "elsewhere")
+    evaluate(zero_run, "--dataset", str(tmp_path / "elsewhere"), "--split", "train", "--limit", "4")
+    assert "TRAINED ON" not in capsys.readouterr().out  # another dataset's train split was not trained on
+    assert evaluation(zero_run, "elsewhere/train")["settings"]["dataset"] == str(tmp_path / "elsewhere")
+    assert (zero_run / "report.html").read_text(encoding="utf-8") == held_out
+
+
+def test_two_runs_are_compared_pair_by_pair_on_one_page(zero_run, tmp_path, capsys):
+    evaluate(zero_run)
+    other = tmp_path / "other"
+    shutil.copytree(zero_run, other)
+    answers = answer_lines(other)
+    for line in answers:  # this one counts right
+        line["tuned"] = line["reference"]
+    (other / "evaluation" / "test" / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)), encoding="utf-8")
+    capsys.readouterr()
+    output = compare.main(compare.parse_arguments([str(zero_run), str(other), "--output", str(tmp_path / "both.html")]))
+    shown, page = capsys.readouterr().out, output.read_text(encoding="utf-8")
+    assert "mean absolute error (unparsable answers taken as 0) went from" in shown and " to 0.00 people" in shown
+    assert "other against zero" in page and page.count("data:image/jpeg") > 2
+    shutil.rmtree(other / "evaluation" / "test")
+    with pytest.raises(ValueError, match=r"no finished evaluation in .*other/evaluation/test: evaluate both runs"):
+        compare.main(compare.parse_arguments([str(zero_run), str(other)]))
 
 
 @pytest.fixture(scope="module")

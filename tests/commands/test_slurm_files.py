@@ -80,7 +80,7 @@ def test_all_mistakes_of_a_submission_are_told_at_once():
 
 def test_the_wandb_sweep_varies_keys_of_its_recipe_and_scores_what_is_logged():
     sweep = yaml.safe_load((SLURM / "wandb_sweep.yaml").read_text())
-    assert sweep["metric"] == {"name": "eval/count_penalised_mae", "goal": "minimize"}
+    assert sweep["metric"] == {"name": "eval/score", "goal": "maximize"}
     shell = sweep["command"][2]
     recipe = re.search(r"--config (\S+)", shell)[1]
     flags = [word for key in sweep["parameters"] for word in (f"--{key}", "1")]

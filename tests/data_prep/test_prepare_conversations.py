@@ -410,3 +410,25 @@ def test_columns_of_pictures_video_and_sound_of_a_dataset(tmp_path, images, prep
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match="holds video or audio in sound"):
         prepare(save("sound", sound=(datasets.Audio(decode=False), str(tmp_path / "a.wav"))), output="out3")
+
+
+def test_tasks_and_several_right_answers_are_carried(tmp_path, images, prepare):
+    records = [
+        {
+            "image": f"coco/{number:012}.jpg",
+            "question": "What is it?",
+            "answers": [{"answer": "noise", "answer_id": 1}, {"answer": "a picture"}, {"answer": "noise"}],
+            "kind": "short_answer",
+        }
+        for number in range(1, 9)
+    ]
+    records.append(records[0] | {"image": "coco/000000000009.jpg", "kind": "shouting"})
+    records.append(records[0] | {"image": "coco/000000000010.jpg", "answer": "noise", "answers": [3]})
+    source = save_json(tmp_path / "vqa.json", records)
+    dataset, _, rejects = prepare(source, "--images", images, "--task", "kind", "--answers", "answers")
+    row = all_rows(dataset)["coco/000000000003.jpg"]
+    assert (row["task"], row["answers"]) == ("short_answer", ["noise", "a picture", "noise"])
+    assert row["messages"][-1] == {"role": "assistant", "content": "noise"}  # the commonest is what is taught
+    assert {reason for _, _, reason in rejects} == {"bad_task", "bad_answers"}
+    dataset, _, _ = prepare(source, "--images", images, "--task", "yes_no", "--answers", "answers", output="all")
+    assert set(dataset["train"]["task"]) == {"yes_no"}

@@ -39,7 +39,11 @@ RECIPE = {
     "save_steps": 2,
     "save_total_limit": 3,
     "eval_strategy": "steps",
-    "eval_steps": 4,
+    "eval_steps": 2,
+    # The loss falls, so that the "best" checkpoint is the one before the last.
+    "load_best_model_at_end": "true",
+    "metric_for_best_model": "loss",
+    "greater_is_better": "true",
     # Three answers in batches of two: the second of two processes has fewer.
     "eval_answers": 3,
     "per_device_eval_batch_size": 2,
@@ -135,7 +139,7 @@ def test_two_processes_train_what_one_trains(one, trained, strategy):
     assert logged(two, "loss")[0] == pytest.approx(logged(one, "loss")[0], abs=1e-5)
     assert logged(two, "grad_norm")[0] == pytest.approx(logged(one, "grad_norm")[0], rel=1e-5)
     assert logged(two, "loss") == pytest.approx(logged(one, "loss"), abs=1e-4)
-    assert_same_weights(two, one, "adapter_model.safetensors", tolerance=2e-5)
+    assert_same_weights(two / "checkpoint-4", one / "checkpoint-4", "adapter_model.safetensors", tolerance=2e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -144,12 +148,14 @@ def test_two_processes_save_and_answer_as_one_does(one, trained, strategy):
     names = {path.name for path in one.iterdir()}
     assert {path.name for path in two.iterdir()} == names
     assert {"adapter_model.safetensors", "metrics.json", "checkpoint-2", "checkpoint-4"} <= names
-    assert_same_weights(two, two / "checkpoint-4", "adapter_model.safetensors", tolerance=0)
+    # The best checkpoint is what the run ends with.
+    assert_same_weights(two, two / "checkpoint-2", "adapter_model.safetensors", tolerance=0)
+    assert json.loads((two / "metrics.json").read_text(encoding="utf-8"))["kept_step"] == 2
     # The projector is trained in full, and part of every checkpoint (LLaVA#844).
     assert any("multi_modal_projector" in key for key in load_file(two / "checkpoint-2" / "adapter_model.safetensors"))
     for key in ("eval_loss", "eval_count_n", "eval_count_penalised_mae", "eval_count_unparsable_rate"):
         assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-5), key
-    assert logged(two, "eval_count_n") == [3]
+    assert logged(two, "eval_count_n") == [3, 3]
 
 
 def test_lora_of_layers_that_deepspeed_shards_is_saved_in_full(one, train, tmp_path):
@@ -178,7 +184,8 @@ def test_sharded_run_continues_where_it_stopped(train, trained, tmp_path, strate
     interrupt(trained(strategy), run, "checkpoint-4")
     assert "checkpoint-2" in train(strategy, run, **LORA)
     assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-6)
-    assert_same_weights(run, trained(strategy), "adapter_model.safetensors", tolerance=1e-6)
+    for name in (".", "checkpoint-4"):
+        assert_same_weights(run / name, trained(strategy) / name, "adapter_model.safetensors", tolerance=1e-6)
 
 
 def test_a_checkpoint_of_replicated_weights_is_not_read_as_one_of_sharded_weights(trained):
@@ -202,18 +209,23 @@ def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_
     interrupt(trained("ddp"), run, "checkpoint-4")
     train_alone(run, **LORA)
     assert logged(run, "loss") == pytest.approx(logged(trained("ddp"), "loss"), abs=1e-5)
-    assert_same_weights(run, one, "adapter_model.safetensors", tolerance=2e-5)
+    for name in (".", "checkpoint-4"):
+        assert_same_weights(run / name, one / name, "adapter_model.safetensors", tolerance=2e-5)
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
 def test_full_fine_tune_is_saved_as_one_model_and_continues(train, train_alone, tmp_path, strategy):
     # Plain descent: Adam's first steps would make sign flips of numbers near zero as large as any step.
-    flags = FULL | {"max_steps": 2, "save_steps": 1, "eval_strategy": "no", "optim": "sgd", "learning_rate": 0.1}
+    flags = FULL | {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "eval_answers": 0}
+    flags |= {"optim": "sgd", "learning_rate": 0.1}
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     train_alone(one, **flags)
     train(strategy, two, **flags)
-    assert_same_weights(two, one, "model.safetensors", tolerance=2e-5)
-    assert LlavaForConditionalGeneration.from_pretrained(two).num_parameters() == 678_240
     interrupt(two, again, "checkpoint-2")
     assert "checkpoint-1" in train(strategy, again, **flags)
-    assert_same_weights(again, two, "model.safetensors", tolerance=1e-6)
+    for run in (two, again):
+        # After the second step the model is what one process made of it; the run ends with the weights of the first.
+        assert logged(run, "eval_loss") == pytest.approx(logged(one, "eval_loss"), abs=1e-5)
+        assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["kept_step"] == 1
+        assert_same_weights(run, one, "model.safetensors", tolerance=2e-5)
+    assert LlavaForConditionalGeneration.from_pretrained(two).num_parameters() == 678_240

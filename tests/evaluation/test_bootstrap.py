@@ -74,7 +74,7 @@ def test_images_with_more_questions_weigh_more():
 def test_a_handful_of_images_decides_nothing():
     difference = interval([5.0] * 9, [0.0] * 9)
     assert difference.outcome == "too few to tell"
-    assert describe(difference).startswith("Too few to tell: MAE went from 5.00 to 0.00 people, but 9 images")
+    assert describe(difference).startswith("Too few to tell: MAE went from 5.00 to 0.00 people (but 9 images")
     assert interval([5.0] * 10, [0.0] * 10).outcome == "better"
 
 

@@ -39,7 +39,7 @@ def page(tmp_path):
         path,
         title=f"run {HOSTILE}",
         outcome="no measurable change",
-        sentences=["No measurable change: so it is.", HOSTILE],
+        sentences=[("No measurable change: so it is.", ""), (HOSTILE, "")],
         facts={"Base model": HOSTILE},
         tables=[Table("Scores", ["", "MAE"], [["base", "8.40"], [HOSTILE, "3.10"]], note=HOSTILE)],
         figures=[Plot("Dots", picture, HOSTILE)],
@@ -71,7 +71,7 @@ def test_the_page_says_its_language_and_fits_a_phone(page):
     assert page.all("html") == [{"lang": "ko"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
     assert "Worst answers" in page.text and "Best answers" not in page.text  # an empty group has no heading
-    assert {"class": "verdict no"} in page.all("div")
+    assert {"class": "verdict unchanged"} in page.all("div")
 
 
 def test_a_thumbnail_is_small(page):

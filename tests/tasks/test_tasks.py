@@ -140,9 +140,13 @@ def test_every_task_has_words_in_both_languages_and_a_trivial_answer_that_scores
     questions = [question(reference, text)] * 3 + [question(other, text)]
     train = questions
     (answer, words), *_ = task.trivial_answers(train).values()
-    metrics = task.metrics(questions, [answer] * 4, train)
+
+    def metrics_of(answers):
+        return task.metrics(questions, answers, task.scores(questions, answers), train)
+
+    metrics = metrics_of([answer] * 4)
     assert task.skill(metrics) == pytest.approx(0)
-    assert task.skill(task.metrics(questions, [q["reference"] for q in questions], train)) == pytest.approx(1)
+    assert task.skill(metrics_of([q["reference"] for q in questions])) == pytest.approx(1)
     assert "no better than" in task.sentence(metrics)
     korean = [task.title[1], words[1], task.note[1], *(measure.name[1] for measure in task.measures)]
     assert all(any("가" <= letter <= "힣" for letter in text) or text.isupper() or "-" in text for text in korean)

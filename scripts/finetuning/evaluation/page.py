@@ -11,11 +11,19 @@ from PIL import Image
 from finetuning import tracking
 from finetuning.evaluation.plots import loss_curves
 from finetuning.evaluation.report import Item, Plot, write_report
-from finetuning.evaluation.verdict import Verdict, describe
-from finetuning.pages import Table, speak
-from finetuning.run_folder import EVALUATION, EvaluationFolder, read_log_history, write_atomically
+from finetuning.evaluation.verdict import Verdict, describe, details, headline
+from finetuning.pages import Say, Table, speak
+from finetuning.run_folder import (
+    EVALUATION,
+    EvaluationFolder,
+    read_arguments,
+    read_log_history,
+    read_metrics,
+    write_atomically,
+)
 
 SHOWN = 6  # items in each group of the page
+MOST_LISTED = 1_000  # items in the list of all, evenly spaced where there are more
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Findings:
     plots: list[Plot] = field(default_factory=list)
     pictures: dict[str, bytes] = field(default_factory=dict)
     item_groups: dict[str, Sequence[Item]] = field(default_factory=dict)
+    all_items: dict[str, Sequence[Item]] = field(default_factory=dict)
 
 
 def write_evaluation(
@@ -47,10 +56,11 @@ def write_evaluation(
     *,
     language: str,
     is_headline: bool,
+    warning: str = "",
 ) -> None:
     """All files of an evaluation into `folder`, metrics.json last; and its tables and pictures to W&B.
 
-    With `is_headline` the page also becomes the run's own, `report.html`.
+    With `is_headline` the page also becomes the run's own, `report.html`. A `warning` stands above the verdict.
     """
     say = speak(language)
     sentences = [describe(verdict, say) for verdict in findings.verdicts]
@@ -67,8 +77,10 @@ def write_evaluation(
         folder.page,
         title=f"{run.name}: {findings.title}",
         outcome=findings.verdicts[0].outcome,
-        sentences=sentences,
+        sentences=[(headline(verdict, say), details(verdict, say)) for verdict in findings.verdicts],
+        warning=warning,
         facts={
+            **weights_of(run, say),
             say("Base model", "원본 모델"): base,
             say("Questions", "질문"): findings.asked,
             say("Answers", "답"): say(
@@ -79,6 +91,7 @@ def write_evaluation(
         tables=findings.tables,
         figures=plots,
         item_groups=findings.item_groups,
+        all_items=findings.all_items,
         language=language,
     )
     if is_headline:
@@ -91,10 +104,24 @@ def write_evaluation(
         "verdict": [verdict.as_dict() for verdict in findings.verdicts],
     }
     tables = [f"**{table.title}**\n\n{table.as_markdown()}" for table in findings.tables]
-    folder.finish(metrics, findings.lines, "\n\n".join([*sentences, *tables]))
+    folder.finish(metrics, findings.lines, "\n\n".join([*([warning] if warning else []), *sentences, *tables]))
     items = [item for group in findings.item_groups.values() for item in group]
     name = folder.folder.relative_to(run / EVALUATION).as_posix()
     log_to_wandb(run, name, findings.numbers, findings.tables, plots, items)
+
+
+def weights_of(run: Path, say: Say) -> dict[str, str]:
+    """Of a run that kept its best checkpoint: which step, and by what."""
+    metrics = read_metrics(run)
+    if "kept_step" not in metrics:
+        return {}
+    best = (read_arguments(run) or {}).get("metric_for_best_model", "loss")
+    return {
+        say("Weights", "가중치"): say(
+            f"of step {metrics['kept_step']} of {metrics['global_step']}, the best by {best} while training",
+            f"{metrics['global_step']}스텝 중 {metrics['kept_step']}스텝, 학습 중 {best} 기준으로 가장 좋았음",
+        )
+    }
 
 
 def log_to_wandb(

@@ -72,45 +72,51 @@ def in_blocks(difference: Difference, say: Say) -> str:
     if difference.num_independent is None:
         return ""
     return say(
-        f" in time, drawn in blocks of {difference.block} neighbours (they tell as much as "
-        f"{difference.num_independent} independent ones)",
-        f"(시간 순서, 이웃 {difference.block}개씩 묶어 추출; 서로 독립인 {difference.num_independent}개와 같은 정보)",
+        f" in order, drawn in blocks of {difference.block} neighbours, worth {difference.num_independent} independent ones",
+        f" (번호 순서로 이웃 {difference.block}개씩 묶어 추출, 독립인 {difference.num_independent}개의 값어치)",
     )
 
 
 def describe(verdict: Verdict, say: Say) -> str:
-    """Plain sentences with the outcome first, naming the intervals."""
-    base, trivial = verdict.against_base, verdict.against_trivial
-    unit = f" {base.unit}" if base.unit else ""
-    outcome = say(verdict.outcome.capitalize(), KOREAN_OUTCOMES[verdict.outcome])
-    change = say(
-        f"{base.measure} went from {base.base:.2f} to {base.tuned:.2f}{unit}",
-        f"{base.measure} {base.base:.2f} → {base.tuned:.2f}{unit}",
+    """`headline` and `details` of a verdict."""
+    return f"{headline(verdict, say)} {details(verdict, say)}"
+
+
+def headline(verdict: Verdict, say: Say) -> str:
+    """The outcome, and what the measure was before and after."""
+    base, outcome = verdict.against_base, say(verdict.outcome.capitalize(), KOREAN_OUTCOMES[verdict.outcome])
+    return say(
+        f"{outcome}: {base.measure} went from {base.base:.2f} to {with_unit(base.tuned, base, say)}",
+        f"{outcome}: {base.measure} {base.base:.2f} → {with_unit(base.tuned, base, say)}",
     )
+
+
+def details(verdict: Verdict, say: Say) -> str:
+    """The intervals of both differences, and what the trivial answer would score."""
+    base, trivial = verdict.against_base, verdict.against_trivial
     if verdict.outcome == "too few to tell":
         return say(
-            f"{outcome}: {change}, but {base.num_groups} {base.grouped_by}{in_blocks(base, say)} decide nothing; use "
-            f"{MIN_GROUPS} or more.",
-            f"{outcome}: {change}. {base.grouped_by} {base.num_groups}개{in_blocks(base, say)}로는 아무것도 정해지지 않습니다. "
-            f"{MIN_GROUPS}개 이상 쓰세요.",
+            f"(but {base.num_groups} {base.grouped_by}{in_blocks(base, say)} decide nothing; use {MIN_GROUPS} or more).",
+            f"({base.grouped_by} {base.num_groups}개{in_blocks(base, say)}로는 아무것도 정해지지 않습니다. {MIN_GROUPS}개 이상 "
+            "쓰세요).",
         )
-    unchanged = base.outcome == "no measurable change"
-    interval = say(
-        f"a change of {base.difference:+.2f}, 95 % interval {base.low:+.2f} to {base.high:+.2f}, over {base.num_groups} "
-        f"{base.grouped_by}{in_blocks(base, say)}{', which includes 0' if unchanged else ''}",
-        f"변화 {base.difference:+.2f}, 95 % 구간 {base.low:+.2f} ~ {base.high:+.2f}, {base.grouped_by} {base.num_groups}개"
-        f"{in_blocks(base, say)}{', 0을 포함합니다' if unchanged else ''}",
+    includes_0 = say(", which includes 0", ", 0을 포함합니다") if base.low <= 0 <= base.high else ""
+    text = say(
+        f"(a change of {base.difference:+.2f}, 95 % interval {base.low:+.2f} to {base.high:+.2f}, over {base.num_groups} "
+        f"{base.grouped_by}{in_blocks(base, say)}{includes_0}).",
+        f"(변화 {base.difference:+.2f}, 95 % 구간 {base.low:+.2f} ~ {base.high:+.2f}, {base.grouped_by} {base.num_groups}개"
+        f"{in_blocks(base, say)}{includes_0}).",
     )
-    sentence = f"{outcome}: {change} ({interval})."
     if trivial is None:
-        return sentence
-    return (
-        sentence
-        + " "
-        + say(
-            f"{verdict.trivial[:1].upper()}{verdict.trivial[1:]} would score {trivial.base:.2f}{unit}: the tuned model differs by "
-            f"{trivial.difference:+.2f}, 95 % interval {trivial.low:+.2f} to {trivial.high:+.2f}.",
-            f"{verdict.trivial}: {trivial.base:.2f}{unit}. 튜닝된 모델과의 차이 {trivial.difference:+.2f}, 95 % 구간 "
-            f"{trivial.low:+.2f} ~ {trivial.high:+.2f}.",
-        )
+        return text
+    return text + say(
+        f" {verdict.trivial[:1].upper()}{verdict.trivial[1:]} would score {with_unit(trivial.base, trivial, say)}: the tuned "
+        f"model differs by {trivial.difference:+.2f}, 95 % interval {trivial.low:+.2f} to {trivial.high:+.2f}.",
+        f" {verdict.trivial}: {with_unit(trivial.base, trivial, say)}. 미세 조정 모델과의 차이 {trivial.difference:+.2f}, 95 % 구간 "
+        f"{trivial.low:+.2f} ~ {trivial.high:+.2f}.",
     )
+
+
+def with_unit(value: float, difference: Difference, say: Say) -> str:
+    unit = difference.unit
+    return f"{value:.2f}{say(' ', '') if unit and unit != '%' else ' ' if unit else ''}{unit}"

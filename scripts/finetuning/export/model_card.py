@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from finetuning.pages import markdown_table
-from finetuning.run_folder import evaluations, find_again, read_metrics
+from finetuning.run_folder import EVALUATION, evaluations, find_again, read_metrics
 
 # Licence of a base by its model type, where its own card is not at hand. Names as the Hub spells them.
 LICENCES = {"llava": "llama2", "gemma": "gemma"}
@@ -32,6 +32,13 @@ def table(values: dict[str, Any]) -> str:
     return markdown_table(["", ""], list(values.items())) if values else "None were recorded."
 
 
+def in_one_line(verdict: dict[str, Any]) -> str:
+    """A verdict of an evaluation, as metrics.json holds it: outcome, both models, and the best trivial answer."""
+    text = f"{verdict['outcome']}: {verdict['base']:.2f} before, {verdict['tuned']:.2f} after {verdict['unit']}".strip()
+    trivial = verdict.get("trivial")
+    return f"{text}; {trivial['answer']}: {trivial['base']:.2f}" if trivial else text
+
+
 def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report: dict[str, Any]) -> None:
     """Write `folder/README.md` from the run's files and the merge report."""
     base, licence = report["base_model"], licence_of(report["base_model"])
@@ -45,7 +52,9 @@ def write_model_card(folder: Path, run: Path, arguments: dict[str, Any], report:
         key: value for key, value in read_metrics(run).items() if key.startswith(("eval_", "train_loss", "global"))
     }
     for evaluated in evaluations(run):
-        metrics[f"evaluation on {evaluated.parent.name}"] = f"see `{evaluated.relative_to(run)}` of the run"
+        name = evaluated.parent.relative_to(run / EVALUATION)
+        for verdict in json.loads(evaluated.read_text(encoding="utf-8")).get("verdict", []):
+            metrics[f"{verdict['measure']}, {name}"] = in_one_line(verdict)
     merged, before = report["merged_against_tuned"], report["base_against_tuned"]
     header = ModelCardData(
         base_model=None if Path(base).exists() else base,

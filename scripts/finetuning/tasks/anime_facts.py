@@ -10,9 +10,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
-from finetuning.data.dataset import spread
+from finetuning.data.dataset import open_split, spread
 from finetuning.evaluation.page import SHOWN, Findings
 from finetuning.evaluation.perplexity import AnswerLoss, perplexity
 from finetuning.evaluation.plots import Picture, draw
@@ -269,23 +269,49 @@ def summarise(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float |
     return summary
 
 
+class TitlesExam:
+    """The questions of an evaluation: about taught titles (split `test`) and titles never taught (`validation`)."""
+
+    def __init__(self, dataset: DatasetDict, wording: Mapping[str, Any], name: str, limit: int | None):
+        train = open_split(dataset, "train", name)
+        self.reader = FactReader(wording, train)
+        self.guess = guess_most_common(train)
+        self.questions: list[dict[str, Any]] = []
+        for split in SPLITS:
+            rows = open_split(dataset, split, name)
+            rows = rows if limit is None else spread(rows, limit)
+            self.questions += [question | {"split": split} for question in self.reader.questions(rows)]
+
+    def find(
+        self,
+        answers: Mapping[str, Sequence[str]],
+        losses: Mapping[str, Sequence[AnswerLoss]] | None,
+        dataset_name: str,
+        labels: Mapping[str, str],
+        say: Say,
+    ) -> Findings:
+        """What both models know of the titles of both splits; with `losses` also how surprised they are by the truth."""
+        return find(self.questions, answers, losses, self.reader, self.guess, dataset_name, labels, say)
+
+
 def find(
     questions: Sequence[Mapping[str, Any]],
     answers: Mapping[str, Sequence[str]],
-    losses: Mapping[str, Sequence[AnswerLoss]],
+    losses: Mapping[str, Sequence[AnswerLoss]] | None,
     reader: FactReader,
     guess: Facts,
     dataset_name: str,
+    labels: Mapping[str, str],
     say: Say,
 ) -> Findings:
-    """What both models know of the titles of both splits: facts right, and the loss of the true answers."""
+    """The findings of both splits: facts right and, with `losses`, the loss of the true answers."""
     scored = {model: reader.score(questions, answers[model]) for model in MODELS}
     scored["guess"] = [score_facts(guess, question["facts"]) for question in questions]
     places = {split: [i for i, question in enumerate(questions) if question["split"] == split] for split in SPLITS}
     summaries: dict[str, dict[str, Any]] = {}
     for split, chosen in places.items():
         summaries[split] = {model: summarise([scores[i] for i in chosen]) for model, scores in scored.items()}
-        for model in MODELS:
+        for model in MODELS if losses else ():
             summaries[split][model]["perplexity"] = perplexity([losses[model][i] for i in chosen])
     num_titles = {split: len({questions[i]["title"] for i in chosen}) for split, chosen in places.items()}
     plots = {
@@ -316,6 +342,7 @@ def find(
             for split in SPLITS
             for model in MODELS
             for key in ("right", "perplexity")
+            if key in summaries[split][model]
         },
         lines=[
             {key: question[key] for key in ("split", "anime_id", "title", "kind", "question", "reference")}
@@ -323,7 +350,7 @@ def find(
             | {f"{model}_scores": scored[model][i] for model in MODELS}
             for i, question in enumerate(questions)
         ],
-        tables=[fact_table(say(*SPLITS[split]), summaries[split], say) for split in SPLITS],
+        tables=[fact_table(say(*SPLITS[split]), summaries[split], labels, say) for split in SPLITS],
         plots=list(plots.values()),
         pictures={name: plot.picture.light for name, plot in plots.items()},
         item_groups=items_to_look_at(questions, answers, scored, places, say),
@@ -333,7 +360,7 @@ def find(
 def judge_facts(
     questions: Sequence[Mapping[str, Any]],
     scored: Mapping[str, Sequence[Scores]],
-    losses: Mapping[str, Sequence[AnswerLoss]],
+    losses: Mapping[str, Sequence[AnswerLoss]] | None,
     places: Mapping[str, Sequence[int]],
     say: Say,
 ) -> list[Verdict]:
@@ -353,7 +380,7 @@ def judge_facts(
                 trivial={"guess": say("always the commonest value", "항상 가장 흔한 값")},
             )
         )
-    for split, chosen in places.items():
+    for split, chosen in places.items() if losses else ():
         verdicts.append(
             judge(
                 say(
@@ -369,7 +396,7 @@ def judge_facts(
     return verdicts
 
 
-def fact_table(what: str, summaries: dict[str, dict[str, Any]], say: Say) -> Table:
+def fact_table(what: str, summaries: dict[str, dict[str, Any]], labels: Mapping[str, str], say: Say) -> Table:
     """Share right, F1 and error of each fact, for each model and the commonest value."""
 
     def share(value: float | None) -> str:
@@ -378,7 +405,7 @@ def fact_table(what: str, summaries: dict[str, dict[str, Any]], say: Say) -> Tab
     def number(value: float | None) -> str:
         return say("none", "없음") if value is None or math.isinf(value) else f"{value:,.2f}"
 
-    labels = {"base": "base", "tuned": "tuned", "guess": say("commonest value", "가장 흔한 값")}
+    names = dict(labels) | {"guess": say("commonest value", "가장 흔한 값")}
     return Table(
         say(f"Facts: {what}", f"사실: {what}"),
         [
@@ -395,7 +422,7 @@ def fact_table(what: str, summaries: dict[str, dict[str, Any]], say: Say) -> Tab
         ],
         [
             [
-                labels[model],
+                names[model],
                 share(part["right"]),
                 *(
                     share(part[f"{field}_f1" if field == "genres" else f"{field}_exact"])

@@ -5,6 +5,7 @@ import string
 import unicodedata
 
 HANGUL = re.compile("[가-힣]")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # The copula: 강아지입니다 is "it is a dog". Longer forms first.
 COPULA = re.compile(r"(?<=[가-힣\w])(?:입니다|이에요|이예요|예요|에요|이다|이요|이죠|이네요|네요|랍니다|임)$")
@@ -23,8 +24,7 @@ def squad_normalise(text: str) -> str:
 
     The order is that of SQuAD's evaluation script (Rajpurkar et al., EMNLP 2016).
     """
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(ARTICLES.sub(" ", text).split())
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
 
 
 def normalise(text: str) -> str:

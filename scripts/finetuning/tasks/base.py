@@ -7,13 +7,13 @@ Korean, and `say` picks one.
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
 
 from finetuning.data.pictures import open_picture
-from finetuning.evaluation.page import SHOWN, Findings
+from finetuning.evaluation.page import MOST_LISTED, SHOWN, Findings
 from finetuning.evaluation.report import Item
 from finetuning.evaluation.verdict import Verdict, judge
 from finetuning.pages import Say, Table
@@ -95,15 +95,19 @@ class Task:
         return {"n": len(scores)} | {key: statistics.fmean(s[key] for s in scores if key in s) for key in keys}
 
     def metrics(
-        self, questions: Sequence[Question], answers: Sequence[str], train: Sequence[Question]
+        self,
+        questions: Sequence[Question],
+        answers: Sequence[str],
+        scores: Sequence[dict[str, float]],
+        train: Sequence[Question],
     ) -> dict[str, float]:
         """Metrics of an evaluation while training, `<task>_<number>`; beside the first measure, each trivial answer's."""
         first = self.measures[0].key
-        summary = self.summarise(questions, answers, self.scores(questions, answers))
+        summary = self.summarise(questions, answers, scores)
         metrics = {f"{self.name}_{key}": value for key, value in summary.items() if value is not None}
         for key, (answer, _) in self.trivial_answers(train).items():
-            scores = self.scores(questions, [answer] * len(questions))
-            metrics[f"{self.name}_{first}_{key}"] = statistics.fmean(score[first] for score in scores)
+            trivial = self.scores(questions, [answer] * len(questions))
+            metrics[f"{self.name}_{first}_{key}"] = statistics.fmean(score[first] for score in trivial)
         return metrics
 
     def skill(self, metrics: Mapping[str, float]) -> float:
@@ -141,13 +145,14 @@ class Task:
         values = [value for key, value in metrics.items() if key.startswith(start)]
         return None if not values else min(values) if measure.lower_is_better else max(values)
 
-    def table(self, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns for the trackers, beside the pictures and the questions: truth, answer, and how it was understood."""
-        first = self.measures[0].key
+    def table(
+        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
+    ) -> dict[str, list[Any]]:
+        """Columns for the trackers, beside the pictures and the questions: truth, answer, and how good it is."""
         return {
             "truth": [self.truth(question) for question in questions],
             "answer": list(answers),
-            "score": [score[first] for score in self.scores(questions, answers)],
+            "score": [score[self.measures[0].key] for score in scores],
         }
 
     def caption(self, question: Question, answer: str) -> str:
@@ -159,10 +164,10 @@ class Task:
         """(metric of the first measure, what to call it), for people who follow a training."""
         return f"{self.name}_{self.measures[0].key}", f"{self.title[0]}, {self.measures[0].name[0]}"
 
-    def is_right(self, question: Question, answer: str) -> bool:
-        """Whether an answer is entirely right: green, not red, in the trackers' pictures."""
+    def is_right(self, score: Mapping[str, float]) -> bool:
+        """Whether an answer with this score is entirely right: green, not red, in the trackers' pictures."""
         measure = self.measures[0]
-        return self.score(question, answer)[measure.key] == (0.0 if measure.lower_is_better else 1.0)
+        return score[measure.key] == (0.0 if measure.lower_is_better else 1.0)
 
     def findings(
         self, asked: Asked, answers: Mapping[str, Sequence[str]], labels: Mapping[str, str], say: Say
@@ -188,6 +193,7 @@ class Task:
             ],
             tables=[self._score_table(summaries, names, say)],
             item_groups=self.items(asked, answers, scores, say),
+            all_items=self.all_items(asked, answers, say),
         )
 
     def _judge(
@@ -244,20 +250,32 @@ class Task:
         goodness = {model: [sign * score[measure.key] for score in scores[model]] for model in MODELS}
 
         def item(place: int) -> Item:
-            question = asked.questions[place]
-            return Item(
-                name=question["image_id"],
-                question=question["question"],
-                truth=self.truth(question),
-                base=answers["base"][place],
-                tuned=answers["tuned"][place],
-                base_remark=self.remark(question, answers["base"][place], say),
-                tuned_remark=self.remark(question, answers["tuned"][place], say),
-                image=first_picture(asked.pictures, place),
+            remarks = [self.remark(asked.questions[place], answers[model][place], say) for model in MODELS]
+            picture = first_picture(asked.pictures, place)
+            return replace(
+                self.item(asked, answers, place), base_remark=remarks[0], tuned_remark=remarks[1], image=picture
             )
 
         picks = worst_middling_best(goodness, [question["image_id"] for question in asked.questions])
         return {say(*heading): [item(place) for place in places] for heading, places in picks.items()}
+
+    def item(self, asked: Asked, answers: Mapping[str, Sequence[str]], place: int) -> Item:
+        question = asked.questions[place]
+        texts = [question["question"], self.truth(question), answers["base"][place], answers["tuned"][place]]
+        return Item(question["image_id"], *texts)
+
+    def all_items(self, asked: Asked, answers: Mapping[str, Sequence[str]], say: Say) -> dict[str, Sequence[Item]]:
+        """Every question and answer, or as many as a page can hold, evenly spaced."""
+        number = len(asked.questions)
+        step = max(1, -(-number // MOST_LISTED))
+        places = range(0, number, step)
+        heading = say(f"All {number:,} answers", f"답 {number:,}개 모두")
+        if step > 1:
+            heading = say(
+                f"{len(places):,} of {number:,} answers (answers.jsonl has all)",
+                f"답 {number:,}개 중 {len(places):,}개 (모두는 answers.jsonl에)",
+            )
+        return {heading: [self.item(asked, answers, place) for place in places]}
 
 
 def worst_middling_best(goodness: Mapping[str, Sequence[float]], names: Sequence[Any]) -> dict[Words, list[int]]:

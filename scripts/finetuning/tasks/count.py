@@ -1,6 +1,7 @@
 """The task `count`: how many people a picture shows."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from finetuning.evaluation.page import Findings
@@ -25,6 +26,8 @@ from finetuning.tasks.count_scores import (
     score_counts,
     trivial_guesses,
 )
+
+read_count = lru_cache(maxsize=65_536)(parse_count)  # answers are read for several tables, and many are alike
 
 
 class Count(Task):
@@ -51,7 +54,7 @@ class Count(Task):
         return turn
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
-        count = parse_count(answer)
+        count = read_count(answer)
         return {
             "penalised_mae": float(abs((count or 0) - question["count"])),
             "exact": float(count == question["count"]),
@@ -70,11 +73,11 @@ class Count(Task):
         return str(question["count"])
 
     def caption(self, question: Question, answer: str) -> str:
-        count = parse_count(answer)
+        count = read_count(answer)
         return f"{question['count']} -> {'?' if count is None else count}"
 
     def remark(self, question: Question, answer: str, say: Say) -> str:
-        count, truth = parse_count(answer), question["count"]
+        count, truth = read_count(answer), question["count"]
         if count is None:
             return say("states no count", "사람 수가 없음")
         off = abs(count - truth)
@@ -84,7 +87,11 @@ class Count(Task):
         )
 
     def metrics(
-        self, questions: Sequence[Question], answers: Sequence[str], train: Sequence[Question]
+        self,
+        questions: Sequence[Question],
+        answers: Sequence[str],
+        scores: Sequence[dict[str, float]],
+        train: Sequence[Question],
     ) -> dict[str, float]:
         """`count_...`: the numbers of `score_counts`, and `count_mae_train_median`, `count_mae_train_mean`.
 
@@ -92,8 +99,8 @@ class Count(Task):
         has not learned to look.
         """
         truth = [question["count"] for question in questions]
-        scores = score_counts([parse_count(answer) for answer in answers], truth)
-        metrics = {f"count_{name}": value for name, value in scores.items() if isinstance(value, (int, float))}
+        numbers = score_counts([read_count(answer) for answer in answers], truth)
+        metrics = {f"count_{name}": value for name, value in numbers.items() if isinstance(value, (int, float))}
         counts = image_counts(train)
         for name, guess in trivial_guesses(counts).items() if counts else ():
             metrics[f"count_mae_{name}"] = score_counts([guess] * len(truth), truth)["mae"]
@@ -113,18 +120,20 @@ class Count(Task):
         comparison = "better than" if error < baseline else "no better than"
         return f"{text}: {comparison} always answering the training median ({baseline:.2f})"
 
-    def table(self, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[Any]]:
+    def table(
+        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
+    ) -> dict[str, list[Any]]:
         return {
             "truth": [question["count"] for question in questions],
             "answer": list(answers),
-            "answer_count": [parse_count(answer) for answer in answers],
+            "answer_count": [read_count(answer) for answer in answers],
         }
 
     def findings(
         self, asked: Asked, answers: Mapping[str, Sequence[str]], labels: Mapping[str, str], say: Say
     ) -> Findings:
         true = [question["count"] for question in asked.questions]
-        counts = {model: [parse_count(answer) for answer in answers[model]] for model in MODELS}
+        counts = {model: [read_count(answer) for answer in answers[model]] for model in MODELS}
         train_counts = image_counts(asked.train)
         guesses = trivial_guesses(train_counts) if train_counts else {}
         predicted = counts | {guess: [value] * len(true) for guess, value in guesses.items()}
@@ -170,6 +179,7 @@ class Count(Task):
             item_groups=self.items(
                 asked, answers, {model: self.scores(asked.questions, answers[model]) for model in MODELS}, say
             ),
+            all_items=self.all_items(asked, answers, say),
         )
 
     def _verdicts(self, asked: Asked, errors, scores, trivial: dict[str, str], say: Say) -> list:

@@ -21,10 +21,17 @@ from finetuning.evaluation.answering import (
 from finetuning.evaluation.frames import frame_times, near_copies, thumbnail
 from finetuning.evaluation.page import Findings, write_evaluation
 from finetuning.folder_lock import give_back
-from finetuning.pages import LANGUAGES, Say, speak
+from finetuning.pages import LANGUAGES, Say, model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
 from finetuning.tasks.exam import TASKS, Exam, make_exam
+
+TAUGHT = (
+    "THE RUN WAS TRAINED ON THESE VERY ROWS: right answers here are memory, and say nothing of new pictures. Evaluate a "
+    "held-out split (--split test) for that.",
+    "바로 이 행들로 학습했습니다: 여기서 맞은 답은 외운 것이고, 새 사진에 대해서는 아무것도 말해 주지 않습니다. 학습에 쓰지 않은 "
+    "분할(--split test)로 평가하세요.",
+)
 
 
 def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
@@ -61,8 +68,16 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         answers = read_answers(folder)
     if state.is_main_process:
         if not finished or folder.metrics().get("language", "en") != args.language:
-            findings = find(exam, answers, settings, {"base": "base", "tuned": "tuned"}, speak(args.language))
-            write_evaluation(run, folder, base, findings, settings, language=args.language, is_headline=is_headline)
+            say = speak(args.language)
+            findings = find(exam, answers, settings, model_names(say), say)
+            was_taught = is_own(run, arguments, name) and args.split == train_split(arguments)
+            warning = say(*TAUGHT) if was_taught else ""
+            write_evaluation(
+                *(run, folder, base, findings, settings),
+                language=args.language,
+                is_headline=is_headline,
+                warning=warning,
+            )
         show(folder, is_headline=is_headline)
     give_back(folder.folder)
     state.destroy_process_group()
@@ -72,7 +87,7 @@ def train_rows_of(
     run: Path, arguments: Mapping[str, Any], dataset: DatasetDict, name: str, *, vision: bool
 ) -> Dataset | None:
     """The run's own train split, `dataset` (called `name`) where it is the run's; None, and a word, where it is gone."""
-    own, split = arguments["dataset_name"], arguments.get("dataset_train_split", "train")
+    own, split = arguments["dataset_name"], train_split(arguments)
     try:
         return open_split(
             dataset if is_own(run, arguments, name) else open_dataset(find_again(run, own), vision=vision), split, own
@@ -82,6 +97,10 @@ def train_rows_of(
             f"Without trivial answers to compare with, which the run's train split would give: {error}"
         )
         return None
+
+
+def train_split(arguments: Mapping[str, Any]) -> str:
+    return arguments.get("dataset_train_split", "train")
 
 
 def is_own(run: Path, arguments: Mapping[str, Any], name: str) -> bool:
@@ -98,7 +117,7 @@ def evaluation_folder(run: Path, arguments: Mapping[str, Any], name: str, split:
     """
     if not is_own(run, arguments, name):
         return EvaluationFolder(run, f"{Path(name).name}/{split}"), False
-    return EvaluationFolder(run, split), split != arguments.get("dataset_train_split", "train")
+    return EvaluationFolder(run, split), split != train_split(arguments)
 
 
 def digest_questions(exam: Exam) -> str:
@@ -124,12 +143,12 @@ def find(
             train=exam.train.get(name, []),
             groups=[copy_of[exam.facts[i]["image_id"]] for i in places],
             settings=settings,
-            num_others=len(exam.refused) + len(exam.facts) - len(places),
+            num_others=len(exam.refused),
             bootstrap={"times": times, "grouped_by": say("images", "이미지")},
         )
         of_task = {model: [texts[i] for i in places] for model, texts in answers.items()}
         parts.append(TASKS[name].findings(asked, of_task, labels, say))
-    return parts[0] if len(parts) == 1 else join_findings(parts, list(exam.by_task), say)
+    return parts[0] if len(parts) == 1 else join_findings(parts, exam, say)
 
 
 def find_copies(exam: Exam) -> dict[str, str]:
@@ -152,8 +171,14 @@ def find_copies(exam: Exam) -> dict[str, str]:
     return copy_of | {name: shown[first] for name, first in zip(shown, near_copies(thumbnails), strict=True)}
 
 
-def join_findings(parts: Sequence[Findings], names: Sequence[str], say: Say) -> Findings:
+def join_findings(parts: Sequence[Findings], exam: Exam, say: Say) -> Findings:
     """Findings of several tasks as those of one page; what is called by a name gets the task's in front."""
+    names = list(exam.by_task)
+    lines = [
+        (place, {"task": name} | line)
+        for (name, places), part in zip(exam.by_task.items(), parts, strict=True)
+        for place, line in zip(places, part.lines, strict=True)
+    ]
     verdicts = [
         replace(v, against_base=replace(v.against_base, measure=f"{part.title}: {v.against_base.measure}"))
         for part in parts
@@ -169,13 +194,14 @@ def join_findings(parts: Sequence[Findings], names: Sequence[str], say: Say) -> 
             for name, part in zip(names, parts, strict=True)
             for key, value in part.numbers.items()
         },
-        lines=[{"task": name} | line for name, part in zip(names, parts, strict=True) for line in part.lines],
+        lines=[line for _, line in sorted(lines, key=lambda pair: pair[0])],
         tables=[table for part in parts for table in part.tables],
         plots=[plot for part in parts for plot in part.plots],
         pictures={name: png for part in parts for name, png in part.pictures.items()},
         item_groups={
             f"{part.title}: {heading}": items for part in parts for heading, items in part.item_groups.items()
         },
+        all_items={f"{part.title}: {heading}": items for part in parts for heading, items in part.all_items.items()},
     )
 
 

@@ -132,44 +132,33 @@ class Exam:
         whatever the task, so that recipes can keep the best checkpoint by it.
         """
         metrics: dict[str, float] = {}
+        scores: list[dict[str, float]] = [{}] * len(answers)
         for name, places in self.by_task.items():
-            asked, given = [self.facts[i] for i in places], [answers[i] for i in places]
-            metrics |= TASKS[name].metrics(asked, given, self.train.get(name, []))
+            task, asked, given = TASKS[name], [self.facts[i] for i in places], [answers[i] for i in places]
+            of_task = task.scores(asked, given)
+            metrics |= task.metrics(asked, given, of_task, self.train.get(name, []))
+            for place, score in zip(places, of_task, strict=True):
+                scores[place] = score
         metrics["score"] = statistics.fmean(TASKS[name].skill(metrics) for name in self.by_task)
-        return metrics, self._table(answers)
+        return metrics, self._table(answers, scores)
 
-    def _table(self, answers: Sequence[str]) -> AnswerTable:
+    def _table(self, answers: Sequence[str], scores: Sequence[dict[str, float]]) -> AnswerTable:
         columns: dict[str, list[Any]] = {}
         if "images" in self.questions.column_names:
             columns["image"] = [open_picture(images[0]) if images else None for images in self.questions["images"]]
         columns["question"] = [fact["question"] for fact in self.facts]
-        names = list(self.by_task)
-        if len(names) == 1:
-            columns |= TASKS[names[0]].table(self.facts, answers)
+        answered = list(zip([TASKS[name] for name in self.tasks], self.facts, answers, scores, strict=True))
+        if len(set(self.tasks)) == 1:
+            columns |= answered[0][0].table(self.facts, answers, scores)
         else:
-            parts = [
-                TASKS[t].table([fact], [answer])
-                for t, fact, answer in zip(self.tasks, self.facts, answers, strict=True)
-            ]
             columns["task"] = list(self.tasks)
-            columns |= {key: [str(part[key][0]) for part in parts] for key in ("truth", "answer")}
-        right = [
-            TASKS[t].is_right(fact, answer) for t, fact, answer in zip(self.tasks, self.facts, answers, strict=True)
-        ]
-        captions = [
-            TASKS[t].caption(fact, answer) for t, fact, answer in zip(self.tasks, self.facts, answers, strict=True)
-        ]
-        return AnswerTable(columns, list(zip(captions, right, strict=True)))
+            columns["truth"] = [task.truth(fact) for task, fact, _, _ in answered]
+            columns["answer"] = list(answers)
+        captions = [(task.caption(fact, answer), task.is_right(score)) for task, fact, answer, score in answered]
+        return AnswerTable(columns, captions)
 
     def describe_refused(self) -> str:
-        """Why rows cannot be scored: each reason once, with how many rows it holds for and the first of them."""
-        rows: dict[str, list[int]] = {}
-        for row, reason in self.refused:
-            rows.setdefault(reason, []).append(row)
-        return "; ".join(
-            f"{len(numbers):,} rows cannot be scored: {reason} (row {', '.join(map(str, numbers[:3]))}{', ...' if len(numbers) > 3 else ''})"
-            for reason, numbers in sorted(rows.items(), key=lambda pair: -len(pair[1]))[:5]
-        )
+        return reasons(self.refused)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         """The last evaluation of a run in words. `metrics` are named as in metrics.json, with `eval_`."""
@@ -240,6 +229,31 @@ def make_exam(rows: Dataset, train_rows: Dataset | None, *, task: str | None = N
     return Exam(questions, facts, tasks, by_task, refused, assignment.evidence)
 
 
+def scoring_of(
+    splits: Mapping[str, Dataset], train: str, task: str | None
+) -> tuple[str, dict[str, tuple[int, list[tuple[int, str]]]]]:
+    """(evidence of the task, split -> (rows that can be scored, [(row, why it cannot)])); no picture is read."""
+    decided_by = splits.get(train, next(iter(splits.values())))
+    assignment = assign(rows_without_pictures(spread(decided_by, MAX_TRAIN_ROWS)), task)
+    found = {}
+    for name, rows in splits.items():
+        questions, _, refused = find_questions(rows_without_pictures(rows), assignment)
+        found[name] = (len(questions), refused)
+    return assignment.evidence, found
+
+
+def reasons(refused: Sequence[tuple[int, str]], shown: int = 5) -> str:
+    """Why rows cannot be scored: each reason once, with how many rows it holds for and the first of them."""
+    rows: dict[str, list[int]] = {}
+    for row, reason in refused:
+        rows.setdefault(reason, []).append(row)
+    return "; ".join(
+        f"{len(numbers):,} rows cannot be scored: {reason} (row {', '.join(map(str, numbers[:3]))}"
+        f"{', ...' if len(numbers) > 3 else ''})"
+        for reason, numbers in sorted(rows.items(), key=lambda pair: -len(pair[1]))[:shown]
+    )
+
+
 def open_exam(script_args: ScriptArguments, train_rows: Dataset, validation_rows: Dataset | None) -> Exam | None:
     """What a training is asked at each evaluation; None without a validation split, or with `eval_answers: 0`.
 
@@ -257,4 +271,6 @@ def open_exam(script_args: ScriptArguments, train_rows: Dataset, validation_rows
         )
     scored = len(validation_rows) - len(exam.refused)
     PartialState().print(f"{exam.evidence}; split {split}: {scored:,} of {len(validation_rows):,} rows can be scored")
+    if exam.refused:
+        PartialState().print(exam.describe_refused())
     return exam

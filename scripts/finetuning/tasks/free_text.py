@@ -1,12 +1,12 @@
 """The task `free_text`: sentences. What is scored is shared words, which says little of what is true."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from finetuning.pages import Say
 from finetuning.tasks.base import Measure, Question, Task, Words
 from finetuning.tasks.text_scores import rouge_l, token_f1
 
-TYPICAL_OF = 100  # train answers among which the most typical one is looked for
+TYPICAL_OF = 40  # train answers among which the most typical one is looked for
 
 
 class FreeText(Task):
@@ -52,8 +52,8 @@ class FreeText(Task):
             )
         }
 
-    def is_right(self, question: Question, answer: str) -> bool:
-        return self.score(question, answer)["token_f1"] == 1
+    def is_right(self, score: Mapping[str, float]) -> bool:
+        return score["token_f1"] == 1
 
     def remark(self, question: Question, answer: str, say: Say) -> str:
         scores = self.score(question, answer)

@@ -1,6 +1,6 @@
 """The task `short_answer`: a word or a few, such as a name, a colour, a text in a picture; one or more references."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from finetuning.pages import Say
 from finetuning.tasks.answer_text import same_answer
@@ -50,8 +50,8 @@ class ShortAnswer(Task):
         words = (f"always {answer!r} (commonest in train)", f"항상 {answer!r} (학습 데이터에서 가장 흔함)")
         return {"train_commonest": (answer, words)}
 
-    def is_right(self, question: Question, answer: str) -> bool:
-        return self.score(question, answer)["exact"] == 1
+    def is_right(self, score: Mapping[str, float]) -> bool:
+        return score["exact"] == 1
 
     def remark(self, question: Question, answer: str, say: Say) -> str:
         scores = self.score(question, answer)

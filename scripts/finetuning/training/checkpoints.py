@@ -44,7 +44,7 @@ class CheckpointingTrainer(SFTTrainer):
             self._saving = False
         self.accelerator.wait_for_everyone()
         unfinished, final = run / run_folder.UNFINISHED / name, run / name
-        if self.state.best_model_checkpoint == str(unfinished):
+        if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))

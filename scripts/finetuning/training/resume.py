@@ -15,6 +15,7 @@ from finetuning.folder_lock import give_back, take_lock
 from finetuning.manifest import write_manifest
 from finetuning.strategy import Strategy
 from finetuning.training import origin
+from finetuning.training.best_checkpoint import best_metric, kept_step
 from finetuning.training.checkpoints import last_whole_checkpoint
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
@@ -22,6 +23,7 @@ MAY_CHANGE = {
     "accept_changes", "checkpoint_layers", "config", "ddp_find_unused_parameters", "ddp_timeout", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
     "include_num_input_tokens_seen", "log_adapter", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "overwrite_completed_run", "per_device_eval_batch_size", "project", "report_to", "run_name",
+    "early_stopping_patience", "greater_is_better", "load_best_model_at_end", "metric_for_best_model",
     "save_steps", "save_strategy", "save_total_limit", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "restore_callback_states_from_checkpoint",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo",
@@ -264,11 +266,18 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step)
+        kept = kept_step(trainer.args, state)
+        metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step, kept)
         write_manifest(folder, run_folder.files_of_result(folder))
         run_folder.write_metrics(folder, metrics)
         run_folder.end_attempt(folder, state.global_step, "completed")
         measured = trainer.exam.describe(metrics) if trainer.exam else "no answer was scored while training"
         verdict = f"trained for {state.global_step} steps; {measured}"
+        if kept is not None:
+            name = best_metric(trainer.args)
+            verdict = (
+                f"kept step {kept} of {state.global_step}, the best by {name} ({state.best_metric:.4f}); {measured}"
+            )
+        print(verdict[:1].upper() + verdict[1:])
         tracking.close(trainer.args, state, 0, metrics | {"verdict": verdict})
         give_back(folder)

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from finetuning import run_folder, tracking
 from finetuning.folder_lock import give_back
+from finetuning.training.best_checkpoint import find_best
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not failed, run it again
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that the kernel sends a process whose parent has died
@@ -97,6 +98,7 @@ class StopTogether(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             args.eval_on_start = self._evaluation_is_owed(args, state)
+            state.best_model_checkpoint = find_best(args, state)
 
     def _evaluation_is_owed(self, args, state) -> bool:
         # An evaluation that was due at the step of the signal is made up for now: it can take longer than the grace.

@@ -26,6 +26,7 @@ from finetuning.manifest import follow_umask
 from finetuning.models.parts import base_model_of, cache_named_parameters, switch_mode_only_on_change
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
+from finetuning.training.best_checkpoint import StopEarly, find_best
 from finetuning.training.checkpoints import CheckpointingTrainer
 from finetuning.training.resume import refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
@@ -95,6 +96,8 @@ class FineTuningTrainer(CheckpointingTrainer):
         self.step_metrics = StepMetrics(self._refuse_bad_loss)
         self.run_sums = RunSums()
         self.exam = exam
+        self.stop_early = StopEarly(patience) if (patience := training_args.early_stopping_patience) else None
+        self._resumed_at = 0
         self.eval_max_new_tokens = eval_max_new_tokens
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
         self._add_callbacks(cuda_graphs)
@@ -105,6 +108,8 @@ class FineTuningTrainer(CheckpointingTrainer):
         if self.pop_callback(WandbCallback):
             self.add_callback(tracking.WandbCallbackThatReturns())
         self.add_callback(StopTogether(self.stop_request))
+        if self.stop_early is not None:
+            self.add_callback(self.stop_early)
         self.add_callback(ShowProgress(self.exam.headlines if self.exam else {}))
         if self.layer_checkpointing is not None:
             self.add_callback(self.layer_checkpointing)
@@ -121,6 +126,7 @@ class FineTuningTrainer(CheckpointingTrainer):
             if self.args.deepspeed_plugin is not None:
                 refuse_other_sharding(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
             self._continue_sums(Path(resume_from_checkpoint))
+            self._resumed_at = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
         self.step_metrics.start_interval(self._total_train_tokens)
         with self.stop_request:
             result = super().train(resume_from_checkpoint, **kwargs)
@@ -280,9 +286,19 @@ class FineTuningTrainer(CheckpointingTrainer):
             metrics |= scores
             if self.is_world_process_zero():
                 tracking.log_answers(self, table)
+        self._weigh(metrics)
         # An evaluation is no training time.
         self.step_metrics.leave_out(time.perf_counter() - started)
         return metrics
+
+    def _weigh(self, metrics: dict[str, float]) -> None:
+        """Let the scored answers decide on the best checkpoint and on stopping early; transformers saw the loss alone."""
+        # An evaluation right after a restart is one that a stop signal put off: its checkpoint may be the best one.
+        put_off = self.state.global_step and self.state.global_step == self._resumed_at
+        if put_off and self._determine_best_metric(metrics, None):
+            self.state.best_model_checkpoint = find_best(self.args, self.state)
+        if self.stop_early is not None:
+            self.stop_early.look(self.args, self.state, self.control, metrics)
 
     def _save_checkpoint(self, model, trial) -> None:
         self._note_metrics()  # of a bad loss nothing is saved
