@@ -268,6 +268,12 @@ def prompt_tokens(processing_class, row: dict) -> list[int]:
     return prompt_batch(processing_class, [row])["input_ids"][0].tolist()
 
 
+def one_by_one(model, processing_class, rows, tokens: int) -> list[str]:
+    """As a conversation asks: the memory and the graphs of the first question serve the next ones."""
+    answerer = Answerer(model, processing_class, max_new_tokens=tokens, batch_size=1)
+    return [answer_one(model, processing_class, row, max_new_tokens=tokens, answerer=answerer) for row in rows]
+
+
 def ways_of(setting: Setting, options: argparse.Namespace, before: Callable | None) -> dict[str, Callable]:
     """What is measured: (model, processing class, rows, tokens) -> answers."""
     if setting.single:
@@ -275,9 +281,7 @@ def ways_of(setting: Setting, options: argparse.Namespace, before: Callable | No
             "transformers": lambda model, processing_class, rows, tokens: [
                 answer_batch(model, processing_class, [row], max_new_tokens=tokens)[0] for row in rows
             ],
-            "this project": lambda model, processing_class, rows, tokens: [
-                answer_one(model, processing_class, row, max_new_tokens=tokens) for row in rows
-            ],
+            "this project": one_by_one,
         }
     ways: dict[str, Callable] = {}
     if "transformers" in options.ways:

@@ -14,26 +14,29 @@ import argparse
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-from datasets import Dataset
-
-from finetuning.data.dataset import open_dataset
-from finetuning.evaluation.answering import (
-    answer_with_both,
-    digest,
-    start_evaluation,
-)
-from finetuning.evaluation.page import write_evaluation
-from finetuning.evaluation.perplexity import losses_of_both
-from finetuning.pages import model_names, speak
+from finetuning.flags import evaluation_parser
+from finetuning.model_files import refuse_missing_dataset
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
-from finetuning.tasks.anime_facts import TitlesExam, load_wording
-from finetuning.tasks.evaluate import evaluate, evaluation_parser, show
+
+LOSS_BATCH = 16  # rows whose loss is computed at once where --batch_size is auto
 
 
 def main(args: argparse.Namespace) -> None:
-    # Questions: rows of both splits, cut before the answer
     run, arguments = open_run(args.run)
+    refuse_missing_dataset(args.dataset, vision=False)
+    # PyTorch comes with these: once there is something to evaluate.
+    from accelerate import PartialState
+    from datasets import Dataset
+
+    from finetuning.data.dataset import open_dataset
+    from finetuning.evaluation.answering import answer_with_both, digest, start_evaluation
+    from finetuning.evaluation.page import write_evaluation
+    from finetuning.evaluation.perplexity import losses_of_both
+    from finetuning.pages import model_names, speak
+    from finetuning.tasks.anime_facts import TitlesExam, load_wording
+    from finetuning.tasks.evaluate import evaluate, show
+
+    # Questions: rows of both splits, cut before the answer
     name = args.dataset or arguments["dataset_name"]
     source = args.dataset or find_again(run, name)
     wording = load_wording(source)
@@ -57,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
         answers = answer_with_both(
             run, base, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
         )
-        losses = losses_of_both(run, base, questions, batch_size=args.batch_size)
+        losses = losses_of_both(
+            run, base, questions, batch_size=LOSS_BATCH if args.batch_size == "auto" else args.batch_size
+        )
         if state.is_main_process:
             say = speak(args.language)
             findings = exam.find(answers, losses, name, model_names(say), say)
@@ -71,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of an evaluation, with this task's sizes."""
-    return evaluation_parser(__doc__, batch_size=16, max_new_tokens=128).parse_args(argv)
+    return evaluation_parser(__doc__, max_new_tokens=128).parse_args(argv)
 
 
 if __name__ == "__main__":

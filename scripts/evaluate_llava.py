@@ -13,16 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from finetuning.tasks.evaluate import evaluate, evaluation_parser
+from finetuning.flags import evaluation_parser
+from finetuning.model_files import refuse_missing_dataset
+from finetuning.run_folder import open_run
 
 
 def main(args: argparse.Namespace) -> None:
+    open_run(args.run)
+    refuse_missing_dataset(args.dataset, vision=True)
+    from finetuning.tasks.evaluate import evaluate  # PyTorch comes with it: once there is something to evaluate
+
     evaluate(args, vision=True)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of an evaluation, with this task's sizes."""
-    return evaluation_parser(__doc__, batch_size=8, max_new_tokens=32).parse_args(argv)
+    return evaluation_parser(__doc__, max_new_tokens=32).parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,10 @@ class TrainingArguments(SFTConfig):
         metadata={"help": "A loss that is not finite stops the run; looking for one again would stall the GPU."},
     )
 
+    dataloader_persistent_workers: bool = field(
+        default=True,
+        metadata={"help": "Loader processes live on from epoch to epoch, and read the next one's first batches ahead."},
+    )
     ddp_broadcast_buffers: bool = field(
         default=False,
         metadata={
@@ -182,6 +186,8 @@ class TrainingArguments(SFTConfig):
     def __post_init__(self):
         capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()
         self.use_cpu = capability is None
+        if not self.dataloader_num_workers:
+            self.dataloader_persistent_workers = False  # there are none
         if not self.use_cpu:
             refuse_more_processes_than_gpus()
         self.fp16, self.bf16 = choose_precision(*launched_precision(self.fp16, self.bf16), capability)

@@ -11,9 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from finetuning.flags import LANGUAGES
+
 TEMPLATES = Path(__file__).parent / "page_templates"
 THUMBNAIL_SIDE = 480  # pixels: sharp at the 320 px that a card is wide
-LANGUAGES = ("en", "ko")
 Say = Callable[[str, str], str]
 
 

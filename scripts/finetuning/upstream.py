@@ -85,6 +85,7 @@ ENTRIES = [
     Entry(TRAINER, "_total_loss_scalar", "tells of the whole run after a restart"),
     Entry(TRAINER, "_tr_loss", "keeps the loss since the last log in a checkpoint"),
     Entry("torch.utils.data.dataloader.DataLoader", "worker_init_fn", "lets loader workers outlive Slurm's signals"),
+    Entry("torch.utils.data.dataloader.DataLoader", "__iter__", "reads the next epoch's first batches ahead"),
     # data/
     Entry("transformers.processing_utils.ProcessorMixin", "_adjust_assistant_masks_indices", "reads offsets as lists", (
         "processed_dict, generation_indices",

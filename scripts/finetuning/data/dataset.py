@@ -8,6 +8,7 @@ from datasets.exceptions import DatasetNotFoundError
 from transformers import IntervalStrategy
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
+from finetuning.model_files import refuse_missing_dataset
 
 
 def open_dataset(name: str, *, vision: bool) -> DatasetDict:
@@ -21,16 +22,8 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     try:
         if (folder / "dataset_dict.json").is_file():
             dataset = load_from_disk(name)
-        elif folder.exists() or name.startswith((".", "/", "~", "data/")):
-            if not folder.is_dir() or not any(folder.iterdir()):
-                example = (
-                    "prepare_cctv.py --frames FRAMES --labels labels.csv --messages messages.txt"
-                    if vision
-                    else "prepare_anime.py --csv anime-dataset-2023.csv"
-                )
-                raise ValueError(f"{name}: no dataset here. Make it with: python data_prep/{example} --output {name}")
-            dataset = load_dataset(name)
         else:
+            refuse_missing_dataset(name, vision=vision)
             dataset = load_dataset(name)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(

@@ -12,15 +12,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.folder_lock import take_lock
-from finetuning.inference.generation import generate_answers
+from finetuning.inference.generation import answer_rows
 from finetuning.models.loading import load_for_inference
 from finetuning.run_folder import EvaluationFolder, changed_settings, set_aside
 
-CHUNK = 16  # batches answered between two writes to disk
 MODELS = ("base", "tuned")
 
 
@@ -79,48 +77,52 @@ def start_evaluation(folder: EvaluationFolder, settings: dict[str, Any], *, over
 
 
 def answer_with_both(
-    run: Path, base: str, rows: Dataset, folder: EvaluationFolder, *, batch_size: int, max_new_tokens: int
+    run: Path, base: str, rows: Dataset, folder: EvaluationFolder, *, batch_size: int | str, max_new_tokens: int
 ) -> dict[str, list[str]]:
     """Greedy answers of the `base` and the `tuned` model, one per row, in order, on every process.
 
     `rows` have `messages` that end with a user turn (and `images`). Both models get the same prompts, made by the run's
-    own processor. Answers are kept in `folder` as they come; those of an evaluation that was stopped are not asked again.
+    own processor; of an adapter and its base each picture is opened and preprocessed once. Answers are kept in `folder`
+    as they come; those of an evaluation that was stopped are not asked again.
     """
-    state = PartialState()
     answers = folder.kept(MODELS)
     missing = [name for name in ("tuned", "base") if len(answers[name]) < len(rows)]
     if not missing:
         return answers
+    model, processing_class = load_for_inference(str(run))
 
-    def ask(
-        name: str, model: PreTrainedModel | PeftModel, processing_class: ProcessorMixin | PreTrainedTokenizerBase
-    ) -> None:
-        done = answers[name]
-        bar = tqdm(
-            total=len(rows),
-            initial=len(done),
-            desc=f"Asking the {name} model",
-            unit="answer",
-            disable=not state.is_main_process,
+    def ask(names: Sequence[str], start: int, stop: int) -> None:
+        windows = answer_rows(
+            model,
+            processing_class,
+            rows.select(range(start, stop)),
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            names=names,
+            description=f"Asking the {' and the '.join(names)} model",
         )
-        with bar:
-            # The size of a chunk does not depend on the number of processes: the same batches, the same answers.
-            while len(done) < len(rows):
-                chunk = range(len(done), min(len(done) + CHUNK * batch_size, len(rows)))
-                new = generate_answers(
-                    model,
-                    processing_class,
-                    rows.select(chunk),
-                    batch_size=batch_size,
-                    max_new_tokens=max_new_tokens,
-                    description=f"{name} model, answers {chunk.start + 1} to {chunk.stop}",
-                )
-                if state.is_main_process:
-                    folder.keep(name, chunk.start, new)
-                done += new
-                bar.update(len(new))
+        for window in windows:
+            for name, new in window.items():
+                if PartialState().is_main_process:
+                    folder.keep(name, len(answers[name]), new)
+                answers[name] += new
 
-    ask_both(run, base, ask, missing)
+    if isinstance(model, PeftModel):
+        # Both at once. A stop may have come between two writes: the model that is behind catches up first.
+        behind, ahead = sorted(MODELS, key=lambda name: len(answers[name]))
+        if len(answers[behind]) < len(answers[ahead]):
+            ask([behind], len(answers[behind]), len(answers[ahead]))
+        if len(answers[ahead]) < len(rows):
+            ask(("tuned", "base"), len(answers[ahead]), len(rows))
+        return answers
+    for name in missing:
+        if name == "base":
+            # Every weight was trained: the base is another model, and one of the two is in memory at a time.
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+            model, _ = load_for_inference(base)
+        ask([name], len(answers[name]), len(rows))
     return answers
 
 

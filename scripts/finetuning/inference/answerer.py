@@ -7,7 +7,7 @@ kernels take the host longer than the GPU. Rows that have ended leave the batch 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -16,16 +16,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from finetuning.data.collator import stop_tokens
+from finetuning.inference.decode_steps import DecodeSteps
 from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.inference.prompt_reader import PromptGroup
 
 CHUNK_TOKENS = 32768  # more make no product faster
+FIRST_CHUNK_TOKENS = 8192  # so that the GPU begins while the loader still reads
 MOST_ROWS = 256  # of an automatic batch on a GPU
 MOST_ROWS_ON_CPU = 64
+ROOM_OF_ONE = 2048  # slots more for a single question: the next one of a conversation is longer
 SPARE_BYTES = 2**30  # left for graphs, logits and the allocator's rounding
-# Rows that a step is prepared for. A batch takes the next larger one, and its other rows are idle.
-STEP_SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
 
 
 @dataclass
@@ -37,6 +38,21 @@ class Chunk:
     last: list[int]
     runs: list[list[tuple[int, int]]]  # of each row: (first token, tokens) of the prefix and of its own part
     pixel_values: Tensor | None
+
+
+@dataclass
+class Batch:
+    """Rows that are answered together: those computed already, in `chunks` with their pictures' features, and the rest."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    features: list[Tensor | None] = field(default_factory=list)
+    waiting: list[PromptGroup] = field(default_factory=list)
+    groups: list[PromptGroup] = field(default_factory=list)
+    next_slot: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(group.rows) for group in self.groups)
 
 
 class Answerer:
@@ -100,6 +116,7 @@ class Answerer:
             return
         self.pool = self.steps = None
         wanted = max(slots, -(-slots * self.most_rows // rows))
+        wanted += ROOM_OF_ONE if self.most_rows == 1 else 0
         if self.is_cuda:
             free = torch.cuda.mem_get_info(self.decoder.device)[0]
             free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -110,6 +127,12 @@ class Answerer:
             wanted = min(wanted, max(slots, int(0.9 * (free - of_chunk - SPARE_BYTES)) // self.decoder.bytes_of_slot()))
         self.pool = KeyValuePool(self.decoder, wanted)
         self.steps = DecodeSteps(self.decoder, self.pool, self.stops, self.max_new_tokens, self.tokenizer.pad_token_id)
+
+    def release(self) -> None:
+        """Give the pool and the graphs back, to whoever wants the GPU next."""
+        self.pool = self.steps = None
+        if self.is_cuda:
+            torch.cuda.empty_cache()
 
     # Answers
 
@@ -128,16 +151,18 @@ class Answerer:
         try:
             return compute(groups)
         except torch.OutOfMemoryError:
-            rows = sum(len(group.rows) for group in groups)
-            halves = halved(groups)
-            if halves is None:
-                raise ValueError(
-                    "the GPU has no memory for a single question: close other programs on it, or load the model in 4 bits"
-                ) from None
-        # Outside of the handler, which would keep the failed pass's tensors alive.
-        self.pool = self.steps = None
-        if self.is_cuda:
-            torch.cuda.empty_cache()
+            pass  # handled outside, where the failed pass's tensors are no longer held
+        return self.halve(groups, compute)
+
+    def halve(self, groups: Sequence[PromptGroup], compute: Callable[[Sequence[PromptGroup]], dict]) -> dict:
+        """`compute` of the halves of a batch that did not fit, smaller ones from here on."""
+        rows = sum(len(group.rows) for group in groups)
+        halves = halved(groups)
+        if halves is None:
+            raise ValueError(
+                "the GPU has no memory for a single question: close other programs on it, or load the model in 4 bits"
+            )
+        self.release()
         self.most_rows = max(1, rows // 2)
         self.chunk_tokens = max(1024, self.chunk_tokens // 2)
         self.say(
@@ -152,15 +177,76 @@ class Answerer:
     def answer_once(self, groups, names, on_token) -> dict[int, dict[str, str]]:
         """Answers of all groups by each named model: row -> name -> text. Pictures are encoded once where all see alike."""
         self.make_room(sum(map(self.slots_of, groups)), sum(len(group.rows) for group in groups))
-        chunks = [self.lay_out(part) for part in self.chunks(groups)]
-        features: list[Tensor | None] = []
-        answers: dict[int, dict[str, str]] = {row: {} for chunk in chunks for row in chunk.rows}
+        batch = Batch(groups=list(groups))
+        for part in self.chunks(groups):
+            self.compute_prompts(batch, part, names[0])
+        return self.finish(batch, names, on_token)
+
+    @torch.no_grad()
+    def stream(
+        self, prompts: Iterable[PromptGroup], names: Sequence[str] = ("tuned",)
+    ) -> Iterator[dict[int, dict[str, str]]]:
+        """Answers of `prompts`, a batch at a time: row number -> the answer of each name.
+
+        The first prompts of a batch are computed while the next ones are still being read.
+        """
+        batch = Batch()
+        for group in prompts:
+            for part in self.divided(group):
+                self.make_room(self.slots_of(part), len(part.rows))
+                slots = sum(map(self.slots_of, batch.groups)) + self.slots_of(part)
+                if batch.groups and (batch.num_rows + len(part.rows) > self.most_rows or slots > self.pool.slots):
+                    yield self.attempt(batch, names, ends=True)
+                    batch = Batch()
+                batch.groups.append(part)
+                batch.waiting.append(part)
+                enough = self.chunk_tokens if batch.chunks else min(FIRST_CHUNK_TOKENS, self.chunk_tokens)
+                is_chunk = sum(group.num_tokens for group in batch.waiting) >= enough
+                if is_chunk and (answers := self.attempt(batch, names, ends=False)):
+                    yield answers
+                    batch = Batch()
+        if batch.groups:
+            yield self.attempt(batch, names, ends=True)
+
+    def attempt(self, batch: Batch, names: Sequence[str], *, ends: bool) -> dict[int, dict[str, str]]:
+        """Compute the prompts that wait; where the batch `ends` its answers. Answers too where memory did not suffice."""
+        try:
+            if batch.waiting:
+                waiting, batch.waiting = batch.waiting, []
+                self.compute_prompts(batch, waiting, names[0])
+            return self.finish(batch, names, None) if ends else {}
+        except torch.OutOfMemoryError:
+            batch.chunks, batch.features = [], []
+        return self.halve(batch.groups, lambda part: self.answer_once(part, names, None))
+
+    def compute_prompts(self, batch: Batch, groups: Sequence[PromptGroup], name: str) -> None:
+        if not batch.chunks:
+            self.steps.begin(max(self.most_rows, batch.num_rows))
+        chunk = self.lay_out(groups)
+        with self.as_named(name):
+            seen = self.see(chunk)
+            batch.next_slot = self.prefill_chunk(chunk, seen, batch.next_slot)
+        batch.chunks.append(chunk)
+        batch.features.append(seen)
+
+    def finish(self, batch: Batch, names: Sequence[str], on_token) -> dict[int, dict[str, str]]:
+        """The answers of a batch whose prompts `names[0]` has computed; those of other names from their beginning."""
+        rows = [row for chunk in batch.chunks for row in chunk.rows]
+        answers: dict[int, dict[str, str]] = {row: {} for row in rows}
         for name in names:
             with self.as_named(name):
-                if not features or not self.sees_alike():
-                    features = [self.see(chunk) for chunk in chunks]
-                for row, text in self.decode_rows(chunks, features, on_token).items():
-                    answers[row][name] = text
+                if name != names[0]:
+                    if not self.sees_alike():
+                        batch.features = [self.see(chunk) for chunk in batch.chunks]
+                    self.steps.begin(batch.num_rows)
+                    batch.next_slot = 0
+                    for chunk, seen in zip(batch.chunks, batch.features, strict=True):
+                        batch.next_slot = self.prefill_chunk(chunk, seen, batch.next_slot)
+                self.steps.place_answers(batch.next_slot)
+                tokens = self.decode_steps(on_token)
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row][name] = text.strip()
         return answers
 
     @contextmanager
@@ -215,42 +301,38 @@ class Answerer:
         if chunk.pixel_values is None:
             return None
         base = self.decoder.base
-        pixel_values = chunk.pixel_values.to(self.decoder.device, base.dtype, non_blocking=True)
+        pixel_values = chunk.pixel_values.to(base.dtype)
+        if self.is_cuda:
+            pixel_values = pixel_values.pin_memory()  # else the copy, and with it the host, waits for the chunk before
+        pixel_values = pixel_values.to(self.decoder.device, non_blocking=True)
         return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values).pooler_output))
-
-    def decode_rows(self, chunks: Sequence[Chunk], features: Sequence[Tensor | None], on_token) -> dict[int, str]:
-        """Answers of the chunks' rows, as row -> text."""
-        rows = [row for chunk in chunks for row in chunk.rows]
-        self.steps.begin(len(rows))
-        first_slot = 0
-        for chunk, seen in zip(chunks, features, strict=True):
-            first_slot = self.prefill_chunk(chunk, seen, first_slot)
-        self.steps.place_answers(first_slot)
-        texts = self.tokenizer.batch_decode(self.decode_steps(on_token), skip_special_tokens=True)
-        return {row: text.strip() for row, text in zip(rows, texts, strict=True)}
 
     def prefill_chunk(self, chunk: Chunk, features: Tensor | None, first_slot: int) -> int:
         """Compute prompts, whose tokens take the slots from `first_slot` on. Returns the next free slot."""
-        hidden = self.embed(chunk.prompts.tokens, features)
-        asked = torch.tensor(chunk.last, device=self.decoder.device)
-        last = self.decoder.prefill(hidden, chunk.prompts, asked, self.pool, first_slot)
+        hidden = self.embed(chunk.prompts, features)
+        last = self.decoder.prefill(hidden, chunk.prompts, self.to_device(chunk.last), self.pool, first_slot)
         lengths = [sum(length for _, length in runs) for runs in chunk.runs]
         runs = [[(start + first_slot, length) for start, length in runs] for runs in chunk.runs]
         self.steps.add(self.decoder.logits(last).argmax(-1), lengths, runs)
         return first_slot + len(hidden)
 
+    def to_device(self, numbers: Sequence[int]) -> Tensor:
+        # `torch.tensor(..., device=...)` would wait for all that the GPU was given before.
+        return torch.tensor(numbers).to(self.decoder.device, non_blocking=True)
+
     def decode_steps(self, on_token: Callable[[int], None] | None) -> list[list[int]]:
-        """Token ids of each row's answer, without its stop token."""
+        """Token ids of each row's answer, with the one that ends it."""
         return self.steps.run(on_token)
 
-    def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
-        """(tokens) -> (tokens, width), image tokens replaced by `features`. Raises ValueError where their numbers differ."""
-        embeddings = self.decoder.text_model.embed_tokens(tokens)
+    def embed(self, prompts: PackedPrompts, features: Tensor | None) -> Tensor:
+        """Embeddings of all tokens, with features in the places of image tokens."""
+        embeddings = self.decoder.text_model.embed_tokens(prompts.tokens)
         if features is None:
             return embeddings
-        places = (tokens == self.image_token).nonzero()[:, 0]
+        places = (torch.cat([segment.tokens for segment in prompts.segments]) == self.image_token).nonzero()[:, 0]
         if len(places) != len(features):
             raise ValueError(f"{len(places)} image tokens in the prompts, {len(features)} features of their pictures")
+        places = places.to(self.decoder.device, non_blocking=True)
         return embeddings.index_copy(0, places, features.to(embeddings.dtype))
 
 
@@ -266,142 +348,3 @@ def halved(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[Promp
         return list(groups[: len(groups) // 2]), list(groups[len(groups) // 2 :])
     parts = groups[0].split()
     return None if parts is None else ([parts[0]], [parts[1]])
-
-
-class DecodeSteps:
-    """The rows of a batch while they are answered, a token a step, in memory that CUDA graphs can keep reading."""
-
-    def __init__(
-        self, decoder: PackedDecoder, pool: KeyValuePool, stops: Tensor, max_new_tokens: int, pad_token: int | None
-    ):
-        self.decoder, self.pool, self.stops, self.max_new_tokens = decoder, pool, stops, max_new_tokens
-        self.is_cuda = decoder.device.type == "cuda"
-        self.capacity = 0
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.memory = torch.cuda.graph_pool_handle() if self.is_cuda else None
-
-    def begin(self, rows: int) -> None:
-        """Room for so many rows, all of them still to be added."""
-        size = step_size(rows)
-        if size > self.capacity:
-            self.capacity = size
-            self.graphs.clear()
-            device = self.decoder.device
-            self.tokens = torch.zeros(size, dtype=torch.long, device=device)
-            self.positions = torch.zeros(size, dtype=torch.long, device=device)
-            self.slots = torch.zeros(size, dtype=torch.long, device=device)
-            self.runs = torch.zeros(size, 3, 2, dtype=torch.int32, device=device)
-            self.alive = torch.zeros(size, dtype=torch.long, device=device)
-            self.out = torch.zeros(size, self.max_new_tokens, dtype=torch.long, device=device)
-            self.counts = torch.zeros(size, dtype=torch.long, device=device)
-        self.num_rows = 0
-        self.total = rows
-
-    def add(self, first_tokens: Tensor, lengths: list[int], runs: list[list[tuple[int, int]]]) -> None:
-        """Rows whose prompts are computed, with the first token of each answer."""
-        new = slice(self.num_rows, self.num_rows + len(lengths))
-        padded = torch.tensor([[*([(0, 0)] * (2 - len(parts))), *parts, (0, 0)] for parts in runs], dtype=torch.int32)
-        self.runs[new] = padded.to(self.runs.device, non_blocking=True)
-        self.positions[new] = torch.tensor(lengths).to(self.positions.device, non_blocking=True)
-        self.tokens[new] = first_tokens
-        self.out[new, 0] = first_tokens
-        self.counts[new] = 1
-        self.alive[new] = self.goes_on(first_tokens)
-        self.num_rows = new.stop
-
-    def place_answers(self, first_slot: int) -> None:
-        """The answers' slots, `max_new_tokens` a row, begin at `first_slot`."""
-        own = first_slot + self.max_new_tokens * torch.arange(self.num_rows, device=self.slots.device)
-        self.slots[: self.num_rows] = own
-        self.runs[: self.num_rows, 2, 0] = own.int()
-        self.idle(self.num_rows)
-
-    def idle(self, first: int) -> None:
-        """Rows from `first` on do nothing: they read and write the slot that belongs to nobody."""
-        rest = slice(first, self.capacity)
-        self.tokens[rest] = self.positions[rest] = self.alive[rest] = self.counts[rest] = 0
-        self.slots[rest] = self.pool.slots
-        self.runs[rest] = 0
-        self.runs[rest, 2] = torch.tensor([self.pool.slots, 1], dtype=torch.int32, device=self.runs.device)
-
-    def run(self, on_token: Callable[[int], None] | None = None) -> list[list[int]]:
-        """Tokens of each row's answer, with the one that ends it."""
-        answers: list[list[int]] = [[]] * self.num_rows
-        numbers = list(range(self.num_rows))  # the row that each place of the batch holds
-        size = step_size(self.num_rows)
-        if on_token:
-            on_token(int(self.tokens[0]))
-        alive = self.alive.tolist()[: self.num_rows]
-        for step in range(1, self.max_new_tokens + 1):
-            num_alive = sum(alive)
-            last = not num_alive or step == self.max_new_tokens
-            if last or step_size(num_alive) <= size // 2:
-                self.collect(numbers, [] if last else alive, answers)
-                if last:
-                    break
-                keep = [place for place, is_alive in enumerate(alive) if is_alive]
-                numbers, size = self.compact(keep, numbers), step_size(len(keep))
-            self.step(size)
-            alive = self.alive[: len(numbers)].tolist()
-            if on_token:
-                on_token(int(self.tokens[0]))
-        return answers
-
-    def collect(self, numbers: list[int], alive: list[int], answers: list[list[int]]) -> None:
-        """Read the answers of rows that have ended; of all where `alive` is empty."""
-        counts, tokens = self.counts.tolist(), self.out.tolist()
-        for place, number in enumerate(numbers):
-            if not alive or not alive[place]:
-                answers[number] = tokens[place][: counts[place]]
-
-    def compact(self, keep: list[int], numbers: list[int]) -> list[int]:
-        """Keep the rows at these places and no others; returns their numbers."""
-        places = torch.tensor(keep, device=self.tokens.device)
-        for state in (self.tokens, self.positions, self.slots, self.runs, self.alive, self.out, self.counts):
-            state[: len(keep)] = state[places]
-        self.idle(len(keep))
-        return [numbers[place] for place in keep]
-
-    def step(self, size: int) -> None:
-        """A token for each of the first `size` places: recorded at its second use, launched as one from then on."""
-        uses_lora = bool(self.decoder.stacks) and self.decoder.stacks[0].is_active
-        key = (size, uses_lora)
-        if not self.is_cuda:
-            self.compute(size)
-        elif key not in self.graphs:
-            self.compute(size)  # libraries load and kernels are compiled, which cannot be recorded
-            self.graphs[key] = None
-        else:
-            if self.graphs[key] is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-                    self.compute(size)
-                self.graphs[key] = graph
-            self.graphs[key].replay()
-
-    def compute(self, size: int) -> None:
-        """One token of the first `size` rows, all on the device: what a CUDA graph records."""
-        decoder = self.decoder
-        alive = self.alive[:size]
-        tokens, positions, slots, runs = self.tokens[:size], self.positions[:size], self.slots[:size], self.runs[:size]
-        runs[:, 2, 1] += alive.int()
-        hidden = decoder.decode(decoder.text_model.embed_tokens(tokens), positions, runs, slots, self.pool)
-        chosen = decoder.logits(hidden).argmax(-1)
-        tokens.copy_(torch.where(alive.bool(), chosen, tokens))
-        counts = self.counts[:size]
-        place = counts.clamp(max=self.max_new_tokens - 1)[:, None]
-        out = self.out[:size]
-        out.scatter_(1, place, torch.where(alive[:, None].bool(), tokens[:, None], out.gather(1, place)))
-        counts += alive
-        positions += alive
-        slots += alive
-        alive *= self.goes_on(tokens)
-
-    def goes_on(self, tokens: Tensor) -> Tensor:
-        """(rows) 1 where a token is no stop token, else 0."""
-        return (tokens[:, None] != self.stops).all(1).long()
-
-
-def step_size(rows: int) -> int:
-    """The smallest recorded size that holds so many rows; `rows` itself beyond the largest."""
-    return next((size for size in STEP_SIZES if size >= rows), rows)

@@ -16,10 +16,11 @@ from transformers.generation.streamers import BaseStreamer
 from finetuning.data.collator import prompt_batch, stop_tokens
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.packed_decoder import reason_against
-from finetuning.inference.prompt_reader import PromptReader, group_rows, image_ids_of, read_prompts
+from finetuning.inference.prompt_reader import PromptReader, cut_windows, group_rows, image_ids_of, read_prompts
 from finetuning.strategy import Strategy
 
-WINDOW = 1024  # rows answered between two results, where the batch size is chosen here
+# Rows that a process answers between two results, where the batch size is chosen here: just under a full batch.
+WINDOW = 240
 BATCHES_A_WINDOW = 16
 DEFAULT_BATCH = 16  # of transformers' own generate, where a batch size is to be chosen
 
@@ -46,8 +47,8 @@ def answer_rows(
     state = PartialState()
     was_training = model.training
     model.eval()
-    window = WINDOW if batch_size == "auto" else BATCHES_A_WINDOW * int(batch_size)
-    windows = [range(start, min(start + window, len(rows))) for start in range(0, len(rows), window)]
+    window = WINDOW * state.num_processes if batch_size == "auto" else BATCHES_A_WINDOW * int(batch_size)
+    windows = cut_windows(image_ids_of(rows), window)
     if Strategy.from_environment().shards_weights or reason_against(model):
         size = DEFAULT_BATCH if batch_size == "auto" else int(batch_size)
         answered = answer_by_transformers(model, processing_class, rows, windows, names, size, max_new_tokens)
@@ -77,18 +78,17 @@ def answer_packed(
     state = PartialState()
     image_ids = image_ids_of(rows)
     groups = [group_rows(image_ids, numbers)[state.process_index :: state.num_processes] for numbers in windows]
+    windows_of_prompts = read_prompts(PromptReader(processing_class, rows, model.dtype), groups)  # reading begins
     answerer = Answerer(
         model, processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size, say=lambda text: tqdm.write(text)
     )
-    answerer.most_rows = min(answerer.most_rows, max(sum(map(len, window)) for window in groups) or 1)
-    reader = PromptReader(processing_class, rows, model.dtype)
-
-    def of_window(prompts) -> Iterator[list[tuple[int, dict[str, str]]]]:
-        for batch in answerer.batches(prompts):
-            yield list(answerer.answer(batch, names).items())
-
-    for prompts in read_prompts(reader, groups):
-        yield of_window(prompts)
+    largest = max((sum(map(len, window)) for window in groups), default=1)
+    answerer.most_rows = min(answerer.most_rows, max(largest, 1))
+    try:
+        for prompts in windows_of_prompts:
+            yield (list(answers.items()) for answers in answerer.stream(prompts, names))
+    finally:
+        answerer.release()
 
 
 def answer_by_transformers(
@@ -149,11 +149,16 @@ def answer_one(
     *,
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
+    answerer: Answerer | None = None,
 ) -> str:
-    """The greedy answer of one row, on this process; `streamer` shows its words as they come."""
-    if Strategy.from_environment().shards_weights or reason_against(model):
-        return answer_batch(model, processing_class, [row], max_new_tokens=max_new_tokens, streamer=streamer)[0]
-    answerer = Answerer(model, processing_class, max_new_tokens=max_new_tokens, batch_size=1)
+    """The greedy answer of one row, on this process; `streamer` shows its words as they come.
+
+    An `Answerer` that is given is used: the second question finds its memory and its graphs ready.
+    """
+    if answerer is None:
+        if Strategy.from_environment().shards_weights or reason_against(model):
+            return answer_batch(model, processing_class, [row], max_new_tokens=max_new_tokens, streamer=streamer)[0]
+        answerer = Answerer(model, processing_class, max_new_tokens=max_new_tokens, batch_size=1)
     groups = PromptReader(processing_class, [row], model.dtype).read([0])
     on_token = None
     if streamer is not None:

@@ -15,9 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from finetuning.inference.answerer import Answerer, by_length
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
-from finetuning.inference.prompt_reader import PromptGroup, PromptReader, group_rows, image_ids_of, read_prompts
+from finetuning.inference.prompt_reader import (
+    PromptGroup,
+    PromptReader,
+    cut_windows,
+    group_rows,
+    image_ids_of,
+    read_prompts,
+)
 
-WINDOW = 1024  # rows between two results
+WINDOW = 240  # rows of a process between two results
 
 
 def continuation_logits(
@@ -43,7 +50,7 @@ def continuation_logits(
     longest = sum(map(len, continuations))  # slots behind each prompt
     answerer = Answerer(model, processing_class, max_new_tokens=longest, batch_size=batch_size, say=tqdm.write)
     image_ids = image_ids_of(rows)
-    windows = [range(start, min(start + WINDOW, len(rows))) for start in range(0, len(rows), WINDOW)]
+    windows = cut_windows(image_ids, WINDOW * state.num_processes)
     groups = [group_rows(image_ids, numbers)[state.process_index :: state.num_processes] for numbers in windows]
     tokens = [torch.tensor(list(continuation)) for continuation in continuations]
     columns = None if keep is None else torch.tensor(list(keep), device=answerer.decoder.device)
@@ -63,6 +70,7 @@ def continuation_logits(
             yield from (score for _, score in sorted(gathered, key=lambda item: item[0]))
     finally:
         bar.close()
+        answerer.release()
         model.train(was_training)
 
 
@@ -77,7 +85,7 @@ def score_batch(
         for part in answerer.chunks(groups):
             chunk = answerer.lay_out(part)
             prompts, ends, rows = with_continuations(part, continuations, answerer.decoder.device)
-            hidden = answerer.embed(prompts.tokens, answerer.see(chunk))
+            hidden = answerer.embed(prompts, answerer.see(chunk))
             asked = torch.tensor(ends, device=answerer.decoder.device)
             last = answerer.decoder.prefill(hidden, prompts, asked, answerer.pool, 0)
             lines = 1 + len(continuations)

@@ -16,6 +16,7 @@ from trl.data_utils import prepare_multimodal_messages
 from finetuning.data.collator import prompt_batch
 
 MOST_WORKERS = 8
+MOST_OF_GROUP = 16  # rows about one image that are computed together
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where loader processes leave tensors; only its size is read
 GROUPS_A_FETCH = 4  # groups that a loader process hands over at once
 SHORTEST_SHARED_PREFIX = 16  # tokens; a shorter one is not worth a segment of its own
@@ -149,7 +150,7 @@ def image_ids_of(rows: Sequence[dict[str, Any]]) -> list[Any]:
     return [("row", number) if image_id is None else image_id for number, image_id in enumerate(ids)]
 
 
-def group_rows(image_ids: Sequence[Any], numbers: Sequence[int], most: int = 16) -> list[list[int]]:
+def group_rows(image_ids: Sequence[Any], numbers: Sequence[int], most: int = MOST_OF_GROUP) -> list[list[int]]:
     """Row numbers with the same image id together, in the order of first appearance, at most `most` in a group."""
     groups: dict[Any, list[list[int]]] = {}
     for number in numbers:
@@ -158,6 +159,20 @@ def group_rows(image_ids: Sequence[Any], numbers: Sequence[int], most: int = 16)
             of_image.append([])
         of_image[-1].append(number)
     return [group for of_image in groups.values() for group in of_image]
+
+
+def cut_windows(image_ids: Sequence[Any], size: int) -> list[range]:
+    """Row numbers in ranges of at most `size`, cut between two images where one is near."""
+    windows = []
+    start = 0
+    while start < len(image_ids):
+        stop = min(start + size, len(image_ids))
+        if stop < len(image_ids):
+            near = range(stop, max(start, stop - MOST_OF_GROUP), -1)
+            stop = next((cut for cut in near if image_ids[cut] != image_ids[cut - 1]), stop)
+        windows.append(range(start, stop))
+        start = stop
+    return windows
 
 
 def read_prompts(
@@ -179,7 +194,7 @@ def read_prompts(
         prefetch_factor=read_ahead(workers) if workers else None,
         pin_memory=False,
     )
-    fetched = iter(loader)
+    fetched = iter(loader)  # the processes start here
 
     def of_window(number: int) -> Iterator[PromptGroup]:
         for _ in range(number):
@@ -188,8 +203,7 @@ def read_prompts(
                 raise ValueError(str(groups))
             yield from groups
 
-    for window in batches:
-        yield of_window(len(window))
+    return (of_window(len(window)) for window in batches)
 
 
 def has_images(rows: Sequence[dict[str, Any]], number: int) -> bool:

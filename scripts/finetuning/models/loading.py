@@ -29,6 +29,7 @@ from trl import ModelConfig
 from finetuning import upstream
 from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
+from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, read_arguments
 from finetuning.strategy import Strategy
 
@@ -52,14 +53,7 @@ NOT_QUANTISED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
 
 def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     """Config of a Hub model or a folder. Raises ValueError that says how to get what is missing."""
-    looks_like_folder = name.startswith((".", "/", "~", "models/", "outputs/")) or Path(name).exists()
-    if looks_like_folder and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{name}: no model here (config.json is missing). A tiny one to try things on: python "
-            f"scripts/make_tiny_model.py --architecture llava --pretrain --output {name}; a real one: hf download "
-            f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
-        )
-    if looks_like_folder:
+    if config_of(name) is not None:
         refuse_other_config(Path(name) / "config.json")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, **SAFE)
@@ -258,6 +252,7 @@ def load_base_for_training(
     elif trains_base_weights and not Strategy.from_environment().is_deepspeed:
         dtype = torch.float32
     quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
+    loads_on_gpu = Strategy.from_environment().replicates and not training_args.use_cpu
     if quantization is not None and trains_base_weights:
         raise ValueError("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
     return load_base_model(
@@ -265,8 +260,9 @@ def load_base_for_training(
         dtype=dtype,
         quantization=quantization,
         attn_implementation=model_args.attn_implementation,
-        # bitsandbytes quantises while it loads, on this process's GPU. The Trainer moves any other model there.
-        device_map=device_map_of_this_process() if quantization is not None else None,
+        # bitsandbytes quantises while it loads, on this process's GPU. Any other whole model is read straight to it, too:
+        # the Trainer would move it later, page by page. Sharding strategies place weights themselves.
+        device_map=device_map_of_this_process() if quantization is not None or loads_on_gpu else None,
         revision=model_args.model_revision,
     )
 

@@ -21,7 +21,7 @@ from finetuning.evaluation.answering import (
 from finetuning.evaluation.frames import frame_times, near_copies, thumbnail
 from finetuning.evaluation.page import Findings, write_evaluation
 from finetuning.folder_lock import give_back
-from finetuning.pages import LANGUAGES, Say, model_names, speak
+from finetuning.pages import Say, model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
 from finetuning.tasks.exam import TASKS, Exam, make_exam
@@ -210,29 +210,3 @@ def show(folder: EvaluationFolder, *, is_headline: bool) -> None:
     page = folder.page_of_run if is_headline else folder.page
     print("\n" + folder.table_file.read_text(encoding="utf-8"))
     print(f"Page:     {page}\nPictures: {folder.folder}/*.png\nAnswers:  {folder.answers_file}")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1. Raises ArgumentTypeError for anything else."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return number
-
-
-def evaluation_parser(description: str, *, batch_size: int, max_new_tokens: int) -> argparse.ArgumentParser:
-    """The flags that every evaluation has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--run", required=True, help="folder of a finished training, such as outputs/llava-sample")
-    add("--dataset", help="folder or Hub dataset; left out: the one that the run was trained on")
-    add("--split", default="test", help="split to ask about (default %(default)s)")
-    add("--task", choices=sorted(TASKS), help="what the rows are; left out: as in training")
-    add("--language", choices=LANGUAGES, default="en", help="of the verdict and the page (default %(default)s)")
-    add("--batch_size", type=positive, default=batch_size, help="questions asked at once, on each process")
-    add("--max_new_tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
-    add("--limit", type=positive, help="ask only so many questions, evenly spaced over the split")
-    add("--overwrite", action="store_true", help="evaluate anew; the old evaluation is kept beside it")
-    return parser

@@ -28,6 +28,7 @@ from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
 from finetuning.training.checkpoints import CheckpointingTrainer
+from finetuning.training.read_ahead import read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
 from finetuning.training.stop_signals import StopRequest, StopTogether, leave_interrupted, obey_parent_only
@@ -277,7 +278,7 @@ class FineTuningTrainer(CheckpointingTrainer):
                     self.accelerator.unwrap_model(self.model),
                     self.processing_class,
                     self.exam.questions,
-                    batch_size=self.args.per_device_eval_batch_size,
+                    batch_size="auto",
                     max_new_tokens=self.eval_max_new_tokens,
                 )
             scores, table = self.exam.score(answers)
@@ -311,6 +312,7 @@ class FineTuningTrainer(CheckpointingTrainer):
         inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
         listen = partial(obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
         upstream.replace(inner, "worker_init_fn", listen)
+        read_next_epoch_ahead(inner)
         return loader
 
     def create_model_card(self, *args, **kwargs) -> None:

@@ -1,0 +1,52 @@
+"""Flags that several commands share. Standard library only: a wrong flag is refused at once."""
+
+import argparse
+
+LANGUAGES = ("en", "ko")
+# What rows can be: the names of finetuning.tasks.exam.TASKS.
+TASK_NAMES = ("choice", "count", "free_text", "number", "short_answer", "yes_no")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
+def batch_size(text: str) -> int | str:
+    """A whole number of at least 1, or `auto`."""
+    return "auto" if text == "auto" else positive(text)
+
+
+def add_answering_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """--batch_size and --max_new_tokens of every command that asks a model."""
+    parser.add_argument(
+        "--batch_size",
+        type=batch_size,
+        default="auto",
+        metavar="N",
+        help="most questions at once, on each process; auto (the default): what free memory holds",
+    )
+    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
+
+
+def evaluation_parser(description: str, *, max_new_tokens: int) -> argparse.ArgumentParser:
+    """The flags that every evaluation has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--run", required=True, help="folder of a finished training, such as outputs/llava-sample")
+    add("--dataset", help="folder or Hub dataset; left out: the one that the run was trained on")
+    add("--split", default="test", help="split to ask about (default %(default)s)")
+    add("--task", choices=TASK_NAMES, help="what the rows are; left out: as in training")
+    add("--language", choices=LANGUAGES, default="en", help="of the verdict and the page (default %(default)s)")
+    add_answering_flags(parser, max_new_tokens=max_new_tokens)
+    add("--limit", type=positive, help="ask only so many questions, evenly spaced over the split")
+    add("--overwrite", action="store_true", help="evaluate anew; the old evaluation is kept beside it")
+    return parser
