@@ -25,7 +25,7 @@ from PIL import Image
 from finetuning.data.pictures import SUFFIXES, find_pictures
 from finetuning.flags import add_answering_flags
 from finetuning.model_files import config_of
-from finetuning.run_folder import changed_settings, read_json, write_atomically, write_json
+from finetuning.run_folder import adapter_base, changed_settings, read_json, write_atomically, write_json
 
 Item = tuple[str | None, str]  # (path of the picture, question)
 
@@ -108,7 +108,7 @@ def main(options: argparse.Namespace) -> None:
     questions = read_questions(options.question, problems)
     images = find_images(options.image, problems)
     try:
-        config = config_of(options.model)
+        config = config_of(adapter_base(Path(options.model)) or options.model)
         if images and config is not None and "vision_config" not in config:
             problems.append(f"--image: {options.model} reads text only")
     except ValueError as error:

@@ -4,29 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetuning.run_folder import adapter_base
-
 
 def config_of(name: str) -> dict[str, Any] | None:
-    """`config.json` of a model's folder, of a run's base where there is an adapter; None where the Hub must be asked.
+    """`config.json` of a model's folder; None where the Hub must be asked.
 
     Raises ValueError that says how to get what is missing.
     """
-    base = adapter_base(Path(name)) or name
-    looks_like_folder = base.startswith((".", "/", "~", "models/", "outputs/")) or Path(base).exists()
+    looks_like_folder = name.startswith((".", "/", "~", "models/", "outputs/")) or Path(name).exists()
     if not looks_like_folder:
         return None
-    config = Path(base) / "config.json"
+    config = Path(name) / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"{base}: no model here (config.json is missing). A tiny one to try things on: python "
-            f"scripts/make_tiny_model.py --architecture llava --pretrain --output {base}; a real one: hf download "
-            f"llava-hf/llava-1.5-7b-hf --local-dir {base}"
+            f"{name}: no model here (config.json is missing). A tiny one to try things on: python "
+            f"scripts/make_tiny_model.py --architecture llava --pretrain --output {name}; a real one: hf download "
+            f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
         )
     try:
         return json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{config}: damaged ({error}). Copy or download the model again") from error
+        raise ValueError(f"{config} is not JSON ({error}): download the model again") from error
 
 
 def refuse_missing_dataset(name: str | None, *, vision: bool) -> None:

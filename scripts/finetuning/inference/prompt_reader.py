@@ -15,7 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.data.collator import prompt_batch
 
-MOST_WORKERS = 8
+MOST_WORKERS = 4  # each reads 70 pictures a second; starting more keeps a large process waiting longer than they save
 MOST_OF_GROUP = 16  # rows about one image that are computed together
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where loader processes leave tensors; only its size is read
 GROUPS_A_FETCH = 4  # groups that a loader process hands over at once
