@@ -69,7 +69,7 @@ KOREAN_OUTCOMES = {
 
 def in_blocks(difference: Difference, say: Say) -> str:
     """What is said of frames of a video: that neighbours are not independent, and how many independent ones tell as much."""
-    if difference.num_independent is None:
+    if difference.num_independent is None or difference.block == 1:
         return ""
     return say(
         f" in order, drawn in blocks of {difference.block} neighbours, worth {difference.num_independent} independent ones",
