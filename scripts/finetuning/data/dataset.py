@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from transformers import IntervalStrategy
 
@@ -44,9 +44,17 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
 
 
 def with_undecoded_pictures(rows: Dataset) -> Dataset:
-    """`images` as lists of `{"bytes", "path"}`: the library would open them by other rules than `open_picture`."""
+    """`images` as lists of `{"bytes", "path"}`: the library would open them by other rules than `open_picture`.
+
+    Raises ValueError where a row holds a single picture, not a list.
+    """
     feature = rows.features["images"]
-    if not (isinstance(feature, List) and isinstance(feature.feature, Image)):
+    if not isinstance(feature, List) and feature != Value("null"):
+        raise ValueError(
+            f"images is {feature}, expected a list of pictures in each row: write [picture], or prepare the data with "
+            "data_prep/prepare_conversations.py"
+        )
+    if not isinstance(feature, List) or not isinstance(feature.feature, Image):
         return rows.cast_column("images", List(Image(decode=False)))
     # Nothing of the table changes; a cast would copy the split into a cache beside it.
     rows.info.features["images"] = List(Image(decode=False))
