@@ -10,7 +10,7 @@ from conftest import ROOT
 from finetuning.upstream import ENTRIES
 
 LONGEST = {ast.FunctionDef: 80, ast.ClassDef: 250}  # lines
-TOO_LONG_TODAY = {"FineTuningTrainer", "merge"}
+TOO_LONG_TODAY = {"Answerer", "FineTuningTrainer", "main"}
 LEAST_DOCUMENTED = 0.95
 # Folder of YAML files -> the test that reads each of them by what it is for.
 READ_IN = {

@@ -1,6 +1,7 @@
 """Full weights of a sharded model, to be saved."""
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,3 +39,14 @@ def all_gather_parameter(parameter: nn.Parameter) -> torch.Tensor:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> whole weight of a model that FSDP2 shards, all-gathered; called by all processes together.
+
+    A head that is tied to the embeddings would be a copy of them: it is left out, as everywhere else.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    weights = accelerator.get_state_dict(model)
+    return {name: weights[name] for name in weights if name not in tied}

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from finetuning.export.merging import (
     LARGEST_SHARE,
     TOLERANCE,
+    Observation,
     check_proof,
     compare_observations,
     dtype_of_run,
@@ -60,6 +61,22 @@ def merge(run: Path, output: Path, arguments: dict, *, dtype_name: str | None, r
     """
     with one_at_a_time(output, "a merge"):
         return merge_alone(run, output, arguments, dtype_name, rows, max_shard_size)
+
+
+def answers_of(
+    probes: list[dict], untuned: list[Observation], tuned: list[Observation], merged: list[Observation]
+) -> list[dict[str, str]]:
+    """What base, base + adapter and merged model said to each question, for the report."""
+    return [
+        {
+            "source": probe["source"],
+            "question": probe["messages"][-1]["content"],
+            "base": without.answer,
+            "tuned": with_adapter.answer,
+            "merged": after.answer,
+        }
+        for probe, without, with_adapter, after in zip(probes, untuned, tuned, merged, strict=True)
+    ]
 
 
 def merge_alone(
@@ -127,16 +144,7 @@ def merge_alone(
             },
             "base_against_tuned": compare_observations(tuned, untuned),
             "merged_against_tuned": compare_observations(tuned, merged),
-            "answers": [
-                {
-                    "source": probe["source"],
-                    "question": probe["messages"][-1]["content"],
-                    "base": without.answer,
-                    "tuned": with_adapter.answer,
-                    "merged": after.answer,
-                }
-                for probe, without, with_adapter, after in zip(probes, untuned, tuned, merged, strict=True)
-            ],
+            "answers": answers_of(probes, untuned, tuned, merged),
         }
         check_proof(report)
         if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):

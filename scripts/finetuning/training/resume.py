@@ -43,6 +43,7 @@ def resolved_arguments(*groups: Any) -> dict[str, Any]:
         }
     if "global_batch_size" in resolved:
         resolved.pop("gradient_accumulation_steps", None)  # follows from it and the number of processes
+    resolved.pop("report_to", None)  # follows from the trackers that are set up
     if resolved.get("max_steps", -1) > 0:
         resolved.pop("num_train_epochs", None)  # has no effect then
     # Enums and paths become what the parser takes.

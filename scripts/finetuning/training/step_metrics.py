@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from finetuning import run_folder, tracking
@@ -131,13 +132,14 @@ class RunSums(TrainerCallback, ExportableState):
         """What a checkpoint keeps, as transformers' stateful callbacks say it."""
         return {"args": {}, "attributes": self._noted}
 
-    def continue_from(self, stateful_callbacks: dict[str, Any]) -> bool:
-        """Take the sums of a checkpoint; False where it was written without them."""
-        kept = stateful_callbacks.get(type(self).__name__)
-        if kept is None:
-            return False
-        vars(self).update(kept["attributes"])
-        return True
+    def continue_from(self, checkpoint: Path) -> None:
+        """Take the sums of a checkpoint; of one that was written without them the tokens, which its log tells."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if kept := state.stateful_callbacks.get(type(self).__name__):
+            vars(self).update(kept["attributes"])
+        else:
+            logged = (int(entry["num_tokens"]) for entry in reversed(state.log_history) if "num_tokens" in entry)
+            self.num_tokens = next(logged, 0)
 
 
 class ShowProgress(TrainerCallback):

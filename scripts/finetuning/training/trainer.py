@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning import run_folder, tracking, upstream
 from finetuning.data.collator import CollateSupervisedRows
 from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.deepspeed_zero import shorten_optimizer_step
 from finetuning.distributed.fsdp2 import keep_fp32_reductions
-from finetuning.distributed.full_weights import full_trained_weights
+from finetuning.distributed.full_weights import full_trained_weights, full_weights
 from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import use_supervised_rows
@@ -39,6 +39,21 @@ class TrainingDiverged(RuntimeError):
 
     On a GPU it is raised one batch later, so that no step waits to see its loss. Nothing is saved in between.
     """
+
+
+def diverged(loss: float, watched: Watched, texts: list[str], split: str) -> TrainingDiverged:
+    """The error for a batch whose loss is not finite: its step, its rows by number and text, and what to try."""
+    named = [
+        f"  row {watched.rows[position] if watched.rows else '(packed)'}: {' '.join(text.split())[-160:]}"
+        for position, text in enumerate(texts)
+    ]
+    advice = (
+        "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the GPU has it; "
+        "max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same command with these changes "
+        "and a new --output_dir starts again."
+    )
+    head = f"the loss is {loss} at step {watched.step}. {split} rows of this batch:"
+    return TrainingDiverged("\n".join([head, *named, advice]))
 
 
 @upstream.overrides
@@ -126,7 +141,8 @@ class FineTuningTrainer(CheckpointingTrainer):
         if resume_from_checkpoint is not None:
             if self.args.deepspeed_plugin is not None:
                 refuse_other_sharding(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
-            self._continue_sums(Path(resume_from_checkpoint))
+            self.run_sums.continue_from(Path(resume_from_checkpoint))
+            upstream.replace(self, "_total_train_tokens", self.run_sums.num_tokens)
             self._resumed_at = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
         self.step_metrics.start_interval(self._total_train_tokens)
         with self.stop_request:
@@ -135,14 +151,6 @@ class FineTuningTrainer(CheckpointingTrainer):
         if self.stop_request.agreed and self.state.global_step < self.state.max_steps:
             leave_interrupted(self, self.stop_request.reason)
         return result
-
-    def _continue_sums(self, checkpoint: Path) -> None:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if not self.run_sums.continue_from(state.stateful_callbacks):
-            # Written before these sums were kept: the log tells of the tokens.
-            logged = (int(entry["num_tokens"]) for entry in reversed(state.log_history) if "num_tokens" in entry)
-            self.run_sums.num_tokens = next(logged, 0)
-        upstream.replace(self, "_total_train_tokens", self.run_sums.num_tokens)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         # Loss, time and steps of the attempts before, up to the checkpoint that this one continued.
@@ -238,25 +246,9 @@ class FineTuningTrainer(CheckpointingTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def _refuse_bad_loss(self, loss: float, watched: Watched) -> None:
-        if math.isfinite(loss):
-            return
-        split = "Training" if self.model.training else "Validation"
-        texts = self._tokenizer.batch_decode(watched.input_ids, skip_special_tokens=True)
-        named = [
-            f"  row {watched.rows[position] if watched.rows else '(packed)'}: {' '.join(text.split())[-160:]}"
-            for position, text in enumerate(texts)
-        ]
-        raise TrainingDiverged(
-            "\n".join(
-                [
-                    f"the loss is {loss} at step {watched.step}. {split} rows of this batch:",
-                    *named,
-                    "Try, in this order: a lower learning_rate or a longer warmup_steps; bf16 in place of fp16 where the "
-                    "GPU has it; max_grad_norm: 0.3; then look at these rows. The last checkpoint is intact: the same "
-                    "command with these changes and a new --output_dir starts again.",
-                ]
-            )
-        )
+        if not math.isfinite(loss):
+            texts = self._tokenizer.batch_decode(watched.input_ids, skip_special_tokens=True)
+            raise diverged(loss, watched, texts, "Training" if self.model.training else "Validation")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -323,11 +315,7 @@ class FineTuningTrainer(CheckpointingTrainer):
             self._save(output_dir, state_dict=full_trained_weights(self.model))
         elif self.accelerator.is_fsdp2 and not _internal_call:
             # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
-            # Gathered, a head that is tied to the embeddings is a copy of them: it is left out as everywhere else.
-            names = {name for name, _ in self.model.named_parameters()}
-            tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - names
-            weights = self.accelerator.get_state_dict(self.model)
-            self._save(output_dir, state_dict={name: weights[name] for name in weights if name not in tied})
+            self._save(output_dir, state_dict=full_weights(self.accelerator, self.model))
         else:
             super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
