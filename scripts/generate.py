@@ -16,6 +16,7 @@ asked without --image. Several GPUs: accelerate launch scripts/generate.py ...
 import argparse
 import json
 import sys
+import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,22 @@ def read_questions(words: list[str], problems: list[str]) -> list[str]:
         elif not Path(word).is_file():
             problems.append(f"--question {word}: no such file")
         else:
-            questions += [
-                line.strip() for line in Path(word).read_text(encoding="utf-8-sig").splitlines() if line.strip()
-            ]
+            questions += read_lines(Path(word), "--question", problems)
+    # As preparation writes text: NFD Hangul would be three times as many tokens, none of which training saw.
+    questions = [unicodedata.normalize("NFC", question) for question in questions]
     return [question for question in dict.fromkeys(questions) if question]
+
+
+def read_lines(path: Path, flag: str, problems: list[str]) -> list[str]:
+    """The lines of a text file in UTF-8, else in CP949 as Korean Windows saves it; empty ones are left out."""
+    data = path.read_bytes()
+    for encoding in ("utf-8-sig", "cp949"):
+        try:
+            return [line.strip() for line in data.decode(encoding).splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            continue
+    problems.append(f"{flag} {path}: neither UTF-8 nor CP949; save it as UTF-8")
+    return []
 
 
 def find_images(words: list[str], problems: list[str]) -> list[str]:
@@ -55,7 +68,7 @@ def find_images(words: list[str], problems: list[str]) -> list[str]:
             if not found:
                 problems.append(f"--image {word}: no pictures in this folder; expected {', '.join(SUFFIXES)}")
         elif word.suffix == ".txt" and word.is_file():
-            paths += [Path(line.strip()) for line in word.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            paths += map(Path, read_lines(word, "--image", problems))
         else:
             paths.append(word)
     for path in paths:

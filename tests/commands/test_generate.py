@@ -2,6 +2,7 @@
 
 import io
 import json
+import unicodedata
 
 import pytest
 import torch
@@ -111,3 +112,18 @@ def test_all_mistakes_in_pictures_and_questions_are_named_together(tmp_path, pic
     assert "missing.png: no such file" in "; ".join(problems)
     assert read_questions(["a?", "a?", str(tmp_path / "nothing.txt")], problems) == ["a?"]
     assert "nothing.txt: no such file" in problems[-1]
+
+
+def test_files_of_questions_and_paths_in_the_code_pages_of_korea(tmp_path, pictures):
+    question = "화면에 몇 명이 있습니까?"
+    for encoding in ("utf-8", "utf-8-sig", "cp949"):
+        (tmp_path / "questions.txt").write_bytes(f"{question}\r\n\r\n".encode(encoding))
+        problems = []
+        assert read_questions([str(tmp_path / "questions.txt")], problems) == [question]
+        assert problems == []
+    assert read_questions([unicodedata.normalize("NFD", question), question], []) == [question]
+    (tmp_path / "questions.txt").write_bytes(b"\xff\xff\xff")
+    problems = []
+    assert read_questions([str(tmp_path / "questions.txt")], problems) == []
+    assert find_images([str(tmp_path / "questions.txt")], problems) == []
+    assert [problem.partition(":")[2] for problem in problems] == [" neither UTF-8 nor CP949; save it as UTF-8"] * 2

@@ -11,8 +11,8 @@ from PIL import Image as Picture
 from finetuning.data.collator import LlavaDataCollator, mask_by_lists, mask_by_offsets, prompt_batch
 from finetuning.data.dataset import open_dataset
 from finetuning.data.label_audit import Auditor
-from finetuning.data.pictures import open_picture
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.inference.session import open_image
 from finetuning.models.loading import load_config, load_processing_class
 
 
@@ -144,7 +144,8 @@ def test_training_and_asking_see_the_same_pixels_to_the_last_bit(processor, tmp_
     for name, data in pictures.items():
         (tmp_path / name).write_bytes(data)
     asked = [
-        {"messages": [turn("user", "What is shown?")], "images": [open_picture(tmp_path / name)]} for name in pictures
+        {"messages": [turn("user", "What is shown?")], "images": [open_image(str(tmp_path / name))]}
+        for name in pictures
     ]
     assert torch.equal(trained, prompt_batch(processor, asked)["pixel_values"])
     # The 16-bit and the float picture show the same; nothing else does.
