@@ -8,7 +8,8 @@
         unfinished/            a checkpoint that is being written
         trainer_state.json     what was logged; metrics.json: written last, says `completed`
         wandb_run_id.txt       one W&B run for all attempts; runs/ and wandb/ are the trackers' own
-        evaluation/<name>/     see `EvaluationFolder`; report.html is the last evaluation's page
+        count_calibration.json how counts are read from the model's distribution, as the last evaluation found it
+    evaluation/<name>/     see `EvaluationFolder`; report.html is the last evaluation's page
     outputs/<run>.previous-<n>/  a completed run that was trained anew
 
 `progress.json` is {"step", "max_steps", "logged_at", "seconds_per_step", "loss", ..., "attempts": [{"started", "from_step",
@@ -39,11 +40,12 @@ UNFINISHED = "unfinished"
 TENSORBOARD = "runs"
 EVALUATION = "evaluation"
 REPORT = "report.html"
+COUNTS = "count_calibration.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # Kept in each checkpoint, so that a damaged file of the run can be read there.
 COPIED = (ARGUMENTS, PROGRESS)
 # Not part of the trained adapter, nor of its description.
-BOOKKEEPING = (BEGUN_WITH, PROGRESS, TRAINER_STATE, WANDB_ID)
+BOOKKEEPING = (COUNTS, BEGUN_WITH, PROGRESS, TRAINER_STATE, WANDB_ID)
 # Of a finished run what is written again: by a damaged-file rule, by an evaluation.
 CHANGING = (METRICS, PROGRESS, REPORT, WANDB_ID, "manifest.json")
 
@@ -384,6 +386,7 @@ class EvaluationFolder:
         self.folder = run / EVALUATION / name
         self.metrics_file = self.folder / METRICS
         self.answers_file = self.folder / "answers.jsonl"
+        self.counts_file = self.folder / "counts.jsonl"
         self.table_file = self.folder / "table.md"
         self.unfinished_file = self.folder / "answers.unfinished.jsonl"
         self.page = self.folder / REPORT
@@ -432,6 +435,16 @@ class EvaluationFolder:
         write_json(self.metrics_file, metrics)
         self.unfinished_file.unlink(missing_ok=True)
 
+    def write_counts(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Counts and intervals from the model's distribution, a line for each question."""
+        write_atomically(self.counts_file, _json_lines(lines))
+
+    def read_counts(self) -> list[dict[str, Any]]:
+        """What `write_counts` wrote; empty where it wrote nothing."""
+        if not self.counts_file.is_file():
+            return []
+        return [json.loads(line) for line in self.counts_file.read_text(encoding="utf-8").splitlines()]
+
     def _kept_lines(self) -> list[dict[str, Any]]:
         if not self.unfinished_file.is_file():
             return []
@@ -441,6 +454,16 @@ class EvaluationFolder:
             raise ValueError(
                 f"{self.unfinished_file}: damaged ({error}). --overwrite evaluates anew; this one is kept beside it"
             ) from error
+
+
+def write_count_settings(run: Path, settings: dict[str, Any]) -> None:
+    """Forms of answers, candidates and calibration of a run's counts."""
+    write_json(run / COUNTS, settings)
+
+
+def read_count_settings(run: Path) -> dict[str, Any]:
+    """What `write_count_settings` wrote; empty where there is nothing. Raises ValueError for a damaged file."""
+    return read_json(run / COUNTS, "Evaluate the run again with --overwrite")
 
 
 def evaluations(run: Path) -> list[Path]:

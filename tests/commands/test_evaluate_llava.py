@@ -21,6 +21,7 @@ from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
 from finetuning.models.loading import load_processing_class
 from finetuning.run_folder import EvaluationFolder, open_run
+from finetuning.tasks.count_reading import settings_of
 from finetuning.tasks.exam import make_exam
 
 
@@ -55,6 +56,7 @@ def test_a_zero_adapter_is_no_measurable_change_and_a_second_call_only_shows_it(
     assert "No measurable change: mean absolute error" in capsys.readouterr().out
     assert {path.name for path in (zero_run / "evaluation" / "test").iterdir()} == {
         "metrics.json", "answers.jsonl", "table.md", "report.html", "predicted_vs_true.png", "error_by_crowd_size.png",
+        "counts.jsonl",
     }  # fmt: skip
     page = (zero_run / "report.html").read_text(encoding="utf-8")
     assert "No measurable change" in page and page.count("data:image/jpeg") > 2
@@ -73,6 +75,21 @@ def test_a_zero_adapter_is_no_measurable_change_and_a_second_call_only_shows_it(
     assert refused.returncode == 1
     assert "max_new_tokens: 4 -> 5" in refused.stderr and "--overwrite" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_every_question_gets_a_median_with_an_interval_calibrated_on_validation_rows(zero_run):
+    evaluate(zero_run)
+    lines = EvaluationFolder(zero_run, "test").read_counts()
+    assert [line["truth"] for line in lines] == [line["truth"] for line in answer_lines(zero_run)]
+    assert all(line["low"] <= line["count"] <= line["high"] and 0 < line["probability"] <= 1 for line in lines)
+    scores = evaluation(zero_run)["distribution"]
+    assert scores["mae"] == pytest.approx(sum(abs(line["count"] - line["truth"]) for line in lines) / len(lines))
+    assert scores["coverage"] == sum(line["low"] <= line["truth"] <= line["high"] for line in lines) / len(lines)
+    # A handful of validation rows promises nothing, and the table says so.
+    assert "fewer than the 300" in (zero_run / "evaluation" / "test" / "table.md").read_text(encoding="utf-8")
+    forms, largest, calibration = settings_of(zero_run)
+    assert largest >= max(line["truth"] for line in lines) and calibration.rows > 0
+    assert all(line["question"] in forms for line in lines)
 
 
 def test_two_processes_answer_as_one(zero_run):

@@ -20,6 +20,7 @@ from finetuning.data.collator import leading_marks, prompt_batch
 from finetuning.data.count_tree import AnswerForm, CountTree, build_tree, count_sequences
 
 SMALLEST_RANGE = 20
+ROWS_AT_ONCE = 16  # where the batch size is `auto`
 
 
 def largest_candidate(train_counts: Sequence[int]) -> int:
@@ -112,12 +113,13 @@ class CountReader:
 
 
 def read_counts(
-    reader: CountReader, rows: Sequence[dict[str, Any]], *, batch_size: int, description: str = "Counting"
+    reader: CountReader, rows: Sequence[dict[str, Any]], *, batch_size: int | str, description: str = "Counting"
 ) -> list[list[float] | None]:
     """`CountReader.read_batch` of all rows, in order, on every process; the rows are dealt out over the processes."""
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda index: leading_marks(rows[index]["messages"][-1])[1])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    size = ROWS_AT_ONCE if batch_size == "auto" else int(batch_size)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     mine = batches[state.process_index :: state.num_processes]
     was_training = reader.model.training
     reader.model.eval()

@@ -24,6 +24,7 @@ from finetuning.folder_lock import give_back
 from finetuning.pages import Say, model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
+from finetuning.tasks.count_reading import distribution_table, read_back, read_distributions
 from finetuning.tasks.exam import TASKS, Exam, make_exam
 
 TAUGHT = (
@@ -41,9 +42,8 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
     name = args.dataset or arguments["dataset_name"]
     dataset = open_dataset(args.dataset or find_again(run, name), vision=vision)
     rows = open_split(dataset, args.split, name)
-    exam = make_exam(
-        rows, train_rows_of(run, arguments, dataset, name, vision=vision), task=args.task, limit=args.limit
-    )
+    train_rows = train_rows_of(run, arguments, dataset, name, vision=vision)
+    exam = make_exam(rows, train_rows, task=args.task, limit=args.limit)
     if not exam.facts:
         raise ValueError(f"{name}, split {args.split}: {exam.describe_refused()}, so there is nothing to score")
     settings = {
@@ -63,6 +63,9 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         answers = answer_with_both(
             run, base, exam.questions, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
         )
+        split = arguments.get("dataset_validation_split", "validation")
+        validation_rows = open_split(dataset, split, name) if split in dataset else None
+        read_distributions(run, exam, validation_rows, train_rows, folder, args.batch_size)
     elif state.is_main_process:
         print("This evaluation is finished already, and shown here; --overwrite makes it anew.")
         answers = read_answers(folder)
@@ -70,6 +73,7 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         if not finished or folder.metrics().get("language", "en") != args.language:
             say = speak(args.language)
             findings = find(exam, answers, settings, model_names(say), say)
+            add_distribution(findings, run, folder, say)
             was_taught = is_own(run, arguments, name) and args.split == train_split(arguments)
             warning = say(*TAUGHT) if was_taught else ""
             write_evaluation(
@@ -81,6 +85,16 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         show(folder, is_headline=is_headline)
     give_back(folder.folder)
     state.destroy_process_group()
+
+
+def add_distribution(findings: Findings, run: Path, folder: EvaluationFolder, say: Say) -> None:
+    """Medians and intervals of the tuned model's counts, where the evaluation read them."""
+    scores = read_back(run, folder)
+    if scores is not None:
+        of_count = findings.metrics.get("tasks", {}).get("count", findings.metrics)
+        findings.metrics["distribution"] = scores
+        findings.tables.append(distribution_table(scores, of_count["scores"]["tuned"], say))
+        findings.numbers |= {f"tuned_median_{key}": scores[key] for key in ("mae", "rmse", "coverage", "width")}
 
 
 def train_rows_of(
