@@ -7,15 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 
 from finetuning.arguments import ScriptArguments
+from finetuning.data.count_tree import learn_forms
 from finetuning.data.dataset import spread
 from finetuning.data.pictures import open_picture
+from finetuning.inference.count_calibration import medians, probabilities, ranked_score
+from finetuning.inference.count_distribution import CountReader, largest_candidate, read_counts
 from finetuning.tasks.base import Question, Task, Unscorable
 from finetuning.tasks.choice import Choice, parse_choice, read_options
 from finetuning.tasks.count import Count
+from finetuning.tasks.count_scores import score_counts
 from finetuning.tasks.free_text import FreeText
 from finetuning.tasks.number import Number, parse_number
 from finetuning.tasks.short_answer import ShortAnswer
@@ -141,6 +146,31 @@ class Exam:
                 scores[place] = score
         metrics["score"] = statistics.fmean(TASKS[name].skill(metrics) for name in self.by_task)
         return metrics, self._table(answers, scores)
+
+    def score_distributions(self, model: Any, processing_class: Any, batch_size: int) -> dict[str, float]:
+        """Metrics of the model's whole distribution over counts, on the counting questions of the exam; {} without any.
+
+        `count_median_mae` and `count_median_rmse` are of its medians, `count_crps` is its ranked probability score, all
+        in people.
+        """
+        train, places = self.train.get("count", []), self.by_task.get("count", [])
+        forms = learn_forms(*[[question[key] for question in train] for key in ("question", "reference", "count")])
+        if not forms or not places:
+            return {}
+        reader = CountReader(model, processing_class, forms, largest_candidate([row["count"] for row in train]))
+        rows = [self.questions[place] for place in places]
+        read = zip(read_counts(reader, rows, batch_size=batch_size), places, strict=True)
+        found = [(values, self.facts[place]["count"]) for values, place in read if values is not None]
+        if not found:
+            return {}
+        likelihoods, truth = torch.tensor([values for values, _ in found]), [count for _, count in found]
+        distribution = probabilities(likelihoods)
+        scores = score_counts(medians(distribution).tolist(), truth)
+        return {
+            "count_median_mae": scores["mae"],
+            "count_median_rmse": scores["rmse"],
+            "count_crps": ranked_score(distribution, torch.tensor(truth)),
+        }
 
     def _table(self, answers: Sequence[str], scores: Sequence[dict[str, float]]) -> AnswerTable:
         columns: dict[str, list[Any]] = {}

@@ -62,8 +62,9 @@ class FineTuningTrainer(CheckpointingTrainer):
 
     Args (the rest is SFTTrainer's):
         exam: what is asked at each evaluation; None for nothing. It has `questions` (rows whose `messages` end with a
-            user turn, and `images`), `score(answers) -> (metrics without the eval_ prefix, AnswerTable)`, `headlines`
-            (metric -> label, for progress.json) and `describe(metrics)` (one sentence on the last evaluation).
+            user turn, and `images`), `score(answers) -> (metrics without the eval_ prefix, AnswerTable)`,
+            `score_distributions(model, processing_class, batch_size) -> metrics`, `headlines` (metric -> label, for
+            progress.json) and `describe(metrics)` (one sentence on the last evaluation).
         checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
         cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.kernels.cuda_graphs`).
 
@@ -265,15 +266,23 @@ class FineTuningTrainer(CheckpointingTrainer):
         self.step_metrics.read_arrived(wait=True)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.exam is not None:
+            asked = self.accelerator.unwrap_model(self.model)
+            distributions = {}
             with self.accelerator.autocast():
                 answers = generate_answers(
-                    self.accelerator.unwrap_model(self.model),
+                    asked,
                     self.processing_class,
                     self.exam.questions,
                     batch_size="auto",
                     max_new_tokens=self.eval_max_new_tokens,
                 )
+                # Sharded weights need the same passes on every process, and counts are dealt out.
+                if not self.strategy.shards_weights:
+                    distributions = self.exam.score_distributions(
+                        asked, self.processing_class, self.args.per_device_eval_batch_size
+                    )
             scores, table = self.exam.score(answers)
+            scores |= distributions
             scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self.log(dict(scores))
             metrics |= scores
