@@ -8,6 +8,8 @@ from finetuning.data.collator import prompt_batch
 from finetuning.data.count_tree import AnswerForm, count_sequences
 from finetuning.data.dataset import open_dataset
 from finetuning.inference.count_distribution import CountReader, largest_candidate, read_counts
+from finetuning.kernels.model_patches import ignore_right_padding
+from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.models.loading import load_for_inference
 from support.tokenizers_of_tests import merging_tokenizer
 
@@ -54,6 +56,17 @@ def test_a_vision_model_with_single_digits(tiny_llava, cctv_dataset):
     # Prompts of different lengths in one batch, so that the shorter ones are padded.
     rows = [as_row(question, frame) for question in FORMS for frame in frames]
     assert_equal_to_one_pass_each(model, processor, rows)
+
+
+def test_a_model_prepared_for_training_counts_as_one_that_is_not(tiny_llava, cctv_dataset):
+    model, processor = load_for_inference(str(tiny_llava), dtype=torch.float32)
+    frame = open_dataset(str(cctv_dataset), vision=True)["train"][0]["images"][0]
+    rows = [as_row(question, frame) for question in FORMS]
+    before = read_counts(CountReader(model, processor, FORMS, 30), rows, batch_size=2)
+    ignore_right_padding(model)
+    enable_shared_prefix(model)
+    after = read_counts(CountReader(model, processor, FORMS, 30), rows, batch_size=2)
+    torch.testing.assert_close(torch.tensor(after), torch.tensor(before), atol=1e-5, rtol=0)
 
 
 def test_a_text_model_with_merged_digits():
