@@ -67,6 +67,8 @@ ENTRIES = [
     )),
     Entry(TRAINER, "_get_output_dir", "writes checkpoints aside until they are whole", ("trial",)),
     Entry(TRAINER, "_save_checkpoint", "moves whole checkpoints into place", ("model, trial",)),
+    Entry(TRAINER, "_load_from_checkpoint", "names on disk are not the model's", ("resume_from_checkpoint, model",)),
+    Entry(TRAINER, "_load_best_model", "names on disk are not the model's"),
     Entry(TRAINER, "train", "continues the count of tokens, and ends well when a signal comes"),
     Entry(TRAINER, "_finalize_training", "tells of the whole run after a restart", ("trial, num_train_samples, start_time",)),
     Entry(TRAINER, "training_step", "repeats a step that ran out of memory with more layers checkpointed"),

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,28 @@ def test_a_full_run_saves_a_model_of_its_own(tiny_llava, cctv_dataset, tmp_path)
     base = build(tiny_llava).state_dict()
     still = {name for name, value in tuned.state_dict().items() if torch.equal(value, base[name])}
     assert all("vision_tower" in name and ("layers.3." in name or "post_layernorm" in name) for name in still)
+
+
+def test_a_full_run_continues_from_its_weights_and_keeps_the_best(tiny_llava, cctv_dataset, tmp_path):
+    """The names on disk are not the model's: transformers' Trainer would load nothing and go on with a warning."""
+    flags = [word for part in ("language_model", "projector", "vision_tower") for word in (f"--{part}", "full")]
+    flags += ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--eval_answers", "0", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    whole = train(tiny_llava, cctv_dataset, tmp_path / "whole", *flags)
+    first = load_file(whole / "checkpoint-2" / "model.safetensors")
+    # The loss falls, and the greatest is kept: that of step 2.
+    assert json.loads((whole / "metrics.json").read_text())["kept_step"] == 2
+    kept = load_file(whole / "model.safetensors")
+    assert all(torch.equal(kept[name], first[name]) for name in first)
+    last = load_file(whole / "checkpoint-4" / "model.safetensors")
+    assert not all(torch.equal(last[name], first[name]) for name in first)
+    # As a kill leaves it: no result, and no later checkpoint.
+    shutil.rmtree(whole / "checkpoint-4")
+    for name in ("metrics.json", "model.safetensors", "manifest.json"):
+        (whole / name).unlink()
+    train(tiny_llava, cctv_dataset, whole, *flags)
+    again = load_file(whole / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(again[name], last[name]) for name in last)
 
 
 def test_a_killed_run_continues_to_the_same_weights(tiny_llava, cctv_dataset, tmp_path):

@@ -6,14 +6,18 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from finetuning import run_folder, upstream
 from finetuning.manifest import files_in, follow_umask, has_manifest, manifest_problems, write_manifest
+from finetuning.strategy import Strategy
 
 # What names of weights begin with, one process's or all of them: adapters, whole models, shards of FSDP2.
 WEIGHTS = ("adapter_model", "model", "pytorch_model")
@@ -57,6 +61,33 @@ class CheckpointingTrainer(SFTTrainer):
                 use_mtime=True,  # a broken one of a later step, passed over by a restart, is not the newest
             )
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self._holds_full_model():
+            load_saved_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._holds_full_model():
+            load_saved_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _holds_full_model(self) -> bool:
+        # Sharded weights, and adapters, have loaders of their own.
+        is_adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        return Strategy.from_environment().replicates and not is_adapted
+
+
+def load_saved_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Load all weights of `checkpoint` into `model`, in place. Raises RuntimeError where names or shapes differ.
+
+    transformers' Trainer reads the file as it is. For LLaVA the names on disk are not those of the model (`from_pretrained`
+    renames them), so it loads nothing, warns, and goes on with the weights it has (transformers 5.23 and 5.24).
+    """
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
 
 
 def put_in_place(unfinished: Path, final: Path, *, needs_optimizer: bool = True) -> None:
