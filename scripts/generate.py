@@ -10,7 +10,8 @@
 with one a line. Each question is asked of each picture, greedily. A single answer streams to the terminal; many go to
 --output as JSONL ({"image", "question", "answer"}), and the same command again continues a file half done. With --chat
 all pictures belong to the first question, and each question you type sees what was said before. Text-only models are
-asked without --image. Several GPUs: accelerate launch scripts/generate.py ...
+asked without --image. With --counts the file holds for each picture the median of all counts that the run finds likely,
+an interval and the median's probability in place of an answer; --list_wide names pictures to look at. Several GPUs: accelerate launch scripts/generate.py ...
 """
 
 import argparse
@@ -133,6 +134,10 @@ def main(options: argparse.Namespace) -> None:
         problems.append(f"{len(items)} answers need a file: add --output answers.jsonl")
     if options.chat and options.output is not None:
         problems.append("--output keeps the answers to --question; a conversation is not kept: leave one of them out")
+    if options.counts and (options.output is None or options.chat):
+        problems.append("--counts writes a file: add --output counts.jsonl, without --chat")
+    if options.list_wide and not options.counts:
+        problems.append("--list_wide lists intervals: add --counts")
     if problems:
         raise ValueError("; ".join(problems))
     remaining = items
@@ -149,10 +154,15 @@ def main(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from finetuning.folder_lock import give_back, take_lock
+    from finetuning.inference.count_distribution import CountReader
+    from finetuning.inference.count_file import settings_of as count_settings_of
+    from finetuning.inference.count_file import widest, write_counts
     from finetuning.inference.session import Items, Session, open_image
     from finetuning.models.loading import load_for_inference
 
     state = PartialState()
+    if options.counts:
+        forms, largest, calibration = count_settings_of(Path(options.model))
     if options.output is not None:
         take_lock(options.output, "a generate.py")
         done = answered_already(options.output, settings)  # again, now that nobody else writes
@@ -170,6 +180,14 @@ def main(options: argparse.Namespace) -> None:
         session.chat([open_image(image) for image in images], questions)
     elif options.output is None:
         session.stream(Items(items)[0])
+    elif options.counts:
+        reader = CountReader(model.eval(), processing_class, forms, largest)
+        rows = Items(remaining)
+        write_counts(reader, calibration, remaining, rows, options.output, batch_size=options.batch_size)
+        give_back(options.output)
+        state.print(f"{len(items):,} counts: {options.output} ({calibration.note})")
+        for line in widest(options.output, options.list_wide):
+            state.print(f"  {line['image']}: {line['count']}, between {line['low']} and {line['high']}")
     else:
         session.answer_items(remaining, options.output)
         give_back(options.output)
@@ -185,6 +203,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "load_in_4bit": options.load_in_4bit,
         "max_new_tokens": options.max_new_tokens,
+        **({"counts": True} if options.counts else {}),
     }
 
 
@@ -197,6 +216,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image", nargs="+", default=[], help="pictures, folders, .txt files with a path a line")
     parser.add_argument("--question", nargs="+", default=[], help="questions, .txt files with one a line")
     parser.add_argument("--output", type=Path, help="JSONL file for the answers")
+    parser.add_argument("--counts", action="store_true", help="counts with intervals, of a run that was evaluated")
+    parser.add_argument(
+        "--list_wide", type=int, default=0, metavar="N", help="with --counts: name the N widest intervals"
+    )
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     add_answering_flags(parser, max_new_tokens=256)
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")

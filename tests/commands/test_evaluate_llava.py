@@ -3,9 +3,11 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import compare
 import evaluate_llava
+import generate
 import pytest
 import torch
 import train_llava
@@ -19,9 +21,9 @@ from transformers import LlavaForConditionalGeneration
 from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
+from finetuning.inference.count_file import settings_of
 from finetuning.models.loading import load_processing_class
 from finetuning.run_folder import EvaluationFolder, open_run
-from finetuning.tasks.count_reading import settings_of
 from finetuning.tasks.exam import make_exam
 
 
@@ -90,6 +92,22 @@ def test_every_question_gets_a_median_with_an_interval_calibrated_on_validation_
     forms, largest, calibration = settings_of(zero_run)
     assert largest >= max(line["truth"] for line in lines) and calibration.rows > 0
     assert all(line["question"] in forms for line in lines)
+
+
+def test_generate_counts_pictures_as_the_evaluation_did(zero_run, raw_cctv, tmp_path, capsys):
+    evaluate(zero_run)
+    known = EvaluationFolder(zero_run, "test").read_counts()[0]
+    picture = next(raw_cctv.rglob(f"{Path(known['image_id']).stem}*"))
+    flags = ["--model", str(zero_run), "--image", str(picture), "--output", str(tmp_path / "counts.jsonl"), "--counts"]
+    generate.main(generate.parse_options([*flags, "--question", known["question"], "Busy?", "--list_wide", "1"]))
+    counted, other = [json.loads(line) for line in (tmp_path / "counts.jsonl").read_text("utf-8").splitlines()]
+    assert {key: counted[key] for key in ("count", "low", "high")} == {
+        key: known[key] for key in ("count", "low", "high")
+    }
+    assert other["count"] is None and other["question"] == "Busy?"
+    assert f"{picture.name}: {known['count']}, between" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="add --counts"):
+        generate.main(generate.parse_options([*flags[:-1], "--question", "Busy?", "--list_wide", "1"]))
 
 
 def test_two_processes_answer_as_one(zero_run):

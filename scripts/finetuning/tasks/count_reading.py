@@ -1,7 +1,6 @@
 """The tuned model's whole distribution over counts in an evaluation: medians and intervals beside the greedy answers.
 
-What makes an interval hold is learned from the run's validation rows and kept in the run's folder, where
-`generate.py --counts` finds it too.
+What makes an interval hold is learned from the run's validation rows and kept in the run's folder.
 """
 
 from collections.abc import Sequence
@@ -98,24 +97,6 @@ def count_settings(
         "largest": largest,
         "calibration": calibration.as_dict(),
     }
-
-
-def settings_of(run: Path) -> tuple[dict[str, AnswerForm], int, Calibration] | None:
-    """(forms, largest candidate, calibration) that an evaluation of the run kept; None where it kept none.
-
-    ValueError where the run's weights are others now.
-    """
-    kept = read_count_settings(run)
-    if not kept:
-        return None
-    if kept["weights_sha256"] != digest_weights(run):
-        raise ValueError(
-            f"{run}: its counts were calibrated for other weights. Evaluate it again: python scripts/evaluate_llava.py "
-            f"--run {run} --overwrite"
-        )
-    values = {key: value for key, value in kept["calibration"].items() if key != "note"}
-    forms = {question: AnswerForm(**form) for question, form in kept["forms"].items()}
-    return forms, kept["largest"], Calibration(**values)
 
 
 def distribution_scores(lines: Sequence[dict[str, Any]], note: str) -> dict[str, Any]:
