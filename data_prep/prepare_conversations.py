@@ -505,6 +505,21 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def note_records(records: list[Record]) -> Ledger:
+    """Every record as accepted or rejected; where a line holds several, the detail begins with the record's number."""
+    ledger = Ledger()
+    records_of_line = Counter(record.line for record in records)
+    for record in records:
+        ledger.read("records")
+        if record.problem:
+            reason, detail = record.problem
+            where = f"record {record.number}: " if records_of_line[record.line] > 1 else ""
+            ledger.reject("records", record.file, record.line, reason, where + detail)
+        else:
+            ledger.accept("records")
+    return ledger
+
+
 def main() -> None:
     args = parse_arguments()
     refuse_existing_output(args.output)
@@ -517,7 +532,6 @@ def main() -> None:
     # The columns of scoring, and the keys that they are read from.
     scoring = {name: feature for name, feature in SCORING_FEATURES.items() if getattr(args, name) is not None}
     kept = {*columns, *(getattr(args, name) for name in scoring)}
-    records_of_line = Counter(record.line for record in records)
     for number, record in enumerate(records, start=1):
         record.number = number
         fill_in_answer(record, args.answers)
@@ -528,15 +542,7 @@ def main() -> None:
     for record in records:
         read_scoring(record, args.task, args.answers)
     check_groups(records, args.group_by)
-    ledger = Ledger()
-    for record in records:
-        ledger.read("records")
-        if record.problem:
-            reason, detail = record.problem
-            where = f"record {record.number}: " if records_of_line[record.line] > 1 else ""
-            ledger.reject("records", record.file, record.line, reason, where + detail)
-        else:
-            ledger.accept("records")
+    ledger = note_records(records)
     accepted = [record for record in records if not record.problem]
 
     # Split.

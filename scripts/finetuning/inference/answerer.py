@@ -178,7 +178,7 @@ class Answerer:
         """Answers of all groups by each named model: row -> name -> text. Pictures are encoded once where all see alike."""
         self.make_room(sum(map(self.slots_of, groups)), sum(len(group.rows) for group in groups))
         batch = Batch(groups=list(groups))
-        for part in self.chunks(groups):
+        for part in in_chunks(groups, self.chunk_tokens):
             self.compute_prompts(batch, part, names[0])
         return self.finish(batch, names, on_token)
 
@@ -222,7 +222,7 @@ class Answerer:
     def compute_prompts(self, batch: Batch, groups: Sequence[PromptGroup], name: str) -> None:
         if not batch.chunks:
             self.steps.begin(max(self.most_rows, batch.num_rows))
-        chunk = self.lay_out(groups)
+        chunk = lay_out(groups, self.decoder.device)
         with self.as_named(name):
             seen = self.see(chunk)
             batch.next_slot = self.prefill_chunk(chunk, seen, batch.next_slot)
@@ -256,39 +256,6 @@ class Answerer:
         with off:
             self.decoder.refresh()
             yield
-
-    def chunks(self, groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
-        """Groups in passes of about `chunk_tokens`, evenly."""
-        total = sum(group.num_tokens for group in groups)
-        share = total / -(-total // self.chunk_tokens)
-        chunks: list[list[PromptGroup]] = [[]]
-        tokens = 0
-        for group in groups:
-            if chunks[-1] and tokens + group.num_tokens / 2 > share * len(chunks):
-                chunks.append([])
-            chunks[-1].append(group)
-            tokens += group.num_tokens
-        return chunks
-
-    def lay_out(self, groups: Sequence[PromptGroup]) -> Chunk:
-        """Groups as one chunk: prefixes first, then what rows add to theirs, and the runs that each row will read."""
-        alone, shared = by_length(groups)
-        ordered = alone + shared
-        segments = [Segment(group.prefix) for group in ordered]
-        segments += [Segment(own, len(alone) + number) for number, group in enumerate(shared) for own in group.own]
-        prompts = PackedPrompts(segments, self.decoder.device)
-        last, runs = [], []
-        leaves = [(number, None) for number in range(len(alone))]
-        leaves += [(segment.parent, len(ordered) + place) for place, segment in enumerate(segments[len(ordered) :])]
-        for first, own in leaves:
-            ends = prompts.ends[first if own is None else own]
-            last.append(ends - 1)
-            parts = [first] if own is None else [first, own]
-            runs.append([(prompts.starts[part], prompts.lengths[part]) for part in parts])
-        rows = [number for group in ordered for number in group.rows]
-        pictures = [group.pixel_values for group in ordered if group.pixel_values is not None]
-        pixel_values = torch.cat(pictures) if pictures else None
-        return Chunk(prompts, rows, last, runs, pixel_values)
 
     def sees_alike(self) -> bool:
         """Whether base and adapter see a picture alike: nothing of the tower or the projector was trained."""
@@ -334,6 +301,41 @@ class Answerer:
             raise ValueError(f"{len(places)} image tokens in the prompts, {len(features)} features of their pictures")
         places = places.to(self.decoder.device, non_blocking=True)
         return embeddings.index_copy(0, places, features.to(embeddings.dtype))
+
+
+def in_chunks(groups: Sequence[PromptGroup], chunk_tokens: int) -> list[list[PromptGroup]]:
+    """Groups in passes of about `chunk_tokens`, evenly."""
+    total = sum(group.num_tokens for group in groups)
+    share = total / -(-total // chunk_tokens)
+    chunks: list[list[PromptGroup]] = [[]]
+    tokens = 0
+    for group in groups:
+        if chunks[-1] and tokens + group.num_tokens / 2 > share * len(chunks):
+            chunks.append([])
+        chunks[-1].append(group)
+        tokens += group.num_tokens
+    return chunks
+
+
+def lay_out(groups: Sequence[PromptGroup], device: torch.device) -> Chunk:
+    """Groups as one chunk: prefixes first, then what rows add to theirs, and the runs that each row will read."""
+    alone, shared = by_length(groups)
+    ordered = alone + shared
+    segments = [Segment(group.prefix) for group in ordered]
+    segments += [Segment(own, len(alone) + number) for number, group in enumerate(shared) for own in group.own]
+    prompts = PackedPrompts(segments, device)
+    last, runs = [], []
+    leaves = [(number, None) for number in range(len(alone))]
+    leaves += [(segment.parent, len(ordered) + place) for place, segment in enumerate(segments[len(ordered) :])]
+    for first, own in leaves:
+        ends = prompts.ends[first if own is None else own]
+        last.append(ends - 1)
+        parts = [first] if own is None else [first, own]
+        runs.append([(prompts.starts[part], prompts.lengths[part]) for part in parts])
+    rows = [number for group in ordered for number in group.rows]
+    pictures = [group.pixel_values for group in ordered if group.pixel_values is not None]
+    pixel_values = torch.cat(pictures) if pictures else None
+    return Chunk(prompts, rows, last, runs, pixel_values)
 
 
 def by_length(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[PromptGroup]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from finetuning.inference.answerer import Answerer, by_length
+from finetuning.inference.answerer import Answerer, by_length, in_chunks, lay_out
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.inference.prompt_reader import (
     PromptGroup,
@@ -82,8 +82,8 @@ def score_batch(
     answerer.make_room(sum(map(answerer.slots_of, groups)), sum(len(group.rows) for group in groups))
     scores = {}
     with answerer.as_named(name):
-        for part in answerer.chunks(groups):
-            chunk = answerer.lay_out(part)
+        for part in in_chunks(groups, answerer.chunk_tokens):
+            chunk = lay_out(part, answerer.decoder.device)
             prompts, ends, rows = with_continuations(part, continuations, answerer.decoder.device)
             hidden = answerer.embed(prompts, answerer.see(chunk))
             asked = torch.tensor(ends, device=answerer.decoder.device)

@@ -84,17 +84,7 @@ class FineTuningTrainer(CheckpointingTrainer):
     ):
         model, training_args = kwargs["model"], kwargs["args"]
         self.strategy = Strategy.from_environment()
-        # Without divided weights the layers are chosen here, and TRL need not make the embeddings ask for gradients.
-        chooses_layers = (
-            training_args.gradient_checkpointing
-            and not training_args.gradient_checkpointing_kwargs
-            and not self.strategy.shards_weights
-        )
-        if chooses_layers:
-            # Both names of one switch: transformers would checkpoint the vision tower too, and have it asked for
-            # gradients that nobody uses.
-            upstream.replace(training_args, "gradient_checkpointing", False)
-            upstream.replace(training_args, "activation_checkpointing", False)
+        chooses_layers = takes_over_checkpointing(training_args, self.strategy)
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -266,23 +256,7 @@ class FineTuningTrainer(CheckpointingTrainer):
         self.step_metrics.read_arrived(wait=True)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.exam is not None:
-            asked = self.accelerator.unwrap_model(self.model)
-            distributions = {}
-            with self.accelerator.autocast():
-                answers = generate_answers(
-                    asked,
-                    self.processing_class,
-                    self.exam.questions,
-                    batch_size="auto",
-                    max_new_tokens=self.eval_max_new_tokens,
-                )
-                # Sharded weights need the same passes on every process, and counts are dealt out.
-                if not self.strategy.shards_weights:
-                    distributions = self.exam.score_distributions(
-                        asked, self.processing_class, self.args.per_device_eval_batch_size
-                    )
-            scores, table = self.exam.score(answers)
-            scores |= distributions
+            scores, table = answers_scored(self)
             scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self.log(dict(scores))
             metrics |= scores
@@ -332,6 +306,41 @@ class FineTuningTrainer(CheckpointingTrainer):
             follow_umask(folder.glob("*.safetensors"))
             # A pickle that nothing here reads: arguments.yaml says the same, to people too.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def takes_over_checkpointing(training_args: Any, strategy: Strategy) -> bool:
+    """Whether the layers to recompute are chosen here: without sharded weights. The Trainer's own switches are then off."""
+    if (
+        not training_args.gradient_checkpointing
+        or training_args.gradient_checkpointing_kwargs
+        or strategy.shards_weights
+    ):
+        return False
+    # Both names of one switch: transformers would checkpoint the vision tower too, and have it asked for gradients that
+    # nobody uses.
+    upstream.replace(training_args, "gradient_checkpointing", False)
+    upstream.replace(training_args, "activation_checkpointing", False)
+    return True
+
+
+def answers_scored(trainer: FineTuningTrainer) -> tuple[dict[str, float], Any]:
+    """The exam's questions answered by the model as it is: metrics without the eval_ prefix, and the table of answers."""
+    model, exam, distributions = trainer.accelerator.unwrap_model(trainer.model), trainer.exam, {}
+    with trainer.accelerator.autocast():
+        answers = generate_answers(
+            model,
+            trainer.processing_class,
+            exam.questions,
+            batch_size="auto",
+            max_new_tokens=trainer.eval_max_new_tokens,
+        )
+        # Sharded weights need the same passes on every process, and counts are dealt out.
+        if not trainer.strategy.shards_weights:
+            distributions = exam.score_distributions(
+                model, trainer.processing_class, trainer.args.per_device_eval_batch_size
+            )
+    scores, table = exam.score(answers)
+    return scores | distributions, table
 
 
 class SpareTheHost(TrainerCallback):
