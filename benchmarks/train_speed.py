@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from clock import Clock
 from fp8_base import hold_base_in_fp8
 
+from finetuning.arguments import TrainingArguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
@@ -242,7 +243,9 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     vision = "images" in rows.column_names
-    args = SFTConfig(**arguments_of(variant, options, folder, vision=vision, cuda=device == "cuda"))
+    # Ours has fields of its own; precision and the rest are given, so that both train alike.
+    kind = TrainingArguments if variant.ours else SFTConfig
+    args = kind(**arguments_of(variant, options, folder, vision=vision, cuda=device == "cuda"))
     processing_class = load_processing_class(options.model)
     set_seed(options.seed)
     model = random_model(options.model, variant, device, dtype)

@@ -44,10 +44,14 @@ def rival():
 def test_a_second_training_merge_or_generate_is_refused_and_nothing_is_written(
     rival, tiny_llava, cctv_dataset, tmp_path
 ):
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / "adapter_model.safetensors").touch()
+    (finished / "arguments.yaml").write_text("model_revision: main\n")
     commands = {
         "a training": ("run", "scripts/train_llava.py", "--config", SAMPLE, "--model_name_or_path", tiny_llava,
                        "--dataset_name", cctv_dataset, "--output_dir", tmp_path / "run"),
-        "a merge": ("merged", "scripts/merge_adapter.py", "--run", tmp_path / "run", "--output", tmp_path / "merged"),
+        "a merge": ("merged", "scripts/merge_adapter.py", "--run", finished, "--output", tmp_path / "merged"),
         "a generate.py": ("answers.jsonl", "scripts/generate.py", "--model", tiny_llava, "--question", "How many?",
                           "--output", tmp_path / "answers.jsonl"),
     }  # fmt: skip

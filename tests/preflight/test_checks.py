@@ -19,6 +19,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as Picture
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Gemma2Config,
     LlamaConfig,
@@ -315,6 +316,8 @@ def test_attention_that_a_config_names_is_not_asked_for(tiny_llava, tmp_path):
     for given, expected in [(None, "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")]:
         model = load_base_model(str(folder), dtype=torch.float32, attn_implementation=given)
         assert model.config._attn_implementation == model.config.text_config._attn_implementation == expected
+    with torch.device("meta"):  # as the checks before a training make it
+        assert AutoModelForImageTextToText.from_config(load_config(str(folder))).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -698,7 +701,7 @@ def test_least_memory_is_less_than_was_measured(describe, how, placement, flags,
     assert needs > 50 or "lora" in placement.values()
 
 
-def test_table_of_the_readmes(describe):
+def test_table_of_the_training_page(describe):
     columns = [
         describe("DDP", ADAPTED, load_in_4bit=True),
         *(describe(how, ADAPTED) for how in ("DDP", "ZeRO-3")),
@@ -707,8 +710,8 @@ def test_table_of_the_readmes(describe):
     for processes in (2, 4, 8):
         jobs = [replace(job, strategy=replace(job.strategy, num_processes=processes)) for job in columns]
         cells = [f"{sum(memory.least_memory(job).values()) / 2**30:.1f}" for job in jobs]
-        for readme in ("README.md", "README.ko.md"):
-            assert f"| {processes} | {' | '.join(cells)} |" in (ROOT / readme).read_text(encoding="utf-8")
+        for page in ("training.md", "training.ko.md"):
+            assert f"| {processes} | {' | '.join(cells)} |" in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from finetuning import upstream
 from finetuning.data.pictures import PictureError, open_picture
 
 
-def mask_by_lists(self: ProcessorMixin, processed: dict[str, Any], generation_indices: list[list[int]]) -> Any:
+def mask_by_lists(self: ProcessorMixin, processed_dict: dict[str, Any], generation_indices: list[list[int]]) -> Any:
     """transformers' own, given plain lists: it walks through the offsets of every token, image tokens included, and of a
     tensor each would be a tensor of its own (576 image tokens a row: a third of the loader's time)."""
-    processed["offset_mapping"] = [torch.as_tensor(offsets).tolist() for offsets in processed["offset_mapping"]]
-    return mask_by_offsets(self, processed, generation_indices)
+    offsets = [torch.as_tensor(of_row).tolist() for of_row in processed_dict["offset_mapping"]]
+    processed_dict["offset_mapping"] = offsets
+    return mask_by_offsets(self, processed_dict, generation_indices)
 
 
 mask_by_offsets = upstream.replace(ProcessorMixin, "_adjust_assistant_masks_indices", mask_by_lists)
