@@ -11,7 +11,8 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "findings"]
+PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 ENGLISH = [page for page in PAGES if not page.name.endswith(".ko.md")]
 
 
@@ -34,11 +35,56 @@ def commands(page) -> list[list[str]]:
     return found
 
 
-def test_the_commands_are_found():
-    assert sum(len(commands(page)) for page in ENGLISH) > 20
+def test_the_pages_and_commands_are_found():
+    assert len(ENGLISH) >= 14
+    assert sum(len(commands(page)) for page in ENGLISH) > 30
 
 
-@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
+def test_every_page_has_both_languages():
+    assert {korean(page) for page in ENGLISH} == set(PAGES) - set(ENGLISH)
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of running text: without code, tables, headings, links' addresses and pictures."""
+    text = re.sub(r"```.*?```|^\|.*?$|^#.*?$|!\[.*?\]\(.*?\)", "", text, flags=re.S | re.M)
+    text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text)
+    parts = re.split(r"(?<=[.:!?])\s+|\n\n|\n- |\n\d\. ", text)
+    return [part for part in parts if len(part.split()) > 2]
+
+
+def test_the_readme_is_one_screenful_in_short_sentences():
+    for page in (ROOT / "README.md", ROOT / "README.ko.md"):
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= 160
+    found = sentences((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(found) > 30
+    assert sum(len(sentence.split()) for sentence in found) / len(found) <= 16
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "architecture.ko.md"])
+def test_the_tree_of_the_architecture_names_every_file(name):
+    root = ROOT / "scripts" / "finetuning"
+    folder, listed = "", []
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for line in re.search(r"```\nscripts/finetuning/\n(.*?)```", text, re.S).group(1).splitlines():
+        if line.endswith("/"):
+            folder = line.strip()
+        else:
+            file, phrase = line.split(maxsplit=1)
+            assert phrase
+            listed.append(folder + file)
+    files = {str(path.relative_to(root)) for path in root.rglob("*.py") if path.name != "__init__.py"}
+    assert len(listed) == len(set(listed)) and set(listed) == files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: str(page.relative_to(ROOT)))
 def test_both_languages_give_the_same_commands(page):
     def without_words(words):  # questions to a model are in the language of the page
         return [word if not re.search(r"[^\x00-\x7f]|[?.!]$", word) else "..." for word in words]
@@ -46,7 +92,7 @@ def test_both_languages_give_the_same_commands(page):
     assert list(map(without_words, commands(page))) == list(map(without_words, commands(korean(page))))
 
 
-@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: str(page.relative_to(ROOT)))
 def test_both_languages_have_the_same_sections_tables_and_figures(page):
     texts = [path.read_text(encoding="utf-8") for path in (page, korean(page))]
     shapes = [re.findall(r"^(#+) |^(\|)|^(- )", text, re.M) for text in texts]
@@ -70,7 +116,7 @@ def help_of(script: str) -> str:
 
 
 SCRIPT = re.compile(r"(?:scripts|data_prep|benchmarks)/\w+\.py$")
-COMMANDS = [words for page in [*ENGLISH, ROOT / "benchmarks" / "README.md"] for words in commands(page)]
+COMMANDS = [words for page in ENGLISH for words in commands(page)]
 OURS = sorted({word for words in COMMANDS for word in words if SCRIPT.match(word)})
 
 

@@ -37,7 +37,7 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
         if not wanted <= set(rows.column_names)
     ]
     if problems:
-        raise ValueError(f"{name}: " + "; ".join(problems) + ". The README describes the columns (The data contract)")
+        raise ValueError(f"{name}: " + "; ".join(problems) + ". docs/data.md describes the columns (The data contract)")
     if vision:
         dataset = DatasetDict({split: with_undecoded_pictures(rows) for split, rows in dataset.items()})
     return dataset

@@ -307,7 +307,7 @@ def describe_questions(asked: Asked, say: Say) -> str:
         f"{number:,} about {images:,} pictures of {settings['dataset']}, split {settings['split']}"
         + (f"; {copies:,} of them are near-copies of others, and count as one with those" if copies else "")
         + (f"; {others:,} other rows are not scored" if others else ""),
-        f"{settings['dataset']}의 {settings['split']} 분할, 사진 {images:,}장에 대한 질문 {number:,}개"
+        f"{settings['dataset']}의 {settings['split']} 스플릿, 사진 {images:,}장에 대한 질문 {number:,}개"
         + (f"; 그중 {copies:,}장은 다른 사진과 거의 같아 하나로 셉니다" if copies else "")
         + (f"; 채점하지 않은 행 {others:,}개" if others else ""),
     )

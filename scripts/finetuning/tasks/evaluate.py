@@ -31,7 +31,7 @@ TAUGHT = (
     "THE RUN WAS TRAINED ON THESE VERY ROWS: right answers here are memory, and say nothing of new pictures. Evaluate a "
     "held-out split (--split test) for that.",
     "바로 이 행들로 학습했습니다: 여기서 맞은 답은 외운 것이고, 새 사진에 대해서는 아무것도 말해 주지 않습니다. 학습에 쓰지 않은 "
-    "분할(--split test)로 평가하세요.",
+    "스플릿(--split test)으로 평가하세요.",
 )
 
 
