@@ -55,6 +55,7 @@ def recipe(tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
         "per_device_train_batch_size": 1, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 5,
         "logging_steps": 1, "ddp_find_unused_parameters": True, "output_dir": str(tmp_path_factory.mktemp("outputs") / "run"),
     }  # fmt: skip
+    del values["num_train_epochs"]  # both would say how long to train
     path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
