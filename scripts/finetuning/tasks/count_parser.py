@@ -27,6 +27,7 @@ class Mention:
     sentence: int
     total: bool = False
     part: bool = False  # of a whole that is stated elsewhere
+    placed: bool = False  # its own clause names a place
     place: bool = False  # the sentence names a place: "12 on the left"
     subgroup: bool = False  # the sentence names a kind of people: men, children
     restates: bool = False  # says the number before it again: "thirty-five (35)"
@@ -116,11 +117,15 @@ def read_number(sentence: str, numeral: Numeral, index: int) -> Mention:
     before = sentence[max(0, numeral.start - REACH) : numeral.start]
     after = sentence[numeral.end : numeral.end + REACH]
     honorific = patterns.AFTER_HONORIFIC if numeral.korean else patterns.DIGITS_HONORIFIC
-    counted = patterns.AFTER_PEOPLE.search(after) or honorific.search(after)
+    all_of_them = patterns.ALL.search(before) and patterns.OF_THEM.search(after)
+    counted = patterns.AFTER_PEOPLE.search(after) or honorific.search(after) or all_of_them
     noun = not counted and numeral.korean and patterns.KOREAN_NOUN_AFTER.match(after)
     ends = patterns.PHRASE_END.search(after)
+    is_result = bool(patterns.RESULT_BEFORE.search(before))
     total = (patterns.TOTAL_BEFORE.search(before) and (counted or ends)) or patterns.TOTAL_AFTER.search(after)
-    if counted or noun or total or (ends and patterns.BEFORE_PEOPLE.search(before)):
+    total = (total and not patterns.SUM_AFTER.search(after)) or patterns.SUM_BEFORE.search(before)
+    labelled = ends and (patterns.BEFORE_PEOPLE.search(before) or patterns.IN_BRACKETS.search(before))
+    if counted or noun or (total and not is_result) or labelled:
         kind = "people"
     else:
         thing = patterns.OTHER_THINGS.search(after) or (numeral.value == 1 and patterns.ONE_THING.search(after))
@@ -140,8 +145,9 @@ def read_number(sentence: str, numeral: Numeral, index: int) -> Mention:
         sentence=index,
         total=bool(total),
         part=bool(part and not total and not whole),
+        placed=bool(patterns.PLACE.search(re.split("[,.:]", before)[-1] + re.split("[,.:]", after)[0])),
         opens=bool(whole or patterns.OPENS.search(after)),
-        is_result=bool(patterns.RESULT_BEFORE.search(before)),
+        is_result=is_result,
     )
 
 
@@ -182,6 +188,8 @@ def mark_uncounted(sentence: str, numerals: list[Numeral], mentions: list[Mentio
             is_before = numeral.end <= match.start()
             between = sentence[numeral.end : match.start()] if is_before else sentence[match.end() : numeral.start]
             joined = len(between) < 60 and patterns.JOINS.search(between)
+            if is_before and numeral.value == 1 and patterns.APPOSITION.fullmatch(between):
+                continue
             korean = not between or (match[0].endswith(" ") and not is_before and len(between) < 20)
             # "A man pushing 2 children in a cart" has no "and".
             pushed = not is_before and patterns.SUBGROUP_AFTER.match(sentence[numeral.end : numeral.end + REACH])
@@ -215,17 +223,19 @@ def agreed(stated: list[Mention]) -> int | None:
         if not any(said_again(earlier, mention) for earlier in distinct):
             distinct.append(mention)
     values = [mention.value for mention in distinct]
-    if len(values) == 1 or None in values:
-        return values[0] if len(values) == 1 else None
+    if len(values) == 1:
+        return values[0]
     first, inside = distinct[0], distinct[1:]
-    # The whole comes first: "35 people: 20 men, ...", "There are 35 people. 20 are women."
-    if first.kind == "people" and max(values[1:]) < first.value:
+    # The whole comes first: "35 people: 20 men and several women", "There are 35 people. 20 are women."
+    if first.value is not None and first.kind == "people" and max(value or 0 for value in values[1:]) < first.value:
         listed = first.opens and all(mention.sentence == first.sentence for mention in inside)
         told = first.plain and all(mention.kind == "bare" and not mention.place for mention in inside)
-        if listed or told:
+        if listed or (told and None not in values):
             return first.value
+    if None in values:
+        return None
     # Parts that add up: "20 are walking and 15 are standing, making 35 people".
-    if len(values) > 2 and first.value == sum(values[1:]) and not first.place:
+    if len(values) > 2 and first.value == sum(values[1:]) and not first.placed:
         return first.value
     return values[-1] if len(values) > 2 and values[-1] == sum(values[:-1]) else None
 

@@ -83,9 +83,11 @@ BEFORE_PEOPLE = re.compile(
     rf"|\b(?:crowd|group|gathering)(?:\s(?:size|numbers|consists|is\smade\sup))?\s(?:of|is|numbers)\s"
     rf")(?:(?:총|모두|전부|도합|{APPROXIMATELY})\s?)*$"
 )
+# "Several people (14)": the number says again what stands before the bracket.
+IN_BRACKETS = re.compile(rf"(?:^|[^a-z-]){PEOPLE}\s?\(\s?$")
 # What may end a phrase after a number that a label binds.
 PHRASE_END = re.compile(
-    r"^\s?(?:$|[.,;!)\]}|+=–-]|입니다|입니당|이다|이에요|예요|이네|이고|이며|이요|으로|로\s|정도|쯤|가량|여기|개?명|in\b|on\b|at\b"
+    r"^\s?(?:$|[.,;!)\]}|+=–-]|입니다|입니당|이다|이에요|예요|이네|이고|이며|이요|으로|로\s|정도|쯤|가량|여기|개?명|\s?있[습어]|\s?보[입여]|in\b|on\b|at\b"
     r"|and\b|with\b|or\sso\b|total\b|but\b|visible\b|\()"
 )
 
@@ -105,6 +107,8 @@ MONTHS = (
     r"|nov(?:ember)?|dec(?:ember)?)\b\.?"
 )
 NO_COUNTS = [
+    # Files.
+    rf"(?:\b(?:{NUMBERED}|seq|img|file)\s?)?[\w-]{{1,60}}\.(?:jpe?g|png|bmp|gif|webp|tiff?|mp4|avi|mkv)\b",
     # Counting aloud.
     r"(?<!\d)1, ?2(?:, ?(?:and )?\d+){1,200}(?:\.{2,3})?",
     # Dates and clock times.
@@ -201,7 +205,7 @@ NOBODY = re.compile(
         # Nor is 앉아 있는 사람이 없습니다, "nobody is sitting".
         r"|(?:(?<!MODIFIER\s)|(?<=[에서]는\s)|(?<=보이는\s)|(?<=찍힌\s)|(?<=현재는\s)|(?<=지금은\s))(?<!쪽에는\s)(?<!쪽에\s)(?<!뒤에는\s)(?<!앞에는\s)(?<!측에는\s)(?<!옆에는\s)"
         r"(?:사람|인원|보행자|인물|행인|손님|승객)들?[이가은는도]?\s?(?:전혀\s?|아무도\s?|하나도\s?)?"
-        r"(?:없|안\s?보이|보이지\s?않|존재하지\s?않|보이질\s?않)"
+        r"(?:없(?!지는?\s?않)|안\s?보이|보이지\s?않|존재하지\s?않|보이질\s?않)"
         r"|^\s?(?:none|nil|empty|zilch|없습니다|없음|없어요|없다|없네요)\s?[.!]?\s?$"
     ).replace("MODIFIER", MODIFIER)
 )
@@ -211,11 +215,15 @@ CORRECTION = re.compile(
     r"|scratch that|i mean,?|make that|make it|correction:?|let me (?:recount|re-count|count again"
     r"|correct)|recounting|on second thought"
     r"|sorry,(?=\s(?:\d|i|there|it|that|make))|or rather,?|strike that|my mistake)"
+    # "25, no, 27", "I thought 25, but there are 27", 25명인 줄 알았는데.
+    r"|(?<=\d)\s?[,–-]\s?no,?(?=\s\d)"
+    r"|\bi\s(?:first\s|initially\s|originally\s)?(?:thought|guessed|assumed)\b[^.;]{0,40}?\d[^.;]{0,20}?\bbut\b"
+    r"|\d\s?(?:명|사람)?(?:인|이라고|으로|라고)\s?(?:줄|생각|봤|보았|셌)[가-힣 ]{0,6}(?:는데|지만|으나)"
     r"|(?:^|[\s,.])(?:아니,|아니(?=\s\d)|아니다[,.]|아뇨,|정정(?:하면|합니다|하겠습니다)?[:,.]?|다시\s?(?:세|보니|확인)[가-힣]{0,4}"
     r"|수정[:합하][가-힣]{0,3})"
 )
 DENIED = re.compile(
-    rf"\bnot\s\d+(?!\d){COUNTED}?,?\s?(?:but(?:\srather)?\s|(?=\d)|–\s?)|\d+\s?(?:명|인|사람)?(?:이|가)?\s?(?:아니라|아니고|말고)"
+    rf",\s?(?:and\s)?not\s\d+(?!\d)(?:{COUNTED})?(?=\s?(?:[.,!]|$))|\bnot\s\d+(?!\d){COUNTED}?,?\s?(?:but(?:\srather)?\s|(?=\d)|–\s?)|\d+\s?(?:명|인|사람)?(?:이|가)?\s?(?:아니라|아니고|말고)"
 )
 
 # --- What a number's surroundings make of it ---------------------------------------------------------------------------
@@ -228,14 +236,14 @@ BOUND_BEFORE = re.compile(
     r"|(?:\bnot|n't)(?: see| exactly| quite| even| be)?|easily|a good|\bevery|\bper|another|additional|extra|\bplus"
     r"|(?:excluding|without|except(?: for)?|not counting|minus|besides|apart from|other than|aside from|in addition to"
     r"|n?either|between|anything from|anywhere from|starting from)(?: the)?"
-    r"|최소|최소한|최대|최대한|적어도|많아야|못해도|기껏해야|거의|추가로|이외에|외에|제외하고|빼고|나머지|줄잡아|많으면|적으면|많게는|적게는"
+    r"|최소|최소한|최대|최대한|적어도|많아야|많아\s?봐야|많아\s?봤자|적게\s?잡아도|못해도|기껏해야|거의|추가로|이외에|외에|제외하고|빼고|나머지|줄잡아|많으면|적으면|많게는|적게는"
     r"|하루에?|매일|각각|각|만약)\s?(?:about\s|약\s)?$"
 )
 MORE_OR_LESS = r"(?:more|fewer|less|above|over|higher|greater|better|beyond|under|below|upwards?)\b"
 # 이 조금 넘습니다, 도 채 안 됩니다, 보다 훨씬 많습니다, 에 못 미칩니다.
 KOREAN_BOUND = (
-    r"(?:이|가|은|는|을|보다|보다는|도|이나|에|에서)?\s?(?:(?:족히|약간|조금|좀|살짝|훨씬|채|훌쩍|더|거뜬히|한참)\s?){0,3}"
-    r"(?:넘|안\s?[되돼됩될됐된]|되지|못|모자|부족|많|적[은습다]|웃돌|밑돌|육박|가까|근접|이상|이하|미만|초과|남짓|이내|안팎|내외|전후"
+    r"(?:이|가|은|는|을|보다|보다는|도|이나|에|에서)?\s?(?:(?:족히|확실히|분명히|충분히|약간|조금|좀|살짝|훨씬|채|훌쩍|더|거뜬히|한참)\s?){0,3}"
+    r"(?:넘|안\s?[되돼됩될됐된]|되지|못|모자|부족|많|적[은습다어]|웃돌|밑돌|육박|가까|근접|이상|이하|미만|초과|남짓|이내|안팎|내외|전후"
     r"|가까이|더\b|추가|안쪽|언저리|될까|(?:중|초|후)반|까지)"
 )
 BOUND_AFTER = re.compile(
@@ -248,7 +256,7 @@ BOUND_AFTER = re.compile(
     r"|(?:per|each|apiece)\b(?! (?:wear|carry|hold|with a))"
     r"|(?:excluding|not counting|not including|without|except|minus|besides|apart from|in addition)\b"
     rf"|{KOREAN_BOUND}|(?:정도|쯤|가량)\s?(?:이상|이하|넘|에서)|씩|대(?:[의로가쯤,.!]|\s|$|입니다|정도)|짜리|플러스|하고도"
-    r"|[은이]\s?아닙|이?\s?아니[라고에]|(?:이|을)?\s?(?:빼고|제외))"
+    r"|(?:또는|혹은|아니면|이나)\s?그\s?이[상하]|[은이]\s?아닙|이?\s?아니[라고에]|(?:이|을)?\s?(?:빼고|제외))"
     r"|(?:[a-z]+\s)?(?:couples|families|pairs)\s(?:and|plus)\b)"
 )
 RANGE_AFTER = re.compile(r"^[^.;\d]{0,40}?(?:사이|between|로\s?추산되나)")
@@ -267,13 +275,15 @@ PART_BEFORE = re.compile(
     r"|consisting of|made up of|i\.e\.,?|namely|그\s?중에?서?|이\s?중에?서?|중에?서?|가운데|중)(?:\s(?:about|only"
     r"|just|at least|probably|는|약))?[,:]?\s?$"
 )
-WHOLE_BEFORE = re.compile(r"(?:\bof the|out of(?: the)?|among the|of these|of all|\bof)\s?$")
+ALL = re.compile(r"\ball\s?$")  # "All 27 of them are walking."
+OF_THEM = re.compile(r"^ of (?:them|these people|those people)\b")
+WHOLE_BEFORE = re.compile(r"(?:\ball|\bof the|out of(?: the)?|among the|of these|of all|\bof)\s?$")
 WHOLE_AFTER = re.compile(rf"^\s?{COUNTER}\s?(?:중|가운데)")
 TOTAL_BEFORE = re.compile(
     r"(?:\b(?:final )?answer(?: is| would be)?|정답은?|최종\s?(?:인원|답)[은는]?|결론[은:]?"
     r"|\btotal(?:s|ing|ling|led|ed)?(?: (?:number|count|people|persons|of people|headcount|crowd))?(?: (?:is"
     r"|are|of|to|comes? to|in the \w+|visible))*"
-    r"|\b(?:in total|altogether|overall|in all|all told|all together|in sum|combined|summing up|sum(?:s)? (?:of"
+    r"|\b(?:so|hence|thus|therefore|in total|altogether|overall|in all|all told|all together|in sum|combined|summing up|sum(?:s)? (?:of"
     r"|to|up to)|sum|grand total|adds? up to"
     r"|adding up to|for a total of|that(?:'s| is)|which makes|all in all|people in total)(?:,? (?:there (?:are"
     r"|is|were)|i (?:count|see)|we have|it is|it's|that's|that makes|makes))?"
@@ -312,12 +322,13 @@ SHARED_OUT = re.compile(
     r"|day|second|time|row|line|side|floor)s?\b"
     r"|(?:^|\s)(?:각|매) ?\S{1,4}(?:에|마다)|마다|매(?:일|시간|분|초)|(?:\b|(?<=[.,] ))(?:the )?(?:rest|remaining"
     r"|remainder)\b|\bthe others\b"
-    r"|\beveryone else\b|나머지|그 외|그외"
+    r"|\beveryone else\b|나머지|그 ?외(?!에?는?\s\S{1,12}\s\d+\s?(?:개|대|마리|그루))"
 )
 # People that are named but not counted, joined to a number: "a man and 3 children", "several adults and 3 children".
 UNCOUNTED = re.compile(
-    rf"\b(?:an?|another|the other|several|some|a few|few|many|various|numerous|multiple|a couple of"
+    rf"\b(?:an?|another|the other|several|some|a few|few|(?<!not )(?<!n't )many|various|numerous|multiple|a couple of"
     rf"|countless)\s(?:[a-z-]+\s){{0,2}}?{PEOPLE}"
+    r"|\b(?:many|several|some|a few|lots|plenty|dozens) (?:more|others)\b"
     r"|\b(?:an?|one|two|three)\s(?:[a-z]+\s)?(?:couples?|famil(?:y|ies)|pairs?)\b(?!\sof\s\d)"
     r"|(?<!명의\s)(?:남자|여자|남성|여성|아이|어린이|엄마|아빠|할머니|할아버지|노인|소년|소녀|학생|경비원|직원|어른)들?(?:와|과|하고|이랑|랑)\s"
     r"|명(?:과|이랑|하고)\s(?:다른\s)?(?:남자|여자|남성|여성|아이|어린이|경비원|직원|학생|노인|어른)(?:들)?(?:이|가|$|[.,])"
@@ -334,7 +345,7 @@ FILLER = re.compile(
     r"|photo|scene|view|shot|video|footage|camera"
     r"|screen|snapshot|cctv|still|mall|hall|hallway|corridor|street|room|lobby|station|plaza|square"
     r"|park|store|shop|area|place|building|crowd|group|visible|shown|present"
-    r"|detected|found|identified|spotted|or|so|s|yes|yeah|yep|sure|ok|okay|well|hmm|um|uh|oh|right"
+    r"|detected|found|identified|spotted|or|so|s|not|aren't|isn't|many|crowded|few|several|busy|quick|yes|yeah|yep|sure|ok|okay|well|hmm|um|uh|oh|right"
     r"|now|currently|all|together|altogether|overall|everyone"
     r"|think|believe|put|place|looks|look|like|seems|seem|appears|appear|to|probably|maybe|perhaps"
     r"|possibly|likely|comes|come|makes|making|equals|as|by|carefully"
@@ -373,9 +384,12 @@ EVEN_LOWER = [
     (r"\${1,2}([^$\n]{1,60})\${1,2}", r" \1 "),
     (r"\\[a-z]+\s?|\\[()\[\]]", " "),
     (r"</?(?:b|i|u|em|strong|p|span|div|mark|td|tr|th|table|li|ul|ol|br|code|pre)\s?/?>", " "),
+    (r"(?<=\d)\s?x (?=(?:person|people)\b)", " "),
     (r"(?<=\d) (?:plus|더하기) (?=\d)", " + "),
     (r"\bequals\b", "="),
+    (r"(?m)\s?(?:=>|->|⇒|→|➜)\s?(?=\d+\s?(?:people|persons|명)?[.!]?$)", " = "),
     (r"=>|->|⇒|→|➜", ": "),
+    (r"(?m)^#{1,6} (?=\d+[.!]?$)", ""),  # a headline
     (r"<([a-z_ ]{1,30})>([^<\n]{0,200})</\1>", r" \1: \2. "),
     (r"<[/|]?[a-z_|][^<>\n]{0,40}>", " "),
     (r"\*|(?<![a-z])_|_(?![a-z])", ""),
@@ -427,6 +441,9 @@ OPENS = re.compile(
 
 NO_ONE = re.compile(r"\bno one\b")
 BRACKET = re.compile(r"[(\[=]\s?$|^\s?$")
+SUM_AFTER = re.compile(rf"^{COUNTED}?\s?\+\s?\d")  # "Total: 6 + 8 = 14"
+APPOSITION = re.compile(rf"{COUNTED}\s?[,:(–-]\s?")  # "one person, a man"
+SUM_BEFORE = re.compile(r"\d[^=\d]{0,40}=\s?$")
 RESULT_BEFORE = re.compile(r"=\s?$")
 JOINS = re.compile(r"(?:\b(?:and|plus)\b|&|과|와|하고|[,+])[^,.]{0,30}$")
 NEXT_PART = re.compile(r"(?:\band|&|\bplus|와|과|그리고|,)\s?(?:약\s?|about\s)?$")

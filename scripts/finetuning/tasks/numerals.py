@@ -74,7 +74,7 @@ def numeral_pattern(counter: str, formal: str, honorific: str) -> re.Pattern:
     follows = rf"(?=\s?(?:{counter}|{honorific})|(?:이나|에서|,)?\s?(?:{_native_tens}|{_native_units}))"
     noun_ends = (
         r"(?=\s?(?:입니다|입니당|이다|이에요|예요|이요|요|이고|이며|이네요|이죠|정도|쯤|가량|이\s|은\s|과\s|도\s|이서"
-        r"|$|[.,!)}\]~]))"
+        r"|\s(?:있[습어]|보[입여]|계[십세])|$|[.,!)}\]~]))"
     )
     noun = rf"(?:(?<=둘)|(?<=셋)|(?<=넷)|(?<=[가-힣]{{2}})){noun_ends}"
     vague_sino = rf"(?:{_hundreds}(?:{_digit}?십\s?)?(?:일이|이삼|삼사|사오|오륙|육칠|칠팔|팔구)(?:십|백|천)?)"
