@@ -385,6 +385,7 @@ EVEN_LOWER = [
     (r"\\[a-z]+\s?|\\[()\[\]]", " "),
     (r"</?(?:b|i|u|em|strong|p|span|div|mark|td|tr|th|table|li|ul|ol|br|code|pre)\s?/?>", " "),
     (r"(?<=\d)\s?x (?=(?:person|people)\b)", " "),
+    (r"(?<=\d)(?:\.{2,3}|…)\s(?=no,?\s\d)", ", "),
     (r"(?<=\d) (?:plus|더하기) (?=\d)", " + "),
     (r"\bequals\b", "="),
     (r"(?m)\s?(?:=>|->|⇒|→|➜)\s?(?=\d+\s?(?:people|persons|명)?[.!]?$)", " = "),
