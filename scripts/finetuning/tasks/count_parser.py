@@ -27,6 +27,7 @@ class Mention:
     sentence: int
     total: bool = False
     part: bool = False  # of a whole that is stated elsewhere
+    aboard: bool = False  # "with 19 passengers": a part, or all that is said
     placed: bool = False  # its own clause names a place
     place: bool = False  # the sentence names a place: "12 on the left"
     subgroup: bool = False  # the sentence names a kind of people: men, children
@@ -145,6 +146,7 @@ def read_number(sentence: str, numeral: Numeral, index: int) -> Mention:
         sentence=index,
         total=bool(total),
         part=bool(part and not total and not whole),
+        aboard=bool(patterns.WITH.search(before) and patterns.WITH_ANYBODY.search(after)),
         placed=bool(patterns.PLACE.search(re.split("[,.:]", before)[-1] + re.split("[,.:]", after)[0])),
         opens=bool(whole or patterns.OPENS.search(after)),
         is_result=is_result,
@@ -187,6 +189,7 @@ def mark_uncounted(sentence: str, numerals: list[Numeral], mentions: list[Mentio
         for numeral, mention in before + after:
             is_before = numeral.end <= match.start()
             between = sentence[numeral.end : match.start()] if is_before else sentence[match.end() : numeral.start]
+            mention.aboard = False
             joined = len(between) < 60 and patterns.JOINS.search(between)
             if is_before and numeral.value == 1 and patterns.APPOSITION.fullmatch(between):
                 continue
@@ -200,6 +203,8 @@ def mark_uncounted(sentence: str, numerals: list[Numeral], mentions: list[Mentio
 def settle(mentions: list[Mention]) -> int | None:
     """The one number that the mentions agree on, or None."""
     stated = [mention for mention in mentions if mention.kind != "other" and not mention.part]
+    if not stated:
+        stated = [mention for mention in mentions if mention.aboard]
     if len(stated) > MOST_NUMBERS:
         return None
     totals = {mention.value for mention in stated if mention.total}
@@ -210,7 +215,7 @@ def settle(mentions: list[Mention]) -> int | None:
     if any(mention.kind == "people" or mention.is_result for mention in stated):
         count = agreed(stated)
         # "One adult with 2 kids": what is not smaller is no part.
-        parts = [mention.value for mention in mentions if mention.part and mention.kind != "other"]
+        parts = [m.value for m in mentions if m.part and m.kind != "other" and m not in stated]
         return count if count is None or not any(value is not None and value >= count for value in parts) else None
     plain = all(mention.kind == "bare" and mention.plain and not mention.subgroup for mention in mentions)
     return mentions[0].value if plain and len({mention.value for mention in mentions}) == 1 else None

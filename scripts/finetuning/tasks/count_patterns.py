@@ -31,7 +31,7 @@ PEOPLE = rf"(?:{ANYBODY}|{SOMEBODY})(?:\(s\)|/s)?(?![\w-])"
 GENERAL = rf"(?:{ANYBODY})(?:\(s\)|/s)?(?![\w-])"
 # 명 also begins ordinary words: 이 명단 is "this list", not "two people".
 FORMAL_COUNTER = (
-    r"(?:명(?!단|백|확|령|동|소|칭|함|암|절|작|품|씩\s?앉을)|名|人|"
+    r"(?:명(?!째|꼴|단|백|확|령|동|소|칭|함|암|절|작|품|씩\s?앉을)|名|人|"
     r"인(?=\s*(?:이|은|의|을|도|과|입니다|정도|쯤|가량|으로|이상|이하|미만|[.,!?)}\]+~/–-]|$))(?!이상하))"
 )
 COUNTER = rf"(?:사람|{FORMAL_COUNTER})"
@@ -100,7 +100,7 @@ NUMBERED = (
     r"|street|route|bus|flight|unit|store|shop|door|block|building|id|version|case|example|sample"
     r"|location|spot|seat"
     r"|number|no\.|#|cctv|stage|station|escalator|checkpoint|view|feed|stream|index|timestamp"
-    r"|프레임|카메라|사진|이미지|영상|구역|출구|게이트|번호|채널|화면|장면|방|호실"
+    r"|pier|jersey|프레임|카메라|사진|이미지|영상|구역|출구|게이트|번호|채널|화면|장면|방|호실"
 )
 MONTHS = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
@@ -109,6 +109,11 @@ MONTHS = (
 NO_COUNTS = [
     # Files.
     rf"(?:\b(?:{NUMBERED}|seq|img|file)\s?)?[\w-]{{1,60}}\.(?:jpe?g|png|bmp|gif|webp|tiff?|mp4|avi|mkv)\b",
+    # Changes and densities, and what is emphasised.
+    rf"\b\d+(?:\s{PEOPLE})?\s(?:more|fewer|less)\sthan\s(?:before|earlier|yesterday|last|in\sthe|the)\b[^.,;:]{{0,30}}"
+    r"|(?:이전|아까|어제|지난|직전|전)\S{0,6}보다\s?\d+\s?명\s?(?:이\s)?(?:늘|줄|많|적|증가|감소)\S{0,3}",
+    r"\d+(?:\.\d+)?\s(?:people|persons)\s?(?:per|/)\s?(?:m2|sqm|square|km)\S{0,10}|\bno more,?(?: and)? no less\b",
+    r"\b(?:7|seven)-eleven\b|\S{1,4}\s?(?:명|사람)\s?중에?\s?\S{1,4}\s?(?:명|사람)\s?꼴|\d+\s?명째",
     # Counting aloud.
     r"(?<!\d)1, ?2(?:, ?(?:and )?\d+){1,200}(?:\.{2,3})?",
     # Dates and clock times.
@@ -117,7 +122,7 @@ NO_COUNTS = [
     r"|\d{1,2}\s?일(?!\S)",
     rf"\b{MONTHS}\s\d{{1,2}}(?:st|nd|rd|th)?\b(?:,?\s(?:19|20)\d\d)?(?!\s?{COUNTED})"
     rf"|\b\d{{1,2}}(?:st|nd|rd|th)?\s(?:of\s)?{MONTHS}(?:,?\s(?:19|20)\d\d)?\b",
-    r"(?:오전|오후|새벽|아침|저녁|밤|낮|정오)?\s?\d{1,2}\s?시(?:\s?\d{1,2}\s?분)?(?:\s?\d{1,2}\s?초)?(?:\s?(?:경|쯤|정각|반))?",
+    r"\b\d{1,2}\s?(?:to|-|–|and)\s?\d{1,2}\s?[ap]\.?m\b|(?:오전|오후|새벽|아침|저녁|밤|낮|정오)?\s?\d{1,2}\s?시(?:\s?\d{1,2}\s?분)?(?:\s?\d{1,2}\s?초)?(?:\s?(?:경|쯤|정각|반))?",
     r"\b\d{1,2}:\d{2}(?::\d{2})?(?:[.,]\d+)?(?:\s?[ap]\.?m\b\.?)?|\b\d{1,2}\s?[ap]\.?m\b\.?|\b\d{1,2}\s?o'clock\b"
     r"|\b\d{1,2}h\d{2}\b",
     rf"\b(?:in|since|year|during|of|by|from)\s(?:19|20)\d\d\b(?!\s?{COUNTED})",
@@ -140,7 +145,7 @@ NO_COUNTS = [
     rf"#\s?\d+(?!\d|\s?{COUNTED})|\b[a-z]+-\d+\b",
     r"\b(?:person|people|man|woman|individual|human|figure|track|subject|사람|남자|여자|인물)\s?#?\d+(?=\s?[:).=–-](?!\d))",
     r"\b(?:fps|iso|score|confidence|conf|probability|certainty|threshold|iou|temperature|신뢰도|확률)\s?(?:of"
-    r"|is|[:=])?\s?\d+(?:\.\d+)?(?:\s?/\s?\d+)?",
+    r"|is|above|over|below|under|[:=<>≥≤])?\s?\d+(?:\.\d+)?(?:\s?/\s?\d+)?",
     r"\(\s?\d+(?:\.\d+)?\s?,\s?\d+(?:\.\d+)?\s?\)|\[(?:\s?-?\d+(?:\.\d+)?\s?,){1,40}\s?-?\d+(?:\.\d+)?\s?\]",
     r"\b\d+\s?x\s?\d+\b(?!\s?=)",
     r"\b(?:a|an|one) [a-z]+ or two\b|\b(?:boy|girl|man|woman|child|lady|guy) of (?:about )?\d+\b",
@@ -236,7 +241,7 @@ BOUND_BEFORE = re.compile(
     r"|(?:\bnot|n't)(?: see| exactly| quite| even| be)?|easily|a good|\bevery|\bper|another|additional|extra|\bplus"
     r"|(?:excluding|without|except(?: for)?|not counting|minus|besides|apart from|other than|aside from|in addition to"
     r"|n?either|between|anything from|anywhere from|starting from)(?: the)?"
-    r"|최소|최소한|최대|최대한|적어도|많아야|많아\s?봐야|많아\s?봤자|적게\s?잡아도|못해도|기껏해야|거의|추가로|이외에|외에|제외하고|빼고|나머지|줄잡아|많으면|적으면|많게는|적게는"
+    r"|최소|최소한|최대|최대한|적어도|많아야|많아\s?봐야|많아\s?봤자|많아도|(?:못|적게)\s?잡아도|못해도|기껏해야|거의|추가로|이외에|외에|제외하고|빼고|나머지|줄잡아|많으면|적으면|많게는|적게는"
     r"|하루에?|매일|각각|각|만약)\s?(?:about\s|약\s)?$"
 )
 MORE_OR_LESS = r"(?:more|fewer|less|above|over|higher|greater|better|beyond|under|below|upwards?)\b"
@@ -259,7 +264,7 @@ BOUND_AFTER = re.compile(
     r"|(?:또는|혹은|아니면|이나)\s?그\s?이[상하]|[은이]\s?아닙|이?\s?아니[라고에]|(?:이|을)?\s?(?:빼고|제외))"
     r"|(?:[a-z]+\s)?(?:couples|families|pairs)\s(?:and|plus)\b)"
 )
-RANGE_AFTER = re.compile(r"^[^.;\d]{0,40}?(?:사이|between|로\s?추산되나)")
+RANGE_AFTER = re.compile(r"^[^.;\d]{0,40}?(?:사이|between\s(?:about\s|roughly\s)?\S+\s(?:and|to|or)\b|로\s?추산되나)")
 # Between two numbers that differ: neither is stated.
 HEDGE = r"(?:or|to|maybe|perhaps|possibly|probably|likely|and|versus|vs|nor|이나|나|에서|부터|또는|혹은|아니면|내지|아마도?|이거나|어쩌면|~)"
 BETWEEN_TWO = re.compile(
@@ -278,6 +283,8 @@ PART_BEFORE = re.compile(
 ALL = re.compile(r"\ball\s?$")  # "All 27 of them are walking."
 OF_THEM = re.compile(r"^ of (?:them|these people|those people)\b")
 WHOLE_BEFORE = re.compile(r"(?:\ball|\bof the|out of(?: the)?|among the|of these|of all|\bof)\s?$")
+WITH = re.compile(r"\bwith\s?$")  # "a bus with 19 passengers": the whole, where none is stated
+WITH_ANYBODY = re.compile(rf"^\s{GENERAL}")
 WHOLE_AFTER = re.compile(rf"^\s?{COUNTER}\s?(?:중|가운데)")
 TOTAL_BEFORE = re.compile(
     r"(?:\b(?:final )?answer(?: is| would be)?|정답은?|최종\s?(?:인원|답)[은는]?|결론[은:]?"
@@ -345,7 +352,7 @@ FILLER = re.compile(
     r"|photo|scene|view|shot|video|footage|camera"
     r"|screen|snapshot|cctv|still|mall|hall|hallway|corridor|street|room|lobby|station|plaza|square"
     r"|park|store|shop|area|place|building|crowd|group|visible|shown|present"
-    r"|detected|found|identified|spotted|or|so|s|not|aren't|isn't|many|crowded|few|several|busy|quick|yes|yeah|yep|sure|ok|okay|well|hmm|um|uh|oh|right"
+    r"|detected|found|identified|spotted|or|so|s|somewhere|neighbou?rhood|region|vicinity|not|aren't|isn't|many|crowded|few|several|busy|quick|yes|yeah|yep|sure|ok|okay|well|hmm|um|uh|oh|right"
     r"|now|currently|all|together|altogether|overall|everyone"
     r"|think|believe|put|place|looks|look|like|seems|seem|appears|appear|to|probably|maybe|perhaps"
     r"|possibly|likely|comes|come|makes|making|equals|as|by|carefully"
@@ -422,7 +429,7 @@ THINGS = (
 )
 OTHER_THINGS = re.compile(
     rf"^(?:-?\s?(?:(?!(?:{FUNCTION_WORDS})\b)[a-z][a-z-]*\s)??(?!(?:{FUNCTION_WORDS})\b){THINGS}(?![a-z])"
-    r"|\s?(?:km|cm|mm|m|kg|px|fps|hz|sec|min|ms|mb|gb|hrs?|usd|eur|krw|k|x|th|st|nd|rd|p|percent|luggage"
+    r"|\s?(?:km|cm|mm|m2?|kg|px|fps|hz|s|sec|min|ms|mb|gb|hrs?|usd|eur|krw|k|x|th|st|nd|rd|p|percent|luggage"
     r"|sheep|fish|feet|mice|fps)\b"
     r"|\s?[가-힣]+)"
 )
@@ -432,7 +439,8 @@ KOREAN_GOES_ON = re.compile(
 ONE_THING = re.compile(rf"^\s(?:(?!(?:{FUNCTION_WORDS})\b)[a-z][a-z-]*\s)??(?!(?:{FUNCTION_WORDS})\b)[a-z]{{3,}}\b")
 PART_AFTER = re.compile(
     rf"^{COUNTED}?\s?(?:of (?:them|whom|these|those|which|the)\b(?! (?:public|staff|crew|team|audience"
-    rf"|family|group|police))|out of\b|(?:을|이|를)?\s?포함)"
+    rf"|family|group|police))|out of\b|(?:을|이|를)?\s?(?:포함|비롯)"
+    r"|\s?명은\s(?:아이|어린이|남자|여자|남성|여성|어른|성인|노인|학생)(?:입니다|이다|이에요|예요|이고|이며|[,.]))"
 )
 OPENS = re.compile(
     rf"^{COUNTED}?[^:(–.;\d]{{0,40}}(?:[:(–]|\s-\s)|^{COUNTED}?,?\s(?:including|of whom|of which|with"
@@ -444,7 +452,7 @@ NO_ONE = re.compile(r"\bno one\b")
 BRACKET = re.compile(r"[(\[=]\s?$|^\s?$")
 SUM_AFTER = re.compile(rf"^{COUNTED}?\s?\+\s?\d")  # "Total: 6 + 8 = 14"
 APPOSITION = re.compile(rf"{COUNTED}\s?[,:(–-]\s?")  # "one person, a man"
-SUM_BEFORE = re.compile(r"\d[^=\d]{0,40}=\s?$")
+SUM_BEFORE = re.compile(r"\d[^=\d]{1,30}\d[^=\d]{0,30}=\s?$")
 RESULT_BEFORE = re.compile(r"=\s?$")
 JOINS = re.compile(r"(?:\b(?:and|plus)\b|&|과|와|하고|[,+])[^,.]{0,30}$")
 NEXT_PART = re.compile(r"(?:\band|&|\bplus|와|과|그리고|,)\s?(?:약\s?|about\s)?$")
