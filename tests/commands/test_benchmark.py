@@ -145,3 +145,22 @@ def test_crowds_are_drawn_over_the_empty_scene_and_every_part_is_counted(raw_cct
         [sys.executable, *map(str, words), "--output", folder], cwd=ROOT, capture_output=True, text=True
     )
     assert again.returncode == 1 and "exists already" in again.stderr
+
+
+def test_the_grid_measures_settings_that_were_divided_before(tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import memory_grid
+
+    settings = [*memory_grid.llava_settings(), *memory_grid.text_settings()]
+    assert len({setting for setting in settings if setting.half == "held out"}) >= 30
+    assert settings == [*memory_grid.llava_settings(), *memory_grid.text_settings()]
+    output = tmp_path / "grid.jsonl"
+    words = ["--model", str(tiny_llava), "--output", str(output), "--every", "40", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["memory_grid.py", *words])
+    memory_grid.main()
+    _, measured = map(json.loads, output.read_text().splitlines())
+    assert measured["half"] == "calibration"
+    assert measured["batch"]["rows"] == measured["batch_size"] * (1 if measured["shared"] else measured["questions"])
+    assert measured["median_seconds"] > 0
+    with pytest.raises(SystemExit, match="is there already"):
+        memory_grid.main()
