@@ -146,6 +146,10 @@ class TrainingArguments(SFTConfig):
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
     )
+    truncate: bool = field(
+        default=False,
+        metadata={"help": "Cut rows of text that are longer than max_length; without it they are refused by number."},
+    )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise the assistant's turns only."})
     logging_nan_inf_filter: bool = field(
         default=False,

@@ -75,6 +75,10 @@ ENTRIES = [
     Entry(TRAINER, "compute_loss", "reads loss and metrics when the GPU has come so far"),
     Entry(TRAINER, "log", "adds speed, waiting and memory"),
     Entry(TRAINER, "evaluate", "asks questions"),
+    Entry("trl.trainer.sft_trainer.SFTTrainer", "_prepare_dataset", "refuses rows that would be cut", (
+        "dataset, processing_class, args, packing, formatting_func, dataset_name",
+    )),
+    Entry(TRAINER, "evaluation_loop", "averages the validation loss over tokens, not over batches"),
     Entry(TRAINER, "save_model", "saves sharded weights whole"),
     Entry(TRAINER, "create_model_card", "writes none: TRL's is of a model named None"),
     # Replaced in training/

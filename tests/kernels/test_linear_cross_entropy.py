@@ -42,7 +42,7 @@ def scored(model, batch) -> dict[str, float]:
 def test_named_positions_are_scored_as_trl_scores_masked_ones(make, targets, make_batch):
     batch = make_batch()
     batch["labels"][0, -3] = -100
-    named = CollateSupervisedRows(lambda examples: dict(batch))([])
+    named = CollateSupervisedRows(lambda examples: dict(batch))([{}, {}])
     # Two rows of 30 tokens, the last 5 of which are supervised; each is predicted from the position before.
     assert named["supervised_rows"].tolist() == [24, 25, 27, 28, 54, 55, 56, 57, 58]
     model = make()
@@ -52,6 +52,7 @@ def test_named_positions_are_scored_as_trl_scores_masked_ones(make, targets, mak
     expected, expected_grads = scored(model, batch), lora_grads(model)
     use_supervised_rows(model.get_base_model())
     assert scored(model, batch) == expected  # nothing named: TRL's own code
+    assert named.pop("num_supervised").tolist() == [4, 5]
     found = scored(model, named)
     assert found == pytest.approx(expected, rel=1e-6)
     assert found["label_mask"] == 9
@@ -65,7 +66,9 @@ def test_a_batch_without_an_answer_has_a_loss_of_zero_and_a_gradient():
     use_supervised_rows(model.get_base_model())
     batch = gemma_batch()
     batch["labels"][:] = -100
-    assert scored(model, CollateSupervisedRows(lambda examples: batch)([]))["loss"] == 0
+    named = CollateSupervisedRows(lambda examples: batch)([{}, {}])
+    assert named.pop("num_supervised").tolist() == [0, 0]
+    assert scored(model, named)["loss"] == 0
     assert all(not grad.any() for grad in lora_grads(model).values())
 
 
@@ -80,7 +83,8 @@ def test_a_model_that_scales_its_logits_keeps_the_code_that_knows_it():
     expected = float(model(**batch).loss)
     add_fused_lm_head(model, outputs=OUTPUTS)
     use_supervised_rows(model)
-    named = CollateSupervisedRows(lambda examples: batch)([])
+    named = CollateSupervisedRows(lambda examples: batch)([{}, {}])
+    named.pop("num_supervised")
     assert scored(model, named)["loss"] == pytest.approx(expected, rel=1e-5)
 
 

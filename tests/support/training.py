@@ -9,6 +9,7 @@ from transformers import LlavaForConditionalGeneration
 from finetuning.arguments import parse_arguments
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
+GEMMA_SAMPLE = ROOT / "scripts" / "configs" / "gemma_sample.yaml"
 
 
 def train(model: Path, dataset: Path, output: Path, *flags: str) -> Path:

@@ -175,14 +175,24 @@ def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> l
 
 
 class CollateSupervisedRows:
-    """A collator's batch, and `supervised_rows`: positions in the flattened (rows * tokens) whose next is supervised."""
+    """A collator's batch, and `supervised_rows`: positions in the flattened (rows * tokens) whose next is supervised.
+
+    `num_supervised` (rows,) says how many of them each row has, packed rows included, which lie one behind the other.
+    """
 
     def __init__(self, collate: DataCollator):
         self.collate = collate
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(examples)
-        batch["supervised_rows"] = (next_labels(batch["labels"]) != -100).nonzero().flatten()
+        is_supervised = next_labels(batch["labels"]) != -100
+        batch["supervised_rows"] = is_supervised.nonzero().flatten()
+        if len(batch["labels"]) == len(examples):
+            of_rows = is_supervised.view(len(examples), -1)
+        else:  # rows lie one behind the other, padding (`pad_to_multiple_of`) behind the last
+            lengths = [len(example["input_ids"]) for example in examples[:-1]]
+            of_rows = is_supervised.split([*lengths, len(is_supervised) - sum(lengths)])
+        batch["num_supervised"] = torch.stack([of_row.sum() for of_row in of_rows])
         return batch
 
 

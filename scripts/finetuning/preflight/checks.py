@@ -24,6 +24,7 @@ FOR_TEXT = {
     "dataset_num_proc": (None, "they are tokenised when a batch is made, by dataloader_num_workers processes"),
     "eval_packing": (None, "they stay side by side"),
     "shuffle_dataset": (False, "each epoch draws them in a new order, as train_sampling_strategy says"),
+    "truncate": (False, "they are never cut"),
     "truncation_mode": ("keep_start", "they are never cut"),
 }
 
@@ -65,8 +66,10 @@ def refuse_what_cannot_work(
 
 
 def row_problems(training_args: TrainingArguments, rows: Dataset) -> list[str]:
-    """Options that rows with images do not pass through: set, they would be ignored."""
+    """Options that these rows do not pass through: set, they would be ignored."""
     if "images" not in rows.column_names:
+        if training_args.truncate and training_args.max_length is None:
+            return ["truncate: true cuts nothing without max_length: set max_length, or remove truncate"]
         return []
     problems = []
     if training_args.packing or training_args.padding_free:

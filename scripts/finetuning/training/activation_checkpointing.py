@@ -126,7 +126,8 @@ class LayerCheckpointing(TrainerCallback):
         trainer, model = self.trainer, self.trainer.model
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
         batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-        batch.pop("rows", None)
+        for name in ("rows", "num_supervised"):  # for the trainer, not for the model
+            batch.pop(name, None)
         batch = trainer._prepare_inputs(batch)
         # AdamW keeps two fp32 numbers per trained one, from the first step on.
         optimizer = sum(8 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

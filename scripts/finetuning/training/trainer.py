@@ -27,11 +27,11 @@ from finetuning.models.parts import base_model_of, cache_named_parameters, switc
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
-from finetuning.training.checkpoints import CheckpointingTrainer
 from finetuning.training.read_ahead import read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
 from finetuning.training.stop_signals import StopRequest, StopTogether, leave_interrupted, obey_parent_only
+from finetuning.training.validation_loss import ValidationLossTrainer
 
 
 class TrainingDiverged(RuntimeError):
@@ -57,7 +57,7 @@ def diverged(loss: float, watched: Watched, texts: list[str], split: str) -> Tra
 
 
 @upstream.overrides
-class FineTuningTrainer(CheckpointingTrainer):
+class FineTuningTrainer(ValidationLossTrainer):
     """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
 
     Args (the rest is SFTTrainer's):
@@ -199,12 +199,15 @@ class FineTuningTrainer(CheckpointingTrainer):
         return 6 * inputs["input_ids"].numel() * self._num_weights
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows = inputs.pop("rows", None)
+        rows, num_supervised = inputs.pop("rows", None), inputs.pop("num_supervised")
         self.step_metrics.num_rows += len(inputs["input_ids"])
         plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.model.training and plain and not return_outputs:
             return self._loss_without_waiting(model, inputs, rows, num_items_in_batch)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training or return_outputs:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            result = self.validation_loss(model, inputs, num_supervised)
         loss = result[0] if isinstance(result, tuple) else result
         self._refuse_bad_loss(loss.item(), Watched(self.state.global_step + 1, rows, inputs["input_ids"]))
         return result
