@@ -35,6 +35,9 @@ class CheckpointingTrainer(SFTTrainer):
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, run_folder.UNFINISHED) if self._saving else folder
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
+
     def _save_checkpoint(self, model, trial) -> None:
         """Save under `unfinished/`, prove it readable, move it into place; only then delete old checkpoints."""
         run, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

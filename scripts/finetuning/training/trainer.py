@@ -293,9 +293,6 @@ class FineTuningTrainer(ValidationLossTrainer):
         read_next_epoch_ahead(inner)
         return loader
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: TRL's card asks a time-machine question of a model named None. Merging writes a true one."""
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and not self.strategy.replicates:
             self._save(output_dir, state_dict=full_trained_weights(self.model))
