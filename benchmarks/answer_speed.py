@@ -155,7 +155,7 @@ def by_transformers(model, processing_class, rows, *, batch_size: int, max_new_t
 
 
 # Stage -> the method of Answerer that computes it.
-STAGES = {"see": "see", "prefill": "prefill_chunk", "decode": "decode_steps"}
+STAGES = {"see": "see", "prefill": "prefill_chunk", "decode": "decode"}
 
 
 class Stages:

@@ -5,6 +5,7 @@ questions about them. Then every row of the batch gets a token a step. On a GPU 
 kernels take the host longer than the GPU. Rows that have ended leave the batch when half of it has.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,13 +17,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from finetuning.data.collator import stop_tokens
-from finetuning.inference.decode_steps import DecodeSteps
+from finetuning.inference.decode_steps import DecodeSteps, NewRows
 from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.inference.prompt_reader import PromptGroup
 
 CHUNK_TOKENS = 32768  # more make no product faster
-FIRST_CHUNK_TOKENS = 8192  # so that the GPU begins while the loader still reads
 MOST_ROWS = 256  # of an automatic batch on a GPU
 MOST_ROWS_ON_CPU = 64
 ROOM_OF_ONE = 2048  # slots more for a single question: the next one of a conversation is longer
@@ -42,17 +42,27 @@ class Chunk:
 
 @dataclass
 class Batch:
-    """Rows that are answered together: those computed already, in `chunks` with their pictures' features, and the rest."""
+    """Rows that are answered together: those laid out already, in `chunks` with their pictures' features, and the rest."""
 
     chunks: list[Chunk] = field(default_factory=list)
     features: list[Tensor | None] = field(default_factory=list)
     waiting: list[PromptGroup] = field(default_factory=list)
     groups: list[PromptGroup] = field(default_factory=list)
-    next_slot: int = 0
+    answers: dict[int, dict[str, str]] = field(default_factory=dict)  # row -> name -> text
 
     @property
     def num_rows(self) -> int:
         return sum(len(group.rows) for group in self.groups)
+
+
+@dataclass
+class Prefill:
+    """Prompts of a batch as the model `name` computed them; the next free slot of the pool."""
+
+    batch: Batch
+    name: str
+    next_slot: int
+    rows: list[NewRows] = field(default_factory=list)
 
 
 class Answerer:
@@ -81,6 +91,10 @@ class Answerer:
         self.chunk_tokens = CHUNK_TOKENS
         self.pool: KeyValuePool | None = None
         self.steps: DecodeSteps | None = None
+        self.one_at_a_time = (
+            threading.RLock()
+        )  # prompts and steps are launched by two threads, of one model or the other
+        self.decoder.refresh()
 
     # Batches
 
@@ -110,12 +124,18 @@ class Answerer:
         """Slots of keys and values that the group takes: its tokens, and the answers of its rows."""
         return group.num_tokens + len(group.rows) * self.max_new_tokens
 
-    def make_room(self, slots: int, rows: int) -> None:
-        """A pool for `most_rows` rows like these, or for what free memory holds; a new one where the old is too small."""
-        if self.pool is not None and self.pool.slots >= slots:
+    def make_room(self, slots: int, rows: int, lanes: int = 1, chunks: int | None = None) -> None:
+        """A pool for `lanes` batches of `most_rows` rows like these, of at most `chunks` chunks, or for what memory holds.
+
+        A new one where the old is too small for `slots` in each lane.
+        """
+        if self.pool is not None and self.pool.slots >= lanes * slots:
             return
         self.pool = self.steps = None
-        wanted = max(slots, -(-slots * self.most_rows // rows))
+        wanted = -(-slots * self.most_rows // rows)
+        if chunks is not None:
+            wanted = min(wanted, chunks * self.chunk_tokens + self.most_rows * self.max_new_tokens)
+        slots, wanted = lanes * slots, lanes * max(slots, wanted)
         wanted += ROOM_OF_ONE if self.most_rows == 1 else 0
         if self.is_cuda:
             free = torch.cuda.mem_get_info(self.decoder.device)[0]
@@ -126,7 +146,7 @@ class Answerer:
                 of_chunk //= 2
             wanted = min(wanted, max(slots, int(0.9 * (free - of_chunk - SPARE_BYTES)) // self.decoder.bytes_of_slot()))
         self.pool = KeyValuePool(self.decoder, wanted)
-        self.steps = DecodeSteps(self.decoder, self.pool, self.stops, self.max_new_tokens, self.tokenizer.pad_token_id)
+        self.steps = DecodeSteps(self.decoder, self.pool, self.stops, self.max_new_tokens, self.as_named)
 
     def release(self) -> None:
         """Give the pool and the graphs back, to whoever wants the GPU next."""
@@ -178,83 +198,52 @@ class Answerer:
         """Answers of all groups by each named model: row -> name -> text. Pictures are encoded once where all see alike."""
         self.make_room(sum(map(self.slots_of, groups)), sum(len(group.rows) for group in groups))
         batch = Batch(groups=list(groups))
+        prefill = Prefill(batch, names[0], 0)
         for part in in_chunks(groups, self.chunk_tokens):
-            self.compute_prompts(batch, part, names[0])
-        return self.finish(batch, names, on_token)
+            self.compute_prompts(prefill, part)
+        self.decode(prefill, on_token)
+        for name in names[1:]:
+            self.decode(self.compute_again(batch, name, 0), on_token)
+        return batch.answers
 
-    @torch.no_grad()
-    def stream(
-        self, prompts: Iterable[PromptGroup], names: Sequence[str] = ("tuned",)
-    ) -> Iterator[dict[int, dict[str, str]]]:
-        """Answers of `prompts`, a batch at a time: row number -> the answer of each name.
-
-        The first prompts of a batch are computed while the next ones are still being read.
-        """
-        batch = Batch()
-        for group in prompts:
-            for part in self.divided(group):
-                self.make_room(self.slots_of(part), len(part.rows))
-                slots = sum(map(self.slots_of, batch.groups)) + self.slots_of(part)
-                if batch.groups and (batch.num_rows + len(part.rows) > self.most_rows or slots > self.pool.slots):
-                    yield self.attempt(batch, names, ends=True)
-                    batch = Batch()
-                batch.groups.append(part)
-                batch.waiting.append(part)
-                enough = self.chunk_tokens if batch.chunks else min(FIRST_CHUNK_TOKENS, self.chunk_tokens)
-                is_chunk = sum(group.num_tokens for group in batch.waiting) >= enough
-                if is_chunk and (answers := self.attempt(batch, names, ends=False)):
-                    yield answers
-                    batch = Batch()
-        if batch.groups:
-            yield self.attempt(batch, names, ends=True)
-
-    def attempt(self, batch: Batch, names: Sequence[str], *, ends: bool) -> dict[int, dict[str, str]]:
-        """Compute the prompts that wait; where the batch `ends` its answers. Answers too where memory did not suffice."""
-        try:
-            if batch.waiting:
-                waiting, batch.waiting = batch.waiting, []
-                self.compute_prompts(batch, waiting, names[0])
-            return self.finish(batch, names, None) if ends else {}
-        except torch.OutOfMemoryError:
-            batch.chunks, batch.features = [], []
-        return self.halve(batch.groups, lambda part: self.answer_once(part, names, None))
-
-    def compute_prompts(self, batch: Batch, groups: Sequence[PromptGroup], name: str) -> None:
-        if not batch.chunks:
-            self.steps.begin(max(self.most_rows, batch.num_rows))
-        chunk = lay_out(groups, self.decoder.device)
-        with self.as_named(name):
+    def compute_prompts(self, prefill: Prefill, groups: Sequence[PromptGroup]) -> None:
+        """Lay `groups` out as one more chunk of the batch, and compute their prompts."""
+        batch, chunk = prefill.batch, lay_out(groups, self.decoder.device)
+        with self.as_named(prefill.name):
             seen = self.see(chunk)
-            batch.next_slot = self.prefill_chunk(chunk, seen, batch.next_slot)
+            self.prefill_chunk(prefill, chunk, seen)
         batch.chunks.append(chunk)
         batch.features.append(seen)
 
-    def finish(self, batch: Batch, names: Sequence[str], on_token) -> dict[int, dict[str, str]]:
-        """The answers of a batch whose prompts `names[0]` has computed; those of other names from their beginning."""
-        rows = [row for chunk in batch.chunks for row in chunk.rows]
-        answers: dict[int, dict[str, str]] = {row: {} for row in rows}
-        for name in names:
-            with self.as_named(name):
-                if name != names[0]:
-                    if not self.sees_alike():
-                        batch.features = [self.see(chunk) for chunk in batch.chunks]
-                    self.steps.begin(batch.num_rows)
-                    batch.next_slot = 0
-                    for chunk, seen in zip(batch.chunks, batch.features, strict=True):
-                        batch.next_slot = self.prefill_chunk(chunk, seen, batch.next_slot)
-                self.steps.place_answers(batch.next_slot)
-                tokens = self.decode_steps(on_token)
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row][name] = text.strip()
-        return answers
+    def compute_again(self, batch: Batch, name: str, first_slot: int) -> Prefill:
+        """The prompts of a batch by another model."""
+        prefill = Prefill(batch, name, first_slot)
+        with self.as_named(name):
+            if not self.sees_alike():
+                batch.features = [self.see(chunk) for chunk in batch.chunks]
+            for chunk, seen in zip(batch.chunks, batch.features, strict=True):
+                self.prefill_chunk(prefill, chunk, seen)
+        return prefill
+
+    @torch.no_grad()
+    def decode(self, prefill: Prefill, on_token: Callable[[int], None] | None = None) -> None:
+        """Add the answers of a batch whose prompts were computed to `batch.answers`."""
+        batch = prefill.batch
+        self.steps.begin(max(self.most_rows, batch.num_rows))
+        for rows in prefill.rows:
+            self.steps.add(rows)
+        self.steps.place_answers(prefill.next_slot)
+        tokens = self.steps.run(prefill.name, on_token)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for row, text in zip((row for chunk in batch.chunks for row in chunk.rows), texts, strict=True):
+            batch.answers.setdefault(row, {})[prefill.name] = text.strip()
 
     @contextmanager
     def as_named(self, name: str) -> Iterator[None]:
         """The model that answers as `name`: a PeftModel's base with its adapter off, else the model as it is."""
         off = self.model.disable_adapter() if name == "base" and isinstance(self.model, PeftModel) else nullcontext()
-        with off:
-            self.decoder.refresh()
+        with self.one_at_a_time, off:
+            self.decoder.follow_switch()
             yield
 
     def sees_alike(self) -> bool:
@@ -274,22 +263,19 @@ class Answerer:
         pixel_values = pixel_values.to(self.decoder.device, non_blocking=True)
         return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values).pooler_output))
 
-    def prefill_chunk(self, chunk: Chunk, features: Tensor | None, first_slot: int) -> int:
-        """Compute prompts, whose tokens take the slots from `first_slot` on. Returns the next free slot."""
+    def prefill_chunk(self, prefill: Prefill, chunk: Chunk, features: Tensor | None) -> None:
+        """Compute the prompts of a chunk, whose tokens take the slots from `prefill.next_slot` on."""
+        first_slot = prefill.next_slot
         hidden = self.embed(chunk.prompts, features)
         last = self.decoder.prefill(hidden, chunk.prompts, self.to_device(chunk.last), self.pool, first_slot)
         lengths = [sum(length for _, length in runs) for runs in chunk.runs]
         runs = [[(start + first_slot, length) for start, length in runs] for runs in chunk.runs]
-        self.steps.add(self.decoder.logits(last).argmax(-1), lengths, runs)
-        return first_slot + len(hidden)
+        prefill.rows.append(NewRows(self.decoder.logits(last).argmax(-1), lengths, runs))
+        prefill.next_slot += len(hidden)
 
     def to_device(self, numbers: Sequence[int]) -> Tensor:
         # `torch.tensor(..., device=...)` would wait for all that the GPU was given before.
         return torch.tensor(numbers).to(self.decoder.device, non_blocking=True)
-
-    def decode_steps(self, on_token: Callable[[int], None] | None) -> list[list[int]]:
-        """Token ids of each row's answer, with the one that ends it."""
-        return self.steps.run(on_token)
 
     def embed(self, prompts: PackedPrompts, features: Tensor | None) -> Tensor:
         """Embeddings of all tokens, with features in the places of image tokens."""

@@ -1,6 +1,9 @@
 """The rows of a batch while they are answered: a token a step, on a GPU as CUDA graphs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,17 +14,36 @@ from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 STEP_SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
 
 
+@dataclass
+class NewRows:
+    """Rows whose prompts are computed: the first token of each answer, the prompts' lengths, the runs of their keys."""
+
+    first_tokens: Tensor
+    lengths: list[int]
+    runs: list[list[tuple[int, int]]]
+
+
 class DecodeSteps:
-    """The rows of a batch while they are answered, a token a step, in memory that CUDA graphs can keep reading."""
+    """The rows of a batch while they are answered, a token a step, in memory that CUDA graphs can keep reading.
+
+    `as_named(name)` is a context in which the model of that name answers. Graphs are kept for each name.
+    """
 
     def __init__(
-        self, decoder: PackedDecoder, pool: KeyValuePool, stops: Tensor, max_new_tokens: int, pad_token: int | None
+        self,
+        decoder: PackedDecoder,
+        pool: KeyValuePool,
+        stops: Tensor,
+        max_new_tokens: int,
+        as_named: Callable[[str], AbstractContextManager],
     ):
         self.decoder, self.pool, self.stops, self.max_new_tokens = decoder, pool, stops, max_new_tokens
+        self.as_named = as_named
         self.is_cuda = decoder.device.type == "cuda"
         self.capacity = 0
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.memory = torch.cuda.graph_pool_handle() if self.is_cuda else None
+        self.graphs: dict[tuple[int, str], torch.cuda.CUDAGraph | None] = {}
+        if self.is_cuda:
+            self.memory, self.recording = torch.cuda.graph_pool_handle(), torch.cuda.Stream(decoder.device)
 
     def begin(self, rows: int) -> None:
         """Room for so many rows, all of them still to be added."""
@@ -39,16 +61,16 @@ class DecodeSteps:
             self.counts = torch.zeros(size, dtype=torch.long, device=device)
         self.num_rows = 0
 
-    def add(self, first_tokens: Tensor, lengths: list[int], runs: list[list[tuple[int, int]]]) -> None:
-        """Rows whose prompts are computed, with the first token of each answer."""
-        new = slice(self.num_rows, self.num_rows + len(lengths))
-        padded = torch.tensor([[*([(0, 0)] * (2 - len(parts))), *parts, (0, 0)] for parts in runs], dtype=torch.int32)
-        self.runs[new] = padded.to(self.runs.device, non_blocking=True)
-        self.positions[new] = torch.tensor(lengths).to(self.positions.device, non_blocking=True)
-        self.tokens[new] = first_tokens
-        self.out[new, 0] = first_tokens
+    def add(self, rows: NewRows) -> None:
+        """Rows whose prompts are computed."""
+        new = slice(self.num_rows, self.num_rows + len(rows.lengths))
+        padded = [[*([(0, 0)] * (2 - len(parts))), *parts, (0, 0)] for parts in rows.runs]
+        self.runs[new] = torch.tensor(padded, dtype=torch.int32).to(self.runs.device, non_blocking=True)
+        self.positions[new] = torch.tensor(rows.lengths).to(self.positions.device, non_blocking=True)
+        self.tokens[new] = rows.first_tokens
+        self.out[new, 0] = rows.first_tokens
         self.counts[new] = 1
-        self.alive[new] = self.goes_on(first_tokens)
+        self.alive[new] = self.goes_on(rows.first_tokens)
         self.num_rows = new.stop
 
     def place_answers(self, first_slot: int) -> None:
@@ -66,24 +88,31 @@ class DecodeSteps:
         self.runs[rest] = 0
         self.runs[rest, 2] = torch.tensor([self.pool.slots, 1], dtype=torch.int32, device=self.runs.device)
 
-    def run(self, on_token: Callable[[int], None] | None = None) -> list[list[int]]:
-        """Tokens of each row's answer, with the one that ends it."""
+    def run(self, name: str, on_token: Callable[[int], None] | None = None) -> list[list[int]]:
+        """Tokens of each row's answer by the model `name`, with the one that ends it."""
+        if self.is_cuda:
+            return self.run_steps(partial(self.step, name=name), on_token)
+        with self.as_named(name):
+            return self.run_steps(self.compute, on_token)
+
+    def run_steps(self, step: Callable[[int], None], on_token: Callable[[int], None] | None) -> list[list[int]]:
+        """`step(size)` until every row has ended."""
         answers: list[list[int]] = [[]] * self.num_rows
         numbers = list(range(self.num_rows))  # the row that each place of the batch holds
         size = step_size(self.num_rows)
         if on_token:
             on_token(int(self.tokens[0]))
         alive = self.alive.tolist()[: self.num_rows]
-        for step in range(1, self.max_new_tokens + 1):
+        for length in range(1, self.max_new_tokens + 1):
             num_alive = sum(alive)
-            last = not num_alive or step == self.max_new_tokens
+            last = not num_alive or length == self.max_new_tokens
             if last or step_size(num_alive) <= size // 2:
                 self.collect(numbers, [] if last else alive, answers)
                 if last:
                     break
                 keep = [place for place, is_alive in enumerate(alive) if is_alive]
                 numbers, size = self.compact(keep, numbers), step_size(len(keep))
-            self.step(size)
+            step(size)
             alive = self.alive[: len(numbers)].tolist()
             if on_token:
                 on_token(int(self.tokens[0]))
@@ -103,22 +132,29 @@ class DecodeSteps:
         self.idle(len(keep))
         return [numbers[place] for place in keep]
 
-    def step(self, size: int) -> None:
+    def step(self, size: int, name: str) -> None:
         """A token for each of the first `size` places: recorded at its second use, launched as one from then on."""
-        uses_lora = bool(self.decoder.stacks) and self.decoder.stacks[0].is_active
-        key = (size, uses_lora)
-        if not self.is_cuda:
-            self.compute(size)
-        elif key not in self.graphs:
-            self.compute(size)  # libraries load and kernels are compiled, which cannot be recorded
-            self.graphs[key] = None
-        else:
-            if self.graphs[key] is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-                    self.compute(size)
-                self.graphs[key] = graph
-            self.graphs[key].replay()
+        graph = self.graphs.get((size, name))
+        if graph is None:
+            with self.as_named(name):
+                if (size, name) in self.graphs:
+                    graph = self.record(size)
+                else:
+                    self.compute(size)  # libraries load and kernels are compiled, which cannot be recorded
+            self.graphs[size, name] = graph
+        if graph is not None:
+            graph.replay()
+
+    def record(self, size: int) -> torch.cuda.CUDAGraph:
+        """One step as a graph. `torch.cuda.graph` would wait for the GPU and give all of its free memory back first."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.recording):
+            graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")
+            try:
+                self.compute(size)
+            finally:
+                graph.capture_end()
+        return graph
 
     def compute(self, size: int) -> None:
         decoder = self.decoder

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.data.collator import prompt_batch, stop_tokens
+from finetuning.inference.answer_stream import AnswerStream
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.packed_decoder import reason_against
 from finetuning.inference.prompt_reader import PromptReader, cut_windows, group_rows, image_ids_of, read_prompts
@@ -78,16 +80,27 @@ def answer_packed(
     state = PartialState()
     image_ids = image_ids_of(rows)
     groups = [group_rows(image_ids, numbers)[state.process_index :: state.num_processes] for numbers in windows]
-    windows_of_prompts = read_prompts(PromptReader(processing_class, rows, model.dtype), groups)  # reading begins
+    prompts = read_prompts(PromptReader(processing_class, rows, model.dtype), groups)  # reading begins
     answerer = Answerer(
         model, processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size, say=lambda text: tqdm.write(text)
     )
-    largest = max((sum(map(len, window)) for window in groups), default=1)
-    answerer.most_rows = min(answerer.most_rows, max(largest, 1))
+    answerer.most_rows = min(answerer.most_rows, max(sum(len(rows) for window in groups for rows in window), 1))
+    # Over the windows' ends: the last steps of one go on beside the first prompts of the next.
+    stream = AnswerStream(answerer, names).answers(chain.from_iterable(prompts))
+    early: dict[int, dict[str, str]] = {}
+
+    def of_window(missing: set[int]) -> Iterator[list[tuple[int, dict[str, str]]]]:
+        while missing:
+            early.update(next(stream) if missing.isdisjoint(early) else {})
+            found = missing.intersection(early)
+            missing -= found
+            yield [(number, early.pop(number)) for number in found]
+
     try:
-        for prompts in windows_of_prompts:
-            yield (list(answers.items()) for answers in answerer.stream(prompts, names))
+        for window in groups:
+            yield of_window({number for numbers in window for number in numbers})
     finally:
+        stream.close()
         answerer.release()
 
 

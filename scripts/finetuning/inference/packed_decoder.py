@@ -154,7 +154,7 @@ class PackedDecoder:
     """The decoder of `model`; raises ValueError where `reason_against` gives one.
 
     A PeftModel that is not trained gets fused LoRA in place. Under `model.disable_adapter()` the base answers. Call
-    `refresh` after every change of the adapters or of their being switched on.
+    `refresh` after every change of the adapters, `follow_switch` when they were switched on or off.
     """
 
     def __init__(self, model: nn.Module):
@@ -178,6 +178,11 @@ class PackedDecoder:
         """Let the 16-bit copies of the adapters follow their fp32 masters."""
         if self.stacks:
             refresh_stacks(self.stacks)
+
+    def follow_switch(self) -> None:
+        """Compute with the adapters or without them, as they are switched now."""
+        for stack in self.stacks:
+            stack.follow_switch()
 
     def bytes_of_slot(self) -> int:
         """Bytes of keys and values that one token takes in all layers."""

@@ -59,7 +59,7 @@ class ProjectionStack:
         Products run in autocast's type where it is on, else in the type of the frozen weights.
         """
         first = self.layers[0]
-        self.is_active = not first.disable_adapters and not first.merged and first.active_adapters == [self.adapter]
+        self.follow_switch()
         self.parameters = self.adapters()
         self.uses_dropout = self.dropout > 0 and first.training
         placement = (autocast_dtype or self.frozen.dtype, self.frozen.dtype, self.frozen.device)
@@ -71,6 +71,11 @@ class ProjectionStack:
             self.frozen.reset()
             self.bind_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=device))
         self.frozen.refresh(self)
+
+    def follow_switch(self) -> None:
+        """Note whether the layers' adapter is switched on and not merged."""
+        first = self.layers[0]
+        self.is_active = not first.disable_adapters and not first.merged and first.active_adapters == [self.adapter]
 
     def bind_b(self, b: Tensor) -> None:
         """Let `b` (sum of out, sum of ranks), zero outside of the blocks, be the block-diagonal B."""
