@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from train_speed import peak_rate, quantize
 
+from finetuning.inference import generation
+from finetuning.inference.answer_stream import AnswerStream
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.generation import answer_batch, answer_one, generate_answers
 from finetuning.models.loading import is_vision, load_config, load_processing_class
@@ -79,7 +82,7 @@ def draw_frames(folder: Path, number: int) -> list[str]:
     return paths
 
 
-def rows_of(paths: Sequence[str], questions: int, number: int, prompt_tokens: int) -> Dataset:
+def rows_of(paths: Sequence[str], questions: int, number: int, prompt_tokens: int, repeat: int = 1) -> Dataset:
     """Rows to ask: pictures with `questions` each, or `number` texts of about `prompt_tokens` tokens without them."""
     message = {"role": Value("string"), "content": Value("string")}
     if not paths:
@@ -97,7 +100,8 @@ def rows_of(paths: Sequence[str], questions: int, number: int, prompt_tokens: in
         ]
         return Dataset.from_list(rows, features=Features({"messages": List(message)}))
     rows = [
-        {"messages": [{"role": "user", "content": question}], "images": [path], "image_id": path}
+        {"messages": [{"role": "user", "content": question}], "images": [path], "image_id": f"{path} {time}"}
+        for time in range(repeat)
         for path in paths
         for question in QUESTIONS[:questions]
     ]
@@ -159,7 +163,7 @@ STAGES = {"see": "see", "prefill": "prefill_chunk", "decode": "decode"}
 
 
 class Stages:
-    """Seconds of this project's stages, summed; every stage waits for the GPU, so that the parts are true."""
+    """Seconds of this project's stages, summed, one after the other: each waits for the GPU, so that the parts are true."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -168,11 +172,13 @@ class Stages:
         self.replaced = {stage: getattr(Answerer, method) for stage, method in STAGES.items()}
         for stage, method in STAGES.items():
             setattr(Answerer, method, self.timed(stage, self.replaced[stage]))
+        generation.AnswerStream = partial(AnswerStream, overlaps=False)
         return self
 
     def __exit__(self, *error):
         for stage, method in STAGES.items():
             setattr(Answerer, method, self.replaced[stage])
+        generation.AnswerStream = AnswerStream
 
     def timed(self, stage: str, method: Callable) -> Callable:
         """`method`, whose seconds on the GPU are added to `stage`."""
@@ -192,6 +198,40 @@ def wait_for_gpu() -> None:
     """Let the host wait for all that was launched; nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def profile(answer: Callable[[], object], most: int = 15) -> list[str]:
+    """Lines of Markdown: how long the GPU worked and rested in one call, and what its kernels took, the longest first."""
+    from torch.profiler import DeviceType, ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        answer()
+        wait_for_gpu()
+    kernels = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, end, gaps = 0.0, spans[0][0], []
+    for start, stop in spans:
+        if start > end:
+            gaps.append((start - end) / 1e3)
+        busy += max(0.0, stop - max(start, end)) / 1e6
+        end = max(end, stop)
+    whole, added = (end - spans[0][0]) / 1e6, sum(stop - start for start, stop in spans) / 1e6
+    longest = ", ".join(f"{gap:.0f}" for gap in sorted(gaps, reverse=True)[:10])
+    lines = [
+        f"GPU: {whole:.2f} s from its first kernel to its last, {1 - busy / whole:.1%} of them idle; {added - busy:.2f} s of "
+        f"{added:.2f} s of kernels ran beside others. Longest gaps, ms: {longest}",
+        "",
+        "| kernel | calls | ms |",
+        "|---|---|---|",
+    ]
+    by_name: dict[str, list[float]] = {}
+    for event in kernels:
+        by_name.setdefault(event.name, []).append((event.time_range.end - event.time_range.start) / 1e3)
+    longest_first = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    return lines + [
+        f"| {name[:110].replace('|', '/')} | {len(ms)} | {sum(ms):.1f} |" for name, ms in longest_first[:most]
+    ]
 
 
 def needed_flops(name: str, prompt_tokens: float, new_tokens: int, pictures_a_question: float) -> float:
@@ -221,11 +261,14 @@ def measure(name: str, setting: Setting, ways: dict[str, Callable], options: arg
     results = []
     with TemporaryDirectory() as folder:
         paths = draw_frames(Path(folder), options.images) if is_vision(config) else []
-        rows = rows_of(paths, setting.questions, options.images * setting.questions, options.prompt_tokens)
+        asked_in_all = options.images * options.repeat * setting.questions
+        rows = rows_of(paths, setting.questions, asked_in_all, options.prompt_tokens, options.repeat)
         models = {way: random_model(options.model, nf4=setting.nf4) for way in ways}
         for number in range(options.rounds + 1):  # the first warms up
             for way, answer in ways.items():
                 count = min(len(rows), options.singles if setting.single else len(rows))
+                if way != "this project":  # enough for a steady rate of batches that are all alike
+                    count = min(count, options.images * setting.questions)
                 if number == 0 and not setting.single:
                     count = min(count, options.warmup)
                 asked = rows.select(range(count))
@@ -242,12 +285,24 @@ def measure(name: str, setting: Setting, ways: dict[str, Callable], options: arg
                     result = {"setting": name, "way": way, "answers": count, "seconds": seconds, "peak_gib": peak}
                     results.append(result | {"texts": answers})
         if "this project" in ways and not setting.single:
+            some = rows.select(range(min(len(rows), options.images * setting.questions)))
             with Stages() as stages:
                 started = time.perf_counter()
-                ways["this project"](models["this project"], processing_class, rows, tokens)
+                ways["this project"](models["this project"], processing_class, some, tokens)
                 whole = time.perf_counter() - started
             parts = {**stages.seconds, "waiting for pictures and the rest": whole - sum(stages.seconds.values())}
             results.append({"setting": name, "way": "this project", "stages": parts})
+        if options.profile and "this project" in ways and torch.cuda.is_available():
+            some = rows if setting.single else rows.select(range(min(len(rows), options.images * setting.questions)))
+            results.append(
+                {
+                    "setting": name,
+                    "way": "this project",
+                    "profile": profile(
+                        lambda: ways["this project"](models["this project"], processing_class, some, tokens)
+                    ),
+                }
+            )
         prompt = sum(len(prompt_tokens(processing_class, rows[index])) for index in range(setting.questions))
         image = len(prompt_tokens(processing_class, rows[0])) if paths else 0
         shared = max(0, image - 32) * (
@@ -318,17 +373,19 @@ def write_report(results: list[dict], options: argparse.Namespace) -> str:
             seconds = sum(result["seconds"] for result in rounds) / len(rounds)
             rate = rounds[0]["answers"] / seconds
             rates[setting, way] = rate
-            same = sum(one == two for one, two in zip(first["texts"], rounds[0]["texts"], strict=True))
+            same = sum(one == two for one, two in zip(first["texts"], rounds[0]["texts"], strict=False))
             peak = max((result["peak_gib"] or 0) for result in rounds)
             share = sum(result["share_of_peak"] for result in rounds) / len(rounds)
             lines.append(
                 f"| {SETTINGS[setting].title if setting in SETTINGS else setting} | {way} | {rate:.1f} | {1 / rate:.3f} | "
-                f"{peak:.1f} | {share:.2f} | {same} of {rounds[0]['answers']} |"
+                f"{peak:.1f} | {share:.2f} | {same} of {min(first['answers'], rounds[0]['answers'])} |"
             )
     for result in results:
         if "stages" in result:
             parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["stages"].items())
             lines += ["", f"{result['setting']}, this project, each stage waited for: {parts}"]
+        if "profile" in result:
+            lines += ["", f"{result['setting']}, this project, profiled.", *result["profile"]]
     text = "\n".join(lines) + "\n"
     facts = {
         "machine": machine,
@@ -360,6 +417,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["transformers"], choices=["transformers", "none"])
     parser.add_argument("--before", type=Path, help="an older checkout of this project, to measure beside it")
     parser.add_argument("--images", type=int, default=256, help="pictures (questions, for a text model)")
+    parser.add_argument("--repeat", type=int, default=1, help="ask this project about every picture so many times")
+    parser.add_argument("--profile", action="store_true", help="profile one more call on a GPU")
     parser.add_argument("--max_new_tokens", type=int, default=12)
     parser.add_argument("--prompt_tokens", type=int, default=40, help="tokens of a text model's question, about")
     parser.add_argument("--batch_size", type=int, default=64, help="of transformers and of the older checkout")
