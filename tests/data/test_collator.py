@@ -7,8 +7,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from finetuning.data.collator import LlavaDataCollator, mask_by_lists, mask_by_offsets, prompt_batch
+from finetuning.data.collator import LlavaDataCollator, mask_by_lists, mask_by_offsets, prompt_batch, with_pictures
 from finetuning.data.dataset import open_dataset
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
@@ -150,6 +151,22 @@ def test_training_and_asking_see_the_same_pixels_to_the_last_bit(processor, tmp_
     assert torch.equal(trained, prompt_batch(processor, asked)["pixel_values"])
     # The 16-bit and the float picture show the same; nothing else does.
     assert len({pixels.numpy().tobytes() for pixels in trained}) == len(pictures) - 1
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_texts_tokenized_once_make_the_batch_that_trl_makes(processor, multiple):
+    rows = [
+        {"messages": [turn("user", "How many?"), turn("assistant", "23 people.")], "images": [flat("red")], "row": 4},
+        {"messages": LATER, "images": [flat("red"), flat("blue"), flat("green")], "row": 5},
+        {"messages": [turn("user", "Hello"), turn("assistant", "사람이 없습니다.")], "images": [], "row": 6},
+    ]
+    collate = LlavaDataCollator(processor, pad_to_multiple_of=multiple)
+    ours = collate(rows)
+    trls = DataCollatorForVisionLanguageModeling.torch_call(collate, [with_pictures(row) for row in rows])
+    assert ours.pop("rows") == [4, 5, 6]
+    assert set(ours) == set(trls)
+    for name, values in trls.items():
+        assert torch.equal(ours[name], values), name
 
 
 def test_answers_are_found_in_lists_as_in_tensors(processor):
