@@ -1,20 +1,26 @@
 """Paste people of a fixed camera's own frames into other moments of its scene: crowds whose number is known.
 
-    python benchmarks/paste_people.py --frames frames --first 800 --output data/raw-pasted --number 8000
-    python benchmarks/paste_people.py --frames frames --first 800 --labels labels.csv --output data/raw-changed --number 3200
+    python benchmarks/paste_people.py --frames frames --first 720 --size 448x448 --output data/raw-crowds --number 8000
+    python benchmarks/paste_people.py --frames frames --first 720 --size 448x448 --labels labels.csv \\
+        --output data/raw-mall --number 6000
 
 The camera does not move, so whatever differs from the median of the training frames stands before the scene. Differences
-as tall and as narrow as one person at that place are cut out, and pasted near where they stood: size, light and what
-hides them are right by themselves. Without --labels they go over the empty scene, and labels.csv holds the heads of the
-frame and of its parts (as draw_crowds.py does). With --labels the training frames themselves are changed: people who
-stand alone are pasted in or painted over, and the label follows.
+as tall and as narrow as one person at that place are cut out, and pasted near where they stood, alone or in groups: size,
+light and what hides them are right by themselves. A person counts whose head is still seen, as it does for annotators.
+
+Without --labels they go over the empty scene, and labels.csv holds the heads of the frame and of its parts (as
+draw_crowds.py does). With --labels the training frames themselves are changed: people who stand alone are pasted in or
+painted over, and the label follows; three in ten stay as they were. The frames after --first follow unchanged, to
+validate and to test on: `--split ordered --train NUMBER` of prepare_cctv.py. With --subtract every frame written is the
+difference from the empty scene, grey where nothing stands.
 """
 
 import argparse
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -38,6 +44,11 @@ class Cutout:
     pixels: np.ndarray  # (height, width, 3) uint8
     alpha: np.ndarray  # (height, width) float32, 0 to 1
 
+    @property
+    def feet(self) -> int:
+        """Row that they stand on."""
+        return self.top + len(self.alpha)
+
 
 @dataclass
 class Camera:
@@ -46,9 +57,11 @@ class Camera:
     scene: np.ndarray  # (height, width, 3) uint8
     cutouts: list[Cutout]
     paths: list[Path]
-    counts: list[int]
+    counts: list[int]  # of the training frames; empty where crowds are made over the empty scene
+    counts_after: list[int]  # of the frames after them
     most: int
     folder: Path
+    subtracts: bool
 
 
 camera: Camera
@@ -58,6 +71,14 @@ def take(given: Camera) -> None:
     """Give this process of the pool its camera."""
     global camera
     camera = given
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """ "448x448" -> (448, 448)."""
+    width, times, height = text.partition("x")
+    if not (times and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ValueError(f"--size {text}: expected WIDTHxHEIGHT in pixels, such as 448x448")
+    return int(width), int(height)
 
 
 def read(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -71,6 +92,8 @@ def cut_out(job: tuple[int, Path], scene: np.ndarray) -> list[Cutout]:
     number, path = job
     height, width = scene.shape[:2]
     frame = read(path, (width, height))
+    with Image.open(path) as original:
+        stretched = width * original.height / (height * original.width)
     light = float(np.median(frame.astype(float) - scene))
     mask = np.abs(frame - light - scene).max(-1) > DIFFERENT
     mask = ndimage.binary_opening(ndimage.binary_closing(mask, iterations=2), iterations=1)
@@ -80,7 +103,7 @@ def cut_out(job: tuple[int, Path], scene: np.ndarray) -> list[Cutout]:
         rows, columns = box
         tall, wide = rows.stop - rows.start, columns.stop - columns.start
         expected = np.interp(rows.stop / height, FEET, TALL) * height
-        if not (0.75 < tall / expected < 1.25 and 0.22 < wide / tall < 0.55):
+        if not (0.75 < tall / expected < 1.25 and 0.22 < wide / stretched / tall < 0.55):
             continue
         if rows.start == 0 or columns.start == 0 or columns.stop == width:
             continue
@@ -108,39 +131,70 @@ def blend(picture: np.ndarray, top: int, left: int, pixels: np.ndarray, alpha: n
     part += share * (pixels[up:down, begin:end] - part)
 
 
+def place(number: int, rng: np.random.Generator) -> list[Cutout]:
+    """Draw `number` people and where they stand: near where they were seen, two in five beside another one."""
+    chosen: list[Cutout] = []
+    feet = np.array([person.feet for person in camera.cutouts])
+    for _ in range(number):
+        beside = chosen[rng.integers(len(chosen))] if chosen and rng.random() < 0.4 else None
+        if beside is None:
+            person = camera.cutouts[rng.integers(len(camera.cutouts))]
+            left = person.left + round(rng.normal(0, 0.35 * person.alpha.shape[1]))
+        else:
+            # People who stand as far from the camera are as large.
+            near = np.flatnonzero(np.abs(feet - beside.feet) <= 0.03 * camera.scene.shape[0])
+            person = camera.cutouts[rng.choice(near)]
+            left = beside.left + round(rng.choice([-1, 1]) * rng.uniform(0.5, 1.3) * beside.alpha.shape[1])
+        chosen.append(replace(person, left=left))
+    return chosen
+
+
 def paste(picture: np.ndarray, chosen: list[Cutout], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Paste people, those behind first; where their heads are, as shares of the frame."""
+    """Paste people, those behind first; where the heads are that are still seen, as shares of the frame."""
     height, width = picture.shape[:2]
+    owner = np.full((height, width, 1), -1.0, np.float32)
     heads = []
-    for person in sorted(chosen, key=lambda one: one.top + len(one.alpha)):
-        tall, wide = person.alpha.shape
+    for number, person in enumerate(sorted(chosen, key=lambda one: one.feet)):
         pixels, alpha = person.pixels, person.alpha
         if rng.random() < 0.5:
             pixels, alpha = pixels[:, ::-1], alpha[:, ::-1]
-        left = person.left + round(rng.normal(0, 0.35 * wide))
         pixels = pixels * rng.normal(1, 0.06) + rng.normal(0, 4, 3)
-        blend(picture, person.top, left, pixels.astype(np.float32), alpha)
-        heads.append(((left + wide / 2) / width, (person.top + 0.08 * tall) / height))
-    return heads
+        blend(picture, person.top, person.left, pixels.astype(np.float32), alpha)
+        solid = (alpha > 0.5).astype(np.float32)
+        blend(owner, person.top, person.left, np.full((*alpha.shape, 1), number, np.float32), solid)
+        heads.append((person.top, person.left, solid[: max(2, len(solid) // 7)]))
+    seen = []
+    for number, (top, left, head) in enumerate(heads):
+        tall, wide = head.shape
+        theirs = owner[max(0, top) : top + tall, max(0, left) : max(0, left + wide), 0] == number
+        if theirs.sum() >= 0.4 * head.sum():
+            seen.append(((left + wide / 2) / width, (top + tall / 2) / height))
+    return seen
 
 
-def finish(picture: np.ndarray, rng: np.random.Generator, path: Path) -> None:
-    """Light, focus and noise of another moment; written as JPEG."""
-    picture = picture * np.float32(rng.normal(1, 0.04)) + np.float32(rng.normal(0, 3))
-    picture += rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(rng.uniform(0.5, 3))
-    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+def write(picture: np.ndarray, number: int) -> None:
+    """Write (height, width, 3) of 0 to 255 as a JPEG; half the difference from the empty scene and 128 if it is subtracted."""
+    if camera.subtracts:
+        light = np.float32(np.median(picture[::4, ::4] - camera.scene[::4, ::4]))
+        picture = (picture - light - camera.scene) / 2 + 128
+    image = Image.fromarray(picture.round().clip(0, 255).astype(np.uint8))
+    image.save(camera.folder / "frames" / f"{number:06}.jpg", quality=92)
+
+
+def another_moment(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Light, focus and noise of another moment."""
     if rng.random() < 0.3:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
-    image.save(path, quality=90)
+        picture = ndimage.gaussian_filter(picture, (sigma := rng.uniform(0.3, 0.7), sigma, 0))
+    noise = rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(rng.uniform(0.5, 3))
+    return picture * np.float32(rng.normal(1, 0.04)) + np.float32(rng.normal(0, 3)) + noise
 
 
 def crowd(number: int) -> dict[str, int]:
     """Write a frame of people over the empty scene; its labels."""
     rng = np.random.default_rng(number)
     picture = camera.scene.astype(np.float32)
-    chosen = rng.integers(0, len(camera.cutouts), rng.integers(0, camera.most + 1))
-    heads = paste(picture, [camera.cutouts[index] for index in chosen], rng)
-    finish(picture, rng, camera.folder / "frames" / f"{number:06}.jpg")
+    heads = paste(picture, place(int(rng.integers(0, camera.most + 1)), rng), rng)
+    write(another_moment(picture, rng), number)
     inside = [(min(max(x, 0), 0.999), min(max(y, 0), 0.999)) for x, y in heads]
     return {
         name: sum(low <= x < high and up <= y < down for x, y in inside)
@@ -151,25 +205,65 @@ def crowd(number: int) -> dict[str, int]:
 def change(number: int) -> dict[str, int]:
     """Write a training frame with some who stand alone painted over and others pasted in; its count."""
     rng = np.random.default_rng([number, 1])
-    frame = int(rng.integers(len(camera.paths)))
+    frame = int(rng.integers(len(camera.counts)))
     height, width = camera.scene.shape[:2]
     picture = read(camera.paths[frame], (width, height)).astype(np.float32)
-    light = float(np.median(picture - camera.scene))
-    as_it_was = rng.random() < 0.3
-    alone = [] if as_it_was else [person for person in camera.cutouts if person.frame == frame]
-    gone = [person for person in alone if rng.random() < rng.choice([0.0, 0.3, 0.8])]
-    for person in gone:
-        tall, wide = person.alpha.shape
-        grown = np.pad(person.alpha > 0, 3)
-        soft = ndimage.gaussian_filter(ndimage.binary_dilation(grown, iterations=2).astype(np.float32), 1)
-        empty = np.pad(camera.scene, ((3, 3), (3, 3), (0, 0)), mode="edge").astype(np.float32) + light
-        there = empty[person.top : person.top + tall + 6, person.left : person.left + wide + 6]
-        blend(picture, person.top - 3, person.left - 3, there, soft)
-    num_new = int(rng.integers(0, 13)) if not as_it_was and rng.random() < 0.8 else 0
-    new = [camera.cutouts[index] for index in rng.integers(0, len(camera.cutouts), num_new)]
-    paste(picture, new, rng)
-    finish(picture, rng, camera.folder / "frames" / f"{number:06}.jpg")
-    return {"count": max(0, camera.counts[frame] - len(gone)) + num_new}
+    count = camera.counts[frame]
+    if rng.random() < 0.7:
+        light = np.float32(np.median(picture - camera.scene))
+        share = rng.choice([0.0, 0.3, 0.8])
+        for person in camera.cutouts:
+            if person.frame == frame and rng.random() < share:
+                paint_over(picture, person, light)
+                count -= 1
+        # Whoever is pasted in must not hide the heads of those who are there.
+        taken = np.abs(picture - light - camera.scene).max(-1) > DIFFERENT
+        free = [person for person in place(int(rng.integers(0, 20)), rng) if stands_free(person, taken)]
+        count += len(paste(picture, free, rng))
+    write(another_moment(picture, rng), number)
+    return {"count": max(0, count)}
+
+
+def paint_over(picture: np.ndarray, person: Cutout, light: np.float32) -> None:
+    """Lay the empty scene over a person, in place."""
+    tall, wide = person.alpha.shape
+    grown = np.pad(person.alpha > 0, 3)
+    soft = ndimage.gaussian_filter(ndimage.binary_dilation(grown, iterations=2).astype(np.float32), 1)
+    empty = np.pad(camera.scene, ((3, 3), (3, 3), (0, 0)), mode="edge").astype(np.float32) + light
+    there = empty[person.top : person.top + tall + 6, person.left : person.left + wide + 6]
+    blend(picture, person.top - 3, person.left - 3, there, soft)
+
+
+def stands_free(person: Cutout, taken: np.ndarray) -> bool:
+    """Whether at most a fifth of where a person would stand is taken, of a (height, width) mask."""
+    top, left = max(0, person.top), max(0, person.left)
+    there = taken[top : person.feet, left : max(0, person.left + person.alpha.shape[1])]
+    return there.size > 0 and there.mean() <= 0.2
+
+
+def leave(number_and_frame: tuple[int, int]) -> dict[str, int]:
+    """Write a frame unchanged; its count."""
+    number, frame = number_and_frame
+    height, width = camera.scene.shape[:2]
+    write(read(camera.paths[frame], (width, height)).astype(np.float32), number)
+    return {"count": camera.counts_after[frame - len(camera.counts)]}
+
+
+def write_all(shared: Camera, number: int) -> None:
+    """Write all frames, and labels.csv beside them."""
+    after = range(len(shared.counts), len(shared.counts) + len(shared.counts_after))
+    with (
+        Pool(initializer=take, initargs=(shared,)) as pool,
+        (shared.folder / "labels.csv").open("w", encoding="utf-8", newline="") as file,
+    ):
+        table = csv.DictWriter(file, ["id", *(["count"] if shared.counts else parts())])
+        table.writeheader()
+        made = pool.imap(change if shared.counts else crowd, range(1, number + 1), 20)
+        left = pool.imap(leave, zip(range(number + 1, number + 1 + len(after)), after, strict=True), 20)
+        everything = tqdm(chain(made, left), "pasting", number + len(after), unit="frame")
+        for row, labels in enumerate(everything, 1):
+            table.writerow({"id": row, **labels})
+    (shared.folder / "messages.txt").write_text(MESSAGES if shared.counts else messages(), encoding="utf-8")
 
 
 def main() -> None:
@@ -182,43 +276,33 @@ def main() -> None:
     parser.add_argument(
         "--most", type=int, default=60, help="people over the empty scene at most (default %(default)s)"
     )
-    parser.add_argument("--width", type=int, help="of the frames written, in pixels; left out: as the frames are")
+    parser.add_argument("--size", help="WIDTHxHEIGHT of the frames written, stretched; left out: as the frames are")
+    parser.add_argument("--subtract", action="store_true", help="write differences from the empty scene")
     args = parser.parse_args()
     if args.output.exists():
         raise ValueError(f"{args.output} exists already: choose another --output")
-    paths = sorted(args.frames.iterdir())[: args.first]
+    paths = sorted(args.frames.iterdir())
     if not 1 <= args.first <= len(paths):
         raise ValueError(f"--first {args.first}: expected 1 or more, and {args.frames} holds {len(paths)} of them")
     counts: list[int] = []
     if args.labels is not None:
         with args.labels.open(encoding="utf-8-sig", newline="") as file:
-            counts = [int(row["count"]) for row in csv.DictReader(file)][: args.first]
+            counts = [int(row["count"]) for row in csv.DictReader(file)]
         if len(counts) != len(paths):
             raise ValueError(f"{args.labels}: expected a row for each of the {len(paths)} frames, found {len(counts)}")
     with Image.open(paths[0]) as first:
-        size = first.size if args.width is None else (args.width, round(args.width * first.height / first.width))
-    scene = np.median([read(path, size) for path in paths[:: max(1, len(paths) // 150)]], axis=0).astype(np.uint8)
+        size = first.size if args.size is None else size_of(args.size)
+    first_paths = paths[: args.first]
+    scene = np.median([read(path, size) for path in first_paths[:: max(1, args.first // 150)]], axis=0).astype(np.uint8)
     (args.output / "frames").mkdir(parents=True)
     with Pool() as pool:
-        jobs = pool.imap(partial(cut_out, scene=scene), enumerate(paths), 10)
-        cutouts = [person for found in tqdm(jobs, "cutting out", len(paths), unit="frame") for person in found]
+        jobs = pool.imap(partial(cut_out, scene=scene), enumerate(first_paths), 10)
+        cutouts = [person for found in tqdm(jobs, "cutting out", args.first, unit="frame") for person in found]
     if not cutouts:
         raise ValueError(f"{args.frames}: nothing in these frames is as tall and as narrow as a person standing alone")
-    shared = Camera(scene, cutouts, paths, counts, args.most, args.output)
-    columns = ["count"] if counts else list(parts())
-    with (
-        Pool(initializer=take, initargs=(shared,)) as pool,
-        (args.output / "labels.csv").open("w", encoding="utf-8", newline="") as file,
-    ):
-        table = csv.DictWriter(file, ["id", *columns])
-        table.writeheader()
-        numbers = range(1, args.number + 1)
-        for number, labels in enumerate(
-            tqdm(pool.imap(change if counts else crowd, numbers, 20), "pasting", args.number, unit="frame"), 1
-        ):
-            table.writerow({"id": number, **labels})
-    (args.output / "messages.txt").write_text(MESSAGES if counts else messages(), encoding="utf-8")
-    print(f"{args.output}: {args.number} frames of {len(cutouts):,} people cut out of {len(paths)}")
+    split = counts[: args.first], counts[args.first :]
+    write_all(Camera(scene, cutouts, paths, *split, args.most, args.output, args.subtract), args.number)
+    print(f"{args.output}: {args.number} frames of {len(cutouts):,} people cut out of {args.first}")
 
 
 if __name__ == "__main__":
