@@ -109,8 +109,8 @@ GEMMA = {
 DEFAULTS = ["TRL as it comes", "TRL by hand", "this project", "TRL, packed", "this project, packed"]
 
 
-def draw_rows(number: int, questions: int, *, vision: bool, seed: int = 0) -> Dataset:
-    """Pictures of dots and how many there are; or, for a text model, facts of 30 to 220 words' length about nothing."""
+def draw_rows(number: int, questions: int, *, vision: bool, side: int = 336, seed: int = 0) -> Dataset:
+    """Pictures of `side` pixels with dots and how many there are; or, for a text model, facts of 30 to 220 words' length about nothing."""
     drawn = random.Random(seed)
     rows = []
     for index in range(number):
@@ -121,9 +121,9 @@ def draw_rows(number: int, questions: int, *, vision: bool, seed: int = 0) -> Da
             rows.append({"messages": dialogue(f"What is known about number {index}?", f"It is {words}.")})
             continue
         dots = drawn.randint(1, 20)
-        picture = Picture.new("RGB", (336, 336), tuple(drawn.randint(0, 255) for _ in range(3)))
+        picture = Picture.new("RGB", (side, side), tuple(drawn.randint(0, 255) for _ in range(3)))
         for _ in range(dots):
-            x, y = drawn.randint(10, 320), drawn.randint(10, 320)
+            x, y = drawn.randint(10, side - 16), drawn.randint(10, side - 16)
             ImageDraw.Draw(picture).ellipse((x, y, x + 12, y + 12), fill=(250, 250, 250))
         texts = ["How many dots do you see?", "Count the dots in this picture.", "What number of dots is there?"]
         for question in texts[:questions]:
@@ -217,7 +217,7 @@ def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_fold
     batch_size = variant.batch_size or options.batch_size
     steps = options.warmup + options.steps
     rows_needed = steps * batch_size * variant.accumulate * (options.rows_a_sequence if variant.packed else 1)
-    rows = draw_rows(rows_needed, variant.questions, vision=vision)
+    rows = draw_rows(rows_needed, variant.questions, vision=vision, side=options.picture_size)
     if variant.unsloth:
         run = train_by_unsloth(variant, rows, options, unsloth_folder, bar)
     else:
@@ -454,6 +454,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs, in turns")
     parser.add_argument("--batch_size", type=int, default=8, help="images (or text rows) a step")
+    parser.add_argument("--picture_size", type=int, default=336, help="side of the drawn pictures in pixels")
     parser.add_argument("--rows_a_sequence", type=int, default=12, help="text rows drawn for a packed sequence")
     parser.add_argument("--workers", type=int, default=4, help="loader processes")
     parser.add_argument("--learning_rate", type=float, default=2e-4)

@@ -3,10 +3,11 @@
     python scripts/make_tiny_model.py --architecture llava --output models/tiny-llava --pretrain
     python scripts/make_tiny_model.py --architecture gemma --output models/tiny-gemma
 
-LLaVA: CLIP vision tower, projector, Llama, LlavaProcessor. Gemma: GemmaForCausalLM with Gemma's turn tokens. Both get a
-tokenizer of their own, trained on the text below (Hangul included). With --pretrain the LLaVA is trained in full, for
-about a minute on two cores, to count drawn shapes: LoRA on purely random weights does not learn, a base that has seen
-something does. The same seed gives the same weights on the same machine.
+llava: CLIP vision tower, projector, Llama, LlavaProcessor. vipllava: several layers of the tower. llava_next: around a
+Mistral, with tiles. gemma3: Gemma 3 with pictures. gemma: GemmaForCausalLM with Gemma's turn tokens. All get a tokenizer
+of their own, trained on the text below (Hangul included). With --pretrain the LLaVA is trained in full, for about a minute
+on two cores, to count drawn shapes: LoRA on purely random weights does not learn, a base that has seen something does. The
+same seed gives the same weights on the same machine.
 """
 
 import argparse
@@ -24,6 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GemmaTokenizer,
@@ -32,12 +38,21 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
     set_seed,
 )
 
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.models.loading import CHAT_TEMPLATES, TEMPLATE_OF
+from finetuning.models.loading import CHAT_TEMPLATES
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?
@@ -74,13 +89,45 @@ def train_vocabulary(
     return learned["vocab"], [tuple(pair) for pair in learned["merges"]]
 
 
-def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA with random weights, and its processor."""
+def llama_tokenizer() -> LlamaTokenizer:
+    """A vocabulary of 800 words, with the image mark."""
     vocabulary, merges = train_vocabulary(["<unk>", "<s>", "</s>"], 800)
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<pad>", legacy=False)  # noqa: S106
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    size = args.image_size
-    processor = LlavaProcessor(
+    return tokenizer
+
+
+def clip_config(args: argparse.Namespace) -> CLIPVisionConfig:
+    """A small CLIP tower."""
+    return CLIPVisionConfig(
+        hidden_size=args.vision_hidden_size,
+        intermediate_size=2 * args.vision_hidden_size,
+        num_hidden_layers=args.vision_layers,
+        num_attention_heads=4,
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+    )
+
+
+def text_settings(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, int]:
+    """What configs of language models have in common."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.hidden_size,
+        "intermediate_size": 2 * args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def one_view_processor(args: argparse.Namespace, template: str) -> LlavaProcessor:
+    """A processor that shows a picture as one view."""
+    tokenizer, size = llama_tokenizer(), args.image_size
+    return LlavaProcessor(
         image_processor=LlavaImageProcessor(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_pad=True
         ),
@@ -88,34 +135,61 @@ def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration,
         patch_size=args.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=(CHAT_TEMPLATES / TEMPLATE_OF["llava"]).read_text(encoding="utf-8"),
+        chat_template=(CHAT_TEMPLATES / template).read_text(encoding="utf-8"),
     )
+
+
+def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA with random weights, and its processor."""
+    processor = one_view_processor(args, "llava.jinja")
+    tokenizer = processor.tokenizer
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=args.vision_hidden_size,
-            intermediate_size=2 * args.vision_hidden_size,
-            num_hidden_layers=args.vision_layers,
-            num_attention_heads=4,
-            image_size=size,
-            patch_size=args.patch_size,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=2 * args.hidden_size,
-            num_hidden_layers=args.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+        vision_config=clip_config(args),
+        text_config=LlamaConfig(**text_settings(tokenizer, args), num_key_value_heads=4),
         image_token_index=processor.image_token_id,
         pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
         vision_feature_layer=-2,
     )
     return LlavaForConditionalGeneration(config), processor
+
+
+def make_vipllava(args: argparse.Namespace) -> tuple[VipLlavaForConditionalGeneration, LlavaProcessor]:
+    """A ViP-LLaVA with random weights, which reads three layers of its tower, and its processor."""
+    processor = one_view_processor(args, "vipllava.jinja")
+    tokenizer = processor.tokenizer
+    config = VipLlavaConfig(
+        vision_config=clip_config(args),
+        text_config=LlamaConfig(**text_settings(tokenizer, args), num_key_value_heads=4),
+        image_token_index=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
+        vision_feature_layer=[-2, -3, 1],
+    )
+    return VipLlavaForConditionalGeneration(config), processor
+
+
+def make_llava_next(args: argparse.Namespace) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    """A LLaVA-NeXT around a Mistral with random weights, and its processor: a view of all and up to four tiles."""
+    tokenizer, size = llama_tokenizer(), args.image_size
+    pinpoints = [[size * rows, size * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer,
+        patch_size=args.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(CHAT_TEMPLATES / "llava_mistral.jinja").read_text(encoding="utf-8"),
+    )
+    config = LlavaNextConfig(
+        vision_config=clip_config(args),
+        text_config=MistralConfig(**text_settings(tokenizer, args), num_key_value_heads=2, sliding_window=None),
+        image_grid_pinpoints=pinpoints,
+        image_token_index=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
+        vision_feature_layer=-2,
+    )
+    return LlavaNextForConditionalGeneration(config), processor
 
 
 def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokenizer]:
@@ -125,7 +199,7 @@ def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokeniz
         ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns], 1000 if args.text is None else 2000, args.text
     )
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=turns)
-    template = CHAT_TEMPLATES / TEMPLATE_OF["gemma"]
+    template = CHAT_TEMPLATES / "gemma.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     config = GemmaConfig(
         vocab_size=len(tokenizer),
@@ -141,6 +215,49 @@ def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokeniz
         pad_token_id=tokenizer.pad_token_id,
     )
     return GemmaForCausalLM(config), tokenizer
+
+
+def make_gemma3(args: argparse.Namespace) -> tuple[Gemma3ForConditionalGeneration, Gemma3Processor]:
+    """A Gemma 3 that sees, with random weights: a SigLIP tower, a layer that sees 64 tokens back before one that sees all."""
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    vocabulary, merges = train_vocabulary(
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns, *marks.values()], 1000, args.text
+    )
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=[*turns, *marks.values()], **marks)
+    side = args.image_size // args.patch_size // 2
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size={"height": args.image_size, "width": args.image_size}),
+        tokenizer=tokenizer,
+        image_seq_length=side**2,
+        chat_template=(CHAT_TEMPLATES / "gemma3.jinja").read_text(encoding="utf-8"),
+    )
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(
+            hidden_size=args.vision_hidden_size,
+            intermediate_size=2 * args.vision_hidden_size,
+            num_hidden_layers=args.vision_layers,
+            num_attention_heads=4,
+            image_size=args.image_size,
+            patch_size=args.patch_size,
+            vision_use_head=False,  # pyrefly: ignore[unexpected-keyword] - as published
+        ),
+        text_config=Gemma3TextConfig(
+            **text_settings(tokenizer, args),
+            num_key_value_heads=2,
+            head_dim=args.hidden_size // 4,
+            query_pre_attn_scalar=args.hidden_size // 4,
+            sliding_window=64,
+            layer_types=["full_attention" if n % 2 else "sliding_attention" for n in range(args.layers)],
+        ),
+        mm_tokens_per_image=side**2,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.02)  # zero in a new model
+    return model, processor
 
 
 def draw_shapes(rng: random.Random, size: int, count: int) -> Image.Image:
@@ -220,12 +337,21 @@ def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, ar
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+MAKERS = {
+    "llava": make_llava,
+    "vipllava": make_vipllava,
+    "llava_next": make_llava_next,
+    "gemma3": make_gemma3,
+    "gemma": make_gemma,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=["llava", "gemma"], required=True)
+    parser.add_argument("--architecture", choices=list(MAKERS), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/tiny-llava")
     parser.add_argument(
-        "--pretrain", action="store_true", help="LLaVA only: train it to count drawn shapes and to repeat sentences"
+        "--pretrain", action="store_true", help="llava only: train it to count drawn shapes and to repeat sentences"
     )
     parser.add_argument("--text", type=Path, help="Gemma only: a file whose words become tokens, too, such as a CSV")
     parser.add_argument("--seed", type=int, default=0)
@@ -241,13 +367,13 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     args = parser.parse_args()
     if args.pretrain and args.architecture != "llava":
-        sys.exit("make_tiny_model.py: --pretrain counts shapes in pictures, which a Gemma cannot see: leave it out")
+        sys.exit("make_tiny_model.py: --pretrain is for --architecture llava: leave it out")
     if args.text is not None and (args.architecture != "gemma" or not args.text.is_file()):
         sys.exit(f"make_tiny_model.py: --text {args.text}: expected a file, and --architecture gemma")
     if (args.output / "config.json").exists():
         sys.exit(f"make_tiny_model.py: {args.output} holds a model already: delete it or choose another --output")
     set_seed(args.seed)
-    model, processing_class = make_llava(args) if args.architecture == "llava" else make_gemma(args)
+    model, processing_class = MAKERS[args.architecture](args)
     if args.pretrain:
         pretrain(model, processing_class, args)
     model.save_pretrained(args.output)

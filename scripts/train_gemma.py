@@ -41,7 +41,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
-    refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows, validation_rows)
+    refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows)
     wording = load_wording(script_args.dataset_name)
     if wording and script_args.task is None and script_args.eval_answers:
         exam = AnimeExam(FactReader(wording, train_rows), train_rows, script_args.eval_answers)

@@ -21,7 +21,7 @@ from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, 
 from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
-from finetuning.preflight.strategies import searches_unused_parameters
+from finetuning.preflight.strategies import rows_without_image, searches_unused_parameters
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
@@ -41,7 +41,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
-    refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows, validation_rows)
+    refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows)
     exam = open_exam(script_args, train_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
@@ -67,8 +67,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
-    shares_prefix = uses_shared_prefix(script_args, train_rows)
-    speed = prepare_model(model, script_args, training_args, shares_prefix=shares_prefix)
+    shares_prefix = uses_shared_prefix(script_args, train_rows, config)
+    lacks_pictures = any(rows is not None and rows_without_image(rows) for rows in (train_rows, validation_rows))
+    speed = prepare_model(model, script_args, training_args, shares_prefix=shares_prefix, lacks_pictures=lacks_pictures)
 
     # Train
     training_args.remove_unused_columns = False  # the collator takes what it needs, and keeps the row's number
@@ -76,7 +77,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         model=model,
         args=training_args,
         data_collator=(SharedPrefixCollator if shares_prefix else LlavaDataCollator)(
-            processor, training_args.pad_to_multiple_of
+            processor, training_args.pad_to_multiple_of, config
         ),
         train_dataset=group_by_image(train_rows) if shares_prefix else train_rows,
         eval_dataset=validation_rows,

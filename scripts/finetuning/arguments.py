@@ -146,6 +146,17 @@ class TrainingArguments(SFTConfig):
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
     )
+    learning_rate_projector: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the projector; unset: learning_rate. LLaVA's recipe: a tenth."},
+    )
+    learning_rate_vision_tower: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; unset: learning_rate."}
+    )
+    lora_plus_ratio: float | None = field(
+        default=None,
+        metadata={"help": "LoRA+: how many times the rate of A the matrices B learn with; 16 in its paper. Unset: 1."},
+    )
     truncate: bool = field(
         default=False,
         metadata={"help": "Cut rows of text that are longer than max_length; without it they are refused by number."},

@@ -78,6 +78,7 @@ ENTRIES = [
     Entry("trl.trainer.sft_trainer.SFTTrainer", "_prepare_dataset", "refuses rows that would be cut", (
         "dataset, processing_class, args, packing, formatting_func, dataset_name",
     )),
+    Entry(TRAINER, "create_optimizer", "divides parameters by learning rate", ("model",)),
     Entry(TRAINER, "evaluation_loop", "averages the validation loss over tokens, not over batches"),
     Entry(TRAINER, "save_model", "saves sharded weights whole"),
     Entry(TRAINER, "create_model_card", "writes none: TRL's is of a model named None"),
@@ -104,6 +105,7 @@ ENTRIES = [
     Entry("bitsandbytes.nn.modules.Linear4bit", "support_avx512bf16_for_cpu", "keeps 4-bit weights as loaded"),
     # kernels/
     Entry("transformers.models.llama.modeling_llama.LlamaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
+    Entry("transformers.models.mistral.modeling_mistral.MistralDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("transformers.models.gemma.modeling_gemma.GemmaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("peft.tuners.lora.layer.Linear", "forward", "fuses LoRA", ("x, *args, **kwargs",)),
     Entry("torch.Tensor", "data", "stacks weights"),
@@ -112,9 +114,17 @@ ENTRIES = [
     Entry("bitsandbytes.functional.QuantState", "state2", "stacks 4-bit weights"),
     Entry("bitsandbytes.functional.QuantState", "offset", "stacks 4-bit weights"),
     Entry(MODULE, "forward", "loss of supervised rows, frozen tower, its activation, CUDA graphs"),
-    Entry("transformers.models.llava.modeling_llava.LlavaModel", "get_placeholder_mask", "counts image tokens once", (
-        "input_ids, inputs_embeds, image_features",
-    )),
+    *(
+        Entry(f"transformers.models.{model}", "get_placeholder_mask", "counts image tokens once", (
+            "input_ids, inputs_embeds, image_features",
+        ))
+        for model in (
+            "llava.modeling_llava.LlavaModel",
+            "vipllava.modeling_vipllava.VipLlavaModel",
+            "llava_next.modeling_llava_next.LlavaNextModel",
+            "gemma3.modeling_gemma3.Gemma3Model",
+        )
+    ),
     # distributed/
     Entry("accelerate.state.PartialState", "wait_for_everyone", "waits without a time-out", ("",)),
     Entry("accelerate.utils.dataclasses.FullyShardedDataParallelPlugin", "mixed_precision_policy", "averages in fp32"),

@@ -41,7 +41,7 @@ def test_folders_that_are_no_model_of_this_project_are_named(tmp_path, tiny_llav
         folder("old", '{"model_type": "llava", "architectures": [], "mm_vision_tower": "openai/clip"}'): original,
         folder(
             "unknown", '{"model_type": "no_such_type"}'
-        ): "transformers knows no model of this type.*trains llava, gemma",
+        ): "transformers knows no model of this type.*trains llava, vipllava",
         folder(
             "other", '{"model_type": "gemma3"}'
         ): "model_type is gemma3, for which this project has no chat template",

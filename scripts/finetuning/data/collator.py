@@ -1,18 +1,29 @@
 """The one place that makes batches of images and dialogues: for training, and for asking."""
 
+import json
+import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BatchFeature, DataCollator, LlavaProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    BatchFeature,
+    DataCollator,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from finetuning import upstream
 from finetuning.data.pictures import PictureError, open_picture
+from finetuning.families import family_of
 
 
 def mask_by_lists(self: ProcessorMixin, processed_dict: dict[str, Any], generation_indices: list[list[int]]) -> Any:
@@ -35,24 +46,34 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     `images` are whatever `open_picture` opens: what a dataset stores, paths, or Pillow images.
 
     Called on a list of rows it returns TRL's batch: `input_ids`, `attention_mask`, `labels` of shape
-    (rows, tokens) and `pixel_values` of shape (images, 3, height, width). `labels` are -100 everywhere but on the
-    assistant's text and its end-of-sequence token. A row that carries its number in the dataset (`row`) keeps it
+    (rows, tokens) and what the family makes of pictures (`Family.picture_inputs`): `pixel_values` (images, 3, height,
+    width), or (images, most tiles, 3, height, width) with `image_sizes` as lists [height, width]. `labels` are -100
+    everywhere but on the assistant's text and its end-of-sequence token. A row that carries its number in the dataset (`row`) keeps it
     in `rows`, so that a bad batch can be named. Nothing is ever cut: a cut image token makes the row useless. Rows are
-    padded to the longest, or to a multiple of `pad_to_multiple_of`.
+    padded to the longest, or to a multiple of `pad_to_multiple_of`. With the model's `config` each row's image tokens are
+    compared with the features that the model will make of its pictures; the model itself compares a batch's totals.
     """
 
-    def __init__(self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None):
+    def __init__(
+        self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None, config: PreTrainedConfig | None = None
+    ):
         super().__init__(
             processor=processor, max_length=None, assistant_only_loss=True, pad_to_multiple_of=pad_to_multiple_of
         )
+        self.config = config
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows -> a batch, with the numbers of its rows under `rows`. Raises ValueError for an image mark in a text."""
         for example in examples:
             self.refuse_image_marks(example)
         examples = [with_pictures(example) for example in examples]
-        once = isinstance(self.processor, LlavaProcessor)
+        once = isinstance(self.processor, LlavaProcessor | LlavaNextProcessor)
         batch = self.read_texts_once(examples) if once else super().torch_call(examples)
+        if "image_sizes" in batch:
+            # Read by the host, tile by tile: on a GPU each would have to be waited for.
+            batch["image_sizes"] = batch["image_sizes"].tolist()
+        if self.config is not None and "pixel_values" in batch:
+            self.refuse_other_features(batch, examples)
         if "row" in examples[0]:
             batch["rows"] = [example["row"] for example in examples]
         return batch
@@ -65,13 +86,12 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         """
         pictures = [picture for example in examples for picture in example["images"]]
         batch = self.processor.image_processor(pictures, return_tensors="pt") if pictures else {}
-        (num_tokens,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"]
-        dialogues = [
-            tokenize(
-                self.processor, prepare_multimodal_messages(example["messages"], images=example["images"]), num_tokens
-            )
-            for example in examples
-        ]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        num_tokens = iter(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        dialogues = []
+        for example in examples:
+            messages = prepare_multimodal_messages(example["messages"], images=example["images"])
+            dialogues.append(tokenize(self.processor, messages, list(islice(num_tokens, len(example["images"])))))
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(tokens) for tokens, _ in dialogues) // multiple) * multiple
         batch["input_ids"] = torch.full((len(examples), length), self.processor.tokenizer.pad_token_id)
@@ -82,6 +102,21 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
             batch["labels"][row, : len(tokens)] = labels
             batch["attention_mask"][row, : len(tokens)] = 1
         return batch
+
+    def refuse_other_features(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+        """Raise ValueError for a row whose image tokens are not as many as the features of its pictures."""
+        sizes = [[(image.height, image.width) for image in example["images"]] for example in examples]
+        if "image_sizes" in batch and batch["image_sizes"] != [list(size) for of_row in sizes for size in of_row]:
+            raise ValueError(f"image_sizes {batch['image_sizes']} are not those of the rows' pictures: {sizes}")
+        family, processed = family_of(self.config), tuple(batch["pixel_values"].shape[-2:])
+        for example, of_row, tokens in zip(examples, sizes, batch["input_ids"], strict=True):
+            num_tokens = int((tokens == image_token_of(self.processor)).sum())
+            num_features = sum(family.features(self.config, size, processed) for size in of_row)
+            if num_tokens != num_features:
+                raise ValueError(
+                    f"row {example.get('row', '(unnumbered)')}: {num_tokens} image tokens, and the model makes {num_features} "
+                    "features of its pictures: use the processor that belongs to the model"
+                )
 
     def refuse_image_marks(self, example: dict[str, Any]) -> None:
         """Raise ValueError where a message holds the image mark, which the collator itself puts in."""
@@ -113,16 +148,17 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
 
 
 def tokenize(
-    processor: ProcessorMixin, messages: list[dict[str, Any]], tokens_per_image: int, *, prompt: bool = False
+    processor: ProcessorMixin, messages: list[dict[str, Any]], tokens_of_images: list[int], *, prompt: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both (tokens,), of a dialogue of which each picture becomes `tokens_per_image` tokens.
+    """Token ids and labels, both (tokens,), of a dialogue whose pictures become `tokens_of_images` tokens, in order.
 
     What the collator makes of it, without reading a picture. `messages` are as `prepare_multimodal_messages` gives them.
     With `prompt` they end with a question, and nothing is supervised.
     """
+    written_out = hasattr(processor, "full_image_sequence")
     encoded = processor.tokenizer.apply_chat_template(
         messages,
-        chat_template=processor.chat_template,
+        chat_template=with_written_pictures(processor) if written_out else processor.chat_template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=not prompt,
@@ -131,9 +167,42 @@ def tokenize(
     )
     tokens = torch.tensor(encoded["input_ids"])
     supervised = torch.tensor(encoded["assistant_masks"]) if not prompt else torch.zeros_like(tokens)
-    repeats = torch.where(tokens == processor.image_token_id, tokens_per_image, 1)
+    if written_out:
+        return tokens, torch.where(supervised == 1, tokens, -100)
+    repeats = torch.ones_like(tokens)
+    repeats[tokens == image_token_of(processor)] = torch.tensor(tokens_of_images, dtype=repeats.dtype)
     labels = torch.where(supervised == 1, tokens, -100)
     return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+
+def image_token_of(processor: ProcessorMixin) -> int:
+    """Id of the tokens that are replaced by a picture's features; Gemma 3's mark in a text is another token."""
+    return processor.image_token_ids[0]
+
+
+def with_written_pictures(processor: ProcessorMixin) -> str:
+    """The template of a Gemma 3, with all tokens of a picture where its mark stands; the line breaks around them belong to
+    the text. Raises ValueError for a template that writes the mark in another way."""
+    written = json.dumps(processor.full_image_sequence)
+    template, count = re.subn(
+        f"(['\"]){re.escape(processor.image_token)}\\1", lambda _: written, processor.chat_template
+    )
+    if not count:
+        raise ValueError(
+            f"the chat template does not write {processor.image_token} as a text of its own, as gemma3.jinja does"
+        )
+    return template
+
+
+def tokens_of_images(tokens: Tensor, image_token: int, num_images: int) -> list[int]:
+    """How many of the dialogue's `tokens` (tokens,) each of its pictures takes, in order.
+
+    The project's templates write each picture by itself. Of pictures that a template of somebody else's writes side by side
+    each gets the same share, which is right where all are of one size.
+    """
+    is_image = F.pad((tokens == image_token).int(), (1, 1)).diff()
+    runs = ((is_image == -1).nonzero() - (is_image == 1).nonzero()).flatten().tolist()
+    return runs if len(runs) == num_images else [sum(runs) // num_images] * num_images
 
 
 def leading_marks(message: dict[str, Any]) -> tuple[int, str]:
@@ -193,9 +262,9 @@ def prompt_batch(
 
 
 def stop_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's own, and Gemma's ends of a turn and of a document."""
+    """Ids that end an answer: the tokenizer's own, Gemma's ends of a turn and of a document, Llama 3's of a turn."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    tokens = sorted({tokenizer.eos_token, "<end_of_turn>", "<eos>"})
+    tokens = sorted({tokenizer.eos_token, "<end_of_turn>", "<eos>", "<|eot_id|>"})
     # An unknown token becomes the unknown id; asking for the vocabulary itself would copy 256,000 entries.
     return [
         number for number in tokenizer.convert_tokens_to_ids(tokens) if number not in (None, tokenizer.unk_token_id)

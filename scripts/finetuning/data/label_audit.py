@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.data.collator import (
     LlavaDataCollator,
+    image_token_of,
     place_images,
     prompt_batch,
     stop_tokens,
@@ -25,6 +26,7 @@ from finetuning.data.collator import (
 )
 from finetuning.data.near_duplicates import COPY_BITS, are_copies, difference_hash, near_duplicates, stack_hashes
 from finetuning.data.pictures import PictureError, open_picture, what_is_blank
+from finetuning.families import family_of
 
 IGNORED = -100
 # Reason code of a fault -> what it does to training, and what to do about it.
@@ -80,8 +82,8 @@ class Auditor:
     config: PreTrainedConfig
     max_length: int | None = None
     split: str = "train"
-    # Width and height of pictures -> (tokens of one, features that the model makes of one).
-    tokens_of_size: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    # Width and height of pictures -> tokens of one.
+    tokens_of_size: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[RowAudit]:
         """One RowAudit per row, in order."""
@@ -106,9 +108,8 @@ class Auditor:
                 self._learn_size(row, ids, batch)
                 self._check(audit, row, ids, mask, labels)
         for audit, row in light:
-            tokens_per_image = self.tokens_of_size[row["images"][0].size][0] if row["images"] else 0
             messages = prepare_multimodal_messages(place_images(row["messages"]), images=row["images"])
-            ids, labels = tokenize(self.processing_class, messages, tokens_per_image)
+            ids, labels = tokenize(self.processing_class, messages, self._tokens_of(row["images"]))
             self._check(audit, row, ids, torch.ones_like(ids), labels)
         for audit, row in readable:
             blank = filter(None, map(what_is_blank, row["images"]))
@@ -141,8 +142,12 @@ class Auditor:
         self.picture_size = tuple(batch["pixel_values"].shape[-2:])
         sizes = {image.size for image in row["images"]}
         if len(sizes) == 1:
-            num_tokens = int((ids == self.processing_class.image_token_id).sum())
-            self.tokens_of_size[sizes.pop()] = (num_tokens // len(row["images"]), self._features_per_image())
+            num_tokens = int((ids == image_token_of(self.processing_class)).sum())
+            self.tokens_of_size[sizes.pop()] = num_tokens // len(row["images"])
+
+    def _tokens_of(self, images: Sequence[Image.Image]) -> list[int]:
+        """Tokens of each picture, of sizes that are known."""
+        return [self.tokens_of_size[image.size] for image in images]
 
     def _refusals(self, row: dict[str, Any]) -> list[tuple[str, str]]:
         """Faults for which the processor would raise an error, found on the text: cheap, and by name."""
@@ -178,7 +183,10 @@ class Auditor:
         ids, labels = ids[mask == 1].tolist(), labels[mask == 1].tolist()
 
         if image_id is not None:
-            expected = sum(self._features(image.size) for image in row["images"])
+            expected = sum(
+                family_of(self.config).features(self.config, (image.height, image.width), self.picture_size)
+                for image in row["images"]
+            )
             if ids.count(image_id) != expected:
                 detail = f"{ids.count(image_id)} image tokens, {expected} features of {audit.num_images} images"
                 report(("image_tokens_differ", detail))
@@ -223,17 +231,6 @@ class Auditor:
                 detail = f"message {place + 1}: the prompt has {len(prompt)} tokens, supervision begins at {start}"
                 report(("prompt_differs", detail))
 
-    def _features(self, size: tuple[int, int]) -> int:
-        known = self.tokens_of_size.get(size)
-        return known[1] if known else self._features_per_image()
-
-    def _features_per_image(self) -> int:
-        """Vectors that the model's vision tower hands to the language model for one preprocessed picture."""
-        height, width = self.picture_size
-        patch = self.config.vision_config.patch_size
-        with_class_token = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
-        return (height // patch) * (width // patch) + with_class_token
-
     def _prompts(self, row: dict[str, Any], answers: list[int]) -> list[list[int]]:
         """Token ids that the model would be asked with before each of the answers."""
         prompts = [{"messages": row["messages"][:place], "images": row["images"]} for place in answers]
@@ -243,12 +240,11 @@ class Auditor:
             return [
                 ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
             ]
-        tokens_per_image = self.tokens_of_size[next(iter(sizes))][0] if sizes else 0
         return [
             tokenize(
                 self.processing_class,
                 prepare_multimodal_messages(place_images(cut["messages"]), images=cut["images"]),
-                tokens_per_image,
+                self._tokens_of(cut["images"]),
                 prompt=True,
             )[0].tolist()
             for cut in map(until_the_question, prompts)

@@ -17,19 +17,30 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.arguments import ScriptArguments
-from finetuning.data.collator import LlavaDataCollator, leading_marks, tokenize
+from finetuning.data.collator import LlavaDataCollator, image_token_of, leading_marks, tokenize, tokens_of_images
+from finetuning.families import family_of, is_vision
 
 # Values of `branch_ids`: dialogues are numbered from FIRST_BRANCH on.
 PADDING, PREFIX, FIRST_BRANCH = 0, 1, 2
 
 
-def uses_shared_prefix(script_args: ScriptArguments, rows: Dataset) -> bool:
-    """`share_image_prefix` of the recipe; if it is not set, whether some image of `rows` has several dialogues."""
-    if script_args.share_image_prefix is not None:
-        return script_args.share_image_prefix
+def uses_shared_prefix(script_args: ScriptArguments, rows: Dataset, config: PreTrainedConfig) -> bool:
+    """`share_image_prefix` of the recipe; if it is not set, whether the model can and an image of `rows` has several dialogues.
+
+    Raises ValueError where the recipe wants it and the model cannot.
+    """
+    can = family_of(config).shares_prefix if is_vision(config) else True
+    if script_args.share_image_prefix and not can:
+        raise ValueError(
+            f"share_image_prefix: the image tokens of {config.model_type} see one another, which dialogues behind one prefix "
+            "are not tried with: remove it, and they train as rows of their own"
+        )
+    if script_args.share_image_prefix is not None or not can:
+        return bool(script_args.share_image_prefix)
     return "image_id" in rows.column_names and len(set(rows["image_id"])) < len(rows)
 
 
@@ -92,7 +103,7 @@ class SharedPrefixCollator(LlavaDataCollator):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of `group_by_image` -> a batch, as the class says."""
         batch = super().torch_call(examples)
-        image_token = self.processor.image_token_id
+        image_token = image_token_of(self.processor)
         sequences = []
         for position, example in enumerate(examples):
             real = batch["attention_mask"][position].bool()
@@ -102,10 +113,10 @@ class SharedPrefixCollator(LlavaDataCollator):
             if any(leading_marks(message)[0] for message in example["messages"]):
                 prefix = 0  # its later pictures come after answers, and such a row is alone
             dialogues = [(tokens, labels)]
-            num_images = len(example.get("images") or [])
+            of_images = tokens_of_images(tokens, image_token, len(example.get("images") or []))
             for messages in example.get("other_messages", []):
                 messages = prepare_multimodal_messages(messages, images=example["images"])
-                dialogues.append(tokenize(self.processor, messages, len(image_places) // max(num_images, 1)))
+                dialogues.append(tokenize(self.processor, messages, of_images))
             sequences.append(join_dialogues(dialogues, prefix, example.get("row")))
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(sequence["input_ids"]) for sequence in sequences) // multiple) * multiple

@@ -15,8 +15,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import ProcessorMixin
 
-from finetuning.data.collator import stop_tokens
+from finetuning.data.collator import image_token_of, stop_tokens
 from finetuning.inference.decode_steps import DecodeSteps, NewRows
 from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
@@ -37,7 +39,7 @@ class Chunk:
     rows: list[int]
     last: list[int]
     runs: list[list[tuple[int, int]]]  # of each row: (first token, tokens) of the prefix and of its own part
-    pixel_values: Tensor | None
+    pictures: dict[str, Tensor]
 
 
 @dataclass
@@ -85,7 +87,8 @@ class Answerer:
         self.model, self.max_new_tokens, self.say = model, max_new_tokens, say
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.stops = torch.tensor(stop_tokens(processing_class), device=self.decoder.device)
-        self.image_token = getattr(processing_class, "image_token_id", None)
+        vision = isinstance(processing_class, ProcessorMixin)
+        self.image_token = image_token_of(processing_class) if vision else None
         self.is_cuda = self.decoder.device.type == "cuda"
         self.most_rows = (MOST_ROWS if self.is_cuda else MOST_ROWS_ON_CPU) if batch_size == "auto" else int(batch_size)
         self.chunk_tokens = CHUNK_TOKENS
@@ -254,14 +257,15 @@ class Answerer:
 
     def see(self, chunk: Chunk) -> Tensor | None:
         """Features of the chunk's pictures (image tokens, width)."""
-        if chunk.pixel_values is None:
+        if not chunk.pictures:
             return None
         base = self.decoder.base
-        pixel_values = chunk.pixel_values.to(base.dtype)
+        others = {name: value.tolist() for name, value in chunk.pictures.items() if name != "pixel_values"}
+        pixel_values = chunk.pictures["pixel_values"].to(base.dtype)
         if self.is_cuda:
             pixel_values = pixel_values.pin_memory()  # else the copy, and with it the host, waits for the chunk before
         pixel_values = pixel_values.to(self.decoder.device, non_blocking=True)
-        return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values).pooler_output))
+        return torch.cat(list(base.model.get_image_features(pixel_values=pixel_values, **others).pooler_output))
 
     def prefill_chunk(self, prefill: Prefill, chunk: Chunk, features: Tensor | None) -> None:
         """Compute the prompts of a chunk, whose tokens take the slots from `prefill.next_slot` on."""
@@ -319,9 +323,19 @@ def lay_out(groups: Sequence[PromptGroup], device: torch.device) -> Chunk:
         parts = [first] if own is None else [first, own]
         runs.append([(prompts.starts[part], prompts.lengths[part]) for part in parts])
     rows = [number for group in ordered for number in group.rows]
-    pictures = [group.pixel_values for group in ordered if group.pixel_values is not None]
-    pixel_values = torch.cat(pictures) if pictures else None
-    return Chunk(prompts, rows, last, runs, pixel_values)
+    return Chunk(prompts, rows, last, runs, join_pictures([group.pictures for group in ordered if group.pictures]))
+
+
+def join_pictures(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inputs of several groups' pictures as one, in order; those with fewer tiles get empty ones, as in a batch."""
+    joined = {}
+    for name in groups[0] if groups else ():
+        values = [group[name] for group in groups]
+        if values[0].dim() == 5:  # (pictures, tiles, 3, height, width)
+            most = max(value.shape[1] for value in values)
+            values = [F.pad(value, (0, 0) * 3 + (0, most - value.shape[1])) for value in values]
+        joined[name] = torch.cat(values)
+    return joined
 
 
 def by_length(groups: Sequence[PromptGroup]) -> tuple[list[PromptGroup], list[PromptGroup]]:

@@ -1,4 +1,4 @@
-"""A Llama or Gemma decoder without gradients, over flat tokens and a pool of keys and values.
+"""A Llama, Mistral or Gemma decoder without gradients, over flat tokens and a pool of keys and values.
 
 The layers and their weights are transformers' own and PEFT's; what is computed is what `generate` computes. Here prompts
 are not padded, a layer is four products with fused LoRA (`finetuning.kernels.lora_layers`), keys and values are written
@@ -10,18 +10,16 @@ from collections.abc import Callable
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from finetuning.families import FAMILIES
 from finetuning.inference.packed_prompts import PackedPrompts, packed_attention
 from finetuning.kernels.decode_attention import decode_attention, slots_of
 from finetuning.kernels.dispatch import runs_triton
 from finetuning.kernels.gated_mlp import gated_activation
 from finetuning.kernels.lora_layers import (
+    FUSED_LAYERS,
     IS_GELU,
     PROJECTIONS,
-    FusedGemmaDecoderLayer,
-    FusedLlamaDecoderLayer,
     add_residual,
     fuse_lora,
     norm_arguments,
@@ -31,9 +29,9 @@ from finetuning.kernels.lora_projections import ProjectionStack, refresh_stacks
 from finetuning.kernels.model_patches import vision_tower_without_autocast
 from finetuning.kernels.rms_norm import rms_norm
 from finetuning.kernels.rotary import launch_rotate, split_and_rotate
-from finetuning.models.parts import base_model_of, frozen_tower_of
+from finetuning.models.parts import base_model_of, frozen_tower_of, has_sliding_window
 
-LAYER_CLASSES = (LlamaDecoderLayer, GemmaDecoderLayer, FusedLlamaDecoderLayer, FusedGemmaDecoderLayer)
+LAYER_CLASSES = (*FUSED_LAYERS.keys(), *FUSED_LAYERS.values())
 # 4-bit products of so few rows are bitsandbytes' own, which read the packed weights; others unpack them first.
 MOST_ROWS_OF_4BIT_PRODUCT = 32
 # Rotary embeddings whose angles do not depend on the longest row of a batch.
@@ -269,10 +267,12 @@ def reason_against(model: nn.Module) -> str | None:
     text_model = getattr(getattr(base, "model", None), "language_model", getattr(base, "model", None))
     layers = getattr(text_model, "layers", [])
     if not len(layers) or any(type(layer) not in LAYER_CLASSES for layer in layers):
-        return f"{type(base).__name__} has no Llama or Gemma decoder"
-    if text_model is not base.model and base.config.model_type != "llava":
+        return f"{type(base).__name__} has no Llama, Mistral or Gemma decoder"
+    if text_model is not base.model and base.config.model_type not in FAMILIES:
         return f"pictures of {base.config.model_type} are not known here"
     config = base.config.get_text_config()
+    if has_sliding_window(config):
+        return "its layers see only so many tokens back"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in FIXED_ROTARY:
         return f"its rotary embedding ({kind}) depends on the length of the row"

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from finetuning.data.collator import prompt_batch
+from finetuning.data.collator import image_token_of, prompt_batch, tokenize, tokens_of_images
+from finetuning.families import PICTURE_INPUTS
 
 MOST_WORKERS = 4  # each reads 70 pictures a second; starting more keeps a large process waiting longer than they save
 MOST_OF_GROUP = 16  # rows about one image that are computed together
@@ -26,14 +27,14 @@ SHORTEST_SHARED_PREFIX = 16  # tokens; a shorter one is not worth a segment of i
 class PromptGroup:
     """The prompts about one image: their common tokens, and each prompt's own, at least one each.
 
-    `rows` are their numbers. A prompt alone is all prefix, and its own tokens are none. `pixel_values` is
-    (pictures, 3, height, width) or None.
+    `rows` are their numbers. A prompt alone is all prefix, and its own tokens are none. `pictures` is what the processor
+    made of the pictures (`Family.picture_inputs`), each with an entry a picture; empty without any.
     """
 
     rows: list[int]
     prefix: Tensor
     own: list[Tensor]
-    pixel_values: Tensor | None
+    pictures: dict[str, Tensor]
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +47,7 @@ class PromptGroup:
             return None
         half = len(self.rows) // 2
         parts = (self.rows[:half], self.own[:half]), (self.rows[half:], self.own[half:])
-        return tuple(PromptGroup(rows, self.prefix, own, self.pixel_values) for rows, own in parts)
+        return tuple(PromptGroup(rows, self.prefix, own, self.pictures) for rows, own in parts)
 
 
 class PromptReader:
@@ -74,12 +75,13 @@ class PromptReader:
         """The rows' prompts; those that begin alike up to behind all pictures are one group, any other is alone."""
         first = self.rows[numbers[0]]
         batch = prompt_batch(self.processing_class, [first])
-        pixel_values = batch.get("pixel_values")
-        if pixel_values is not None:
-            pixel_values = pixel_values.to(self.dtype)  # as the model would, and half as much to hand over
+        pictures = {name: batch[name] for name in PICTURE_INPUTS if name in batch}
+        if pictures:
+            # As the model would, and half as much to hand over.
+            pictures["pixel_values"] = pictures["pixel_values"].to(self.dtype)
         prompts = {numbers[0]: batch["input_ids"][0]}
         for number in numbers[1:]:
-            if pixel_values is None:
+            if not pictures:
                 prompts[number] = prompt_batch(self.processing_class, [self.rows[number]])["input_ids"][0]
             else:
                 prompts[number] = self.tokenize(self.messages_of(number), first["images"], prompts[numbers[0]])
@@ -89,7 +91,7 @@ class PromptReader:
             tokens = [prompts.pop(number) for number in rows]
             prefix = common_length(tokens) if len(rows) > 1 else len(tokens[0])
             own = [prompt[prefix:] for prompt in tokens] if len(rows) > 1 else []
-            groups.append(PromptGroup(rows, tokens[0][:prefix], own, pixel_values))
+            groups.append(PromptGroup(rows, tokens[0][:prefix], own, pictures))
         return groups
 
     def begin_alike(self, prompt: Tensor, other: Tensor) -> bool:
@@ -97,7 +99,8 @@ class PromptReader:
         if prompt is other:
             return True
         common = common_length([prompt, other])
-        image_token = getattr(self.processing_class, "image_token_id", -1)
+        vision = isinstance(self.processing_class, ProcessorMixin)
+        image_token = image_token_of(self.processing_class) if vision else -1
         return common >= SHORTEST_SHARED_PREFIX and not any(
             (tokens[common:] == image_token).any() for tokens in (prompt, other)
         )
@@ -115,18 +118,8 @@ class PromptReader:
     def tokenize(self, messages: list[dict[str, str]], images: list, first: Tensor) -> Tensor:
         """Token ids of a prompt about the pictures of the prompt `first`, which are not read again."""
         processor = self.processing_class
-        encoded = processor.tokenizer.apply_chat_template(
-            prepare_multimodal_messages(messages, images=images),
-            chat_template=processor.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            add_special_tokens=False,
-        )
-        tokens = torch.tensor(encoded["input_ids"])
-        is_image = tokens == processor.image_token_id
-        num_image_tokens = int((first == processor.image_token_id).sum())
-        return tokens.repeat_interleave(torch.where(is_image, num_image_tokens // max(int(is_image.sum()), 1), 1))
+        of_images = tokens_of_images(first, image_token_of(processor), len(images))
+        return tokenize(processor, prepare_multimodal_messages(messages, images=images), of_images, prompt=True)[0]
 
 
 def common_length(prompts: Sequence[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Llama and Gemma decoder layers with PEFT's LoRA, computed in fewer passes over memory.
+"""Llama, Mistral and Gemma decoder layers with PEFT's LoRA, computed in fewer passes over memory.
 
 PEFT computes y = W x + s B A x in four steps (a cast of x to fp32, two products, a scale, an addition), and autograd
 keeps each result. Here a decoder layer is four products of stacked weights with hand-written gradients:
@@ -24,13 +24,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from finetuning import upstream
 from finetuning.kernels.gated_mlp import gated_activation, gated_activation_backward
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward, refresh_stacks
 from finetuning.kernels.rms_norm import rms_norm, rms_norm_backward
 from finetuning.kernels.rotary import split_and_rotate, split_and_rotate_backward
-from finetuning.models.parts import base_model_of
+from finetuning.models.parts import base_model_of, has_sliding_window
 
 try:
     from peft.tuners.lora import Linear4bit as LoraLinear4bit
@@ -219,6 +220,11 @@ class FusedLlamaDecoderLayer(FusedDecoderLayer, LlamaDecoderLayer):
 
 
 @upstream.overrides
+class FusedMistralDecoderLayer(FusedDecoderLayer, MistralDecoderLayer):
+    """Mistral's layer without a sliding window; `fuse_lora` makes it the class of an existing one."""
+
+
+@upstream.overrides
 class FusedGemmaDecoderLayer(FusedDecoderLayer, GemmaDecoderLayer):
     """Gemma's layer; `fuse_lora` makes it the class of an existing one."""
 
@@ -250,7 +256,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-FUSED_LAYERS = {LlamaDecoderLayer: FusedLlamaDecoderLayer, GemmaDecoderLayer: FusedGemmaDecoderLayer}
+FUSED_LAYERS = {
+    LlamaDecoderLayer: FusedLlamaDecoderLayer,
+    MistralDecoderLayer: FusedMistralDecoderLayer,
+    GemmaDecoderLayer: FusedGemmaDecoderLayer,
+}
 IS_GELU = {SiLUActivation: False, nn.SiLU: False, GELUTanh: True}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -293,6 +303,8 @@ def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:
     if not all(is_plain_lora(linear) and linear.get_base_layer().bias is None for linear in linear_layers):
         return False
     if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
+        return False
+    if has_sliding_window(layer.self_attn.config):
         return False
     query, key, value, output, gate, up, down = linear_layers
     layer.fused_qkv = ProjectionStack([query, key, value], sharded=sharded)

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
-from transformers.models.llava.modeling_llava import LlavaModel
 
 from finetuning import upstream
 from finetuning.kernels import packed_attention
 from finetuning.kernels.lora_layers import without_autocast
 from finetuning.kernels.quick_gelu import quick_gelu
-from finetuning.models.parts import base_model_of, frozen_tower_of
+from finetuning.models.parts import base_model_of, frozen_tower_of, has_sliding_window
 
 # transformers passes a 4-D mask through unchanged, so an empty one is a sentinel for "no mask" until a layer is
 # reached. With None transformers would check for packed rows, which forces a GPU sync.
@@ -24,6 +23,8 @@ def ignore_right_padding(model: nn.Module) -> None:
     """
     base_model = base_model_of(model)
     language_model = getattr(base_model.model, "language_model", base_model.model)
+    if has_sliding_window(language_model.config):
+        return  # the mask says how far a token sees
 
     def replace_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
@@ -48,10 +49,10 @@ def count_image_tokens_once(model: nn.Module) -> None:
     """Let only the first training pass compare the number of image tokens with that of the features; in place.
 
     The comparison waits for the GPU to finish the step before. The processor makes a fixed number of tokens for a
-    picture, and `LlavaDataCollator` refuses a row that has not one mark for each picture.
+    picture, and `LlavaDataCollator` refuses a row that has not one mark for each picture, or other features than tokens.
     """
     llava = base_model_of(model).model
-    if not isinstance(llava, LlavaModel):
+    if not hasattr(llava, "get_placeholder_mask"):
         return
     with_check, checked = llava.get_placeholder_mask, False
 

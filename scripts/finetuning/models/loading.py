@@ -29,13 +29,13 @@ from trl import ModelConfig
 from finetuning import upstream
 from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
+from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of, is_vision
 from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, read_arguments
 from finetuning.strategy import Strategy
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
-TEMPLATE_OF = {"llava": "llava.jinja", "gemma": "gemma.jinja", "gemma2": "gemma.jinja", "gemma3_text": "gemma.jinja"}
-KNOWN_TYPES = f"this project trains {', '.join(TEMPLATE_OF)}"
+LLAMA3_END_OF_TURN = "<|eot_id|>"
 GEMMA_TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
 QUANTISATION_KEYS = [
     "load_in_4bit",
@@ -67,6 +67,11 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
         ) from error
     if list(Path(name).glob("pytorch_model*.bin")) and not list(Path(name).glob("*.safetensors")):
         raise pickles_refused(name, config)
+    if is_vision(config):
+        try:
+            family_of(config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     # The recipe and the GPU decide on the attention. transformers would load the FlashAttention that a config names
     # even where the caller gives another (LLaVA-NeXT#224).
     upstream.replace(config, "_attn_implementation", None)
@@ -88,16 +93,16 @@ def refuse_other_config(path: Path) -> None:
         )
 
 
-def is_vision(config: PreTrainedConfig) -> bool:
-    """Whether the model reads pictures: its config has a part for a vision tower."""
-    return hasattr(config, "vision_config")
-
-
 def template_path(config: PreTrainedConfig, given: str | None) -> Path | None:
-    """The template file that a model is trained and asked with: the given one, else the project's; None: its own."""
+    """The template file that a model is trained and asked with: the given one, else the project's; None: its own.
+
+    Raises ValueError, as `dialogue_form` does, for a language model whose dialogues are not known here.
+    """
     if given is not None:
         return Path(given)
-    return CHAT_TEMPLATES / TEMPLATE_OF[config.model_type] if config.model_type in TEMPLATE_OF else None
+    if config.model_type not in FAMILIES:
+        return None
+    return CHAT_TEMPLATES / FAMILIES[config.model_type].templates[dialogue_form(config)]
 
 
 def load_processing_class(
@@ -110,10 +115,11 @@ def load_processing_class(
     before they are resized; with "crop" the published processor cuts out their centre.
     """
     config = load_config(name, revision)
-    if chat_template_path is None and config.model_type not in TEMPLATE_OF:
+    if chat_template_path is None:
+        family_of(config)
+    if is_vision(config) and image_aspect_ratio == "crop" and not family_of(config).can_crop:
         raise ValueError(
-            f"{name}: model_type is {config.model_type}, for which this project has no chat template: {KNOWN_TYPES}; for "
-            "another text model give --chat_template_path"
+            f"image_aspect_ratio: crop does nothing to {config.model_type}, which shows whole pictures: remove it"
         )
     try:
         processing_class = (AutoProcessor if is_vision(config) else AutoTokenizer).from_pretrained(
@@ -124,17 +130,20 @@ def load_processing_class(
             f"{name}: its {'processor' if is_vision(config) else 'tokenizer'} does not load "
             f"({str(error).splitlines()[0]}): download the model with all its small files"
         ) from error
-    if is_vision(config) and image_aspect_ratio == "pad":
+    if is_vision(config) and image_aspect_ratio == "pad" and family_of(config).can_crop:
         settings = processing_class.image_processor.to_dict() | {"do_pad": True}
         settings.pop("image_processor_type")
         processing_class.image_processor = LlavaImageProcessor(**settings)
+    if is_vision(config) and chat_template_path is None and dialogue_form(config) == "llama3":
+        processing_class.tokenizer.eos_token = LLAMA3_END_OF_TURN  # as below
     chat_template_path = template_path(config, chat_template_path)
     if config.model_type.startswith("gemma"):
         # Every Gemma vocabulary has them. If the tokenizer's settings do not list them as special (google/gemma-2b),
         # transformers 5 splits them into letters.
-        processing_class.add_tokens(GEMMA_TURN_MARKS, special_tokens=True)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        tokenizer.add_tokens(GEMMA_TURN_MARKS, special_tokens=True)
         # The end of an answer, for servers that read it from the tokenizer. <eos> would be the end of a document.
-        processing_class.eos_token = GEMMA_TURN_MARKS[1]
+        tokenizer.eos_token = GEMMA_TURN_MARKS[1]
     if chat_template_path is not None:
         processing_class.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     return processing_class

@@ -3,17 +3,25 @@
 from collections import Counter
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning import upstream
 
 # Part -> name of its module in transformers' LLaVA. Everything else (with `lm_head`) is the language model.
 MODULE_OF = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
+# Vectors beside the projector's that pictures are laid out with: LLaVA-NeXT's end of a row of patches.
+PICTURE_PARAMETERS = ("image_newline",)
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
     """transformers' model inside of a PeftModel; the model itself if it is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_sliding_window(config: PreTrainedConfig) -> bool:
+    """Whether layers of the language model (`config` is its own) see only so many tokens back, as Mistral 7B v0.1's do."""
+    return getattr(config, "sliding_window", None) is not None
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -33,7 +41,10 @@ def frozen_tower_of(model: nn.Module) -> nn.Module | None:
 
 def part_of(name: str) -> str:
     """The part (`language_model`, `projector`, `vision_tower`) of a parameter or module, by its full name."""
-    return next((part for part, module in MODULE_OF.items() if module in name.split(".")), "language_model")
+    names = name.split(".")
+    if names[-1] in PICTURE_PARAMETERS:
+        return "projector"
+    return next((part for part, module in MODULE_OF.items() if module in names), "language_model")
 
 
 def parts_of(model: nn.Module) -> list[str]:

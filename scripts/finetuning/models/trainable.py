@@ -21,6 +21,8 @@ def gets_no_gradient(name: str, config: PreTrainedConfig) -> bool:
     """
     if part_of(name) != "vision_tower":
         return False
+    if not hasattr(config, "vision_feature_layer"):
+        return False  # Gemma 3 reads what comes out of the tower
     read = config.vision_feature_layer
     num_layers = config.vision_config.num_hidden_layers
     # hidden_states has num_layers + 1 entries: the embeddings, then the output of each layer.

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.device import compute_capability, smallest_gpu
 from finetuning.models.parts import count_parameters
-from finetuning.preflight.features import fp8_problems, graph_problems, option_problems
+from finetuning.preflight.features import fp8_problems, graph_problems, option_problems, rate_problems
 from finetuning.preflight.memory import bytes_of_optimizer, describe_job, memory_problems, place_without_weights
 from finetuning.preflight.precision import precision_problems
 from finetuning.preflight.strategies import image_problems, strategy_problems
@@ -35,7 +35,6 @@ def refuse_what_cannot_work(
     model_args: ModelArguments,
     config: PreTrainedConfig,
     train_rows: Dataset,
-    validation_rows: Dataset | None,
 ) -> None:
     """Raise ValueError that lists every reason for which this run would fail, hang, or train something else.
 
@@ -44,12 +43,13 @@ def refuse_what_cannot_work(
     capability = None if training_args.use_cpu else compute_capability()
     problems = [
         *strategy_problems(script_args, training_args, model_args),
-        *precision_problems(script_args, training_args, model_args, train_rows, capability),
+        *precision_problems(script_args, training_args, model_args, train_rows, capability, config),
         *row_problems(training_args, train_rows),
-        *image_problems(script_args, training_args, train_rows, validation_rows),
+        *image_problems(script_args, training_args, train_rows),
         *graph_problems(script_args, training_args, model_args, train_rows, capability),
         *fp8_problems(script_args, training_args, model_args, capability, config),
         *option_problems(training_args, capability),
+        *rate_problems(script_args, training_args),
     ]
     try:
         placed = place_without_weights(config, script_args, training_args, model_args)

@@ -24,6 +24,30 @@ def option_problems(training_args: TrainingArguments, capability: tuple[int, int
     return problems
 
 
+def rate_problems(script_args: ScriptArguments, training_args: TrainingArguments) -> list[str]:
+    """Learning rates of parts that are not trained, or of adapters that are not there: they would be ignored."""
+    problems = []
+    for part in ("projector", "vision_tower"):
+        rate = getattr(training_args, f"learning_rate_{part}")
+        if rate is not None and script_args.placement[part] == "frozen":
+            problems.append(
+                f"learning_rate_{part}: {rate}, but {part} is frozen: remove it, or set {part} to lora or full"
+            )
+    ratio = training_args.lora_plus_ratio
+    if ratio is not None and "lora" not in script_args.placement.values():
+        problems.append(f"lora_plus_ratio: {ratio}, but no part has LoRA: remove it, or set a part to lora")
+    if ratio is not None and ratio <= 0:
+        problems.append(f"lora_plus_ratio: {ratio}, expected a number above 0, such as 16")
+    given = (training_args.learning_rate_projector, training_args.learning_rate_vision_tower, ratio)
+    if any(value is not None for value in given) and any(
+        name in training_args.optim.value for name in ("layerwise", "lomo")
+    ):
+        problems.append(
+            f"optim: {training_args.optim.value} has no groups of parameters for rates of parts: set adamw_torch"
+        )
+    return problems
+
+
 def graph_problems(
     script_args: ScriptArguments,
     training_args: TrainingArguments,

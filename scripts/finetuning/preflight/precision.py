@@ -3,6 +3,7 @@
 import importlib.util
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
 from transformers.utils import is_kernels_available
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
@@ -22,6 +23,7 @@ def precision_problems(
     model_args: ModelArguments,
     rows: Dataset,
     capability: tuple[int, int] | None,
+    config: PreTrainedConfig,
 ) -> list[str]:
     """Types and attention against the GPU and the rows: `capability` as CUDA gives it, None without a GPU."""
     attention = model_args.attn_implementation or "sdpa"
@@ -30,7 +32,7 @@ def precision_problems(
         unavailable = flash_attention(attention, training_args, capability)
     else:
         unavailable = other_attention(attention, capability, with_images=with_images)
-    shares = with_images and attention.startswith("flash_attention") and uses_shared_prefix(script_args, rows)
+    shares = with_images and attention.startswith("flash_attention") and uses_shared_prefix(script_args, rows, config)
     found = [
         mixed_types(script_args, training_args, model_args),
         unavailable,

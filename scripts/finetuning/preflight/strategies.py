@@ -166,17 +166,18 @@ def offloaded_optimizer(strategy: Strategy, training_args: TrainingArguments) ->
 # Rows without an image
 
 
-def image_problems(
-    script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset, validation_rows: Dataset | None
-) -> list[str]:
+def image_problems(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> list[str]:
     """Rows without an image among those with one, against how this launch divides the work."""
-    strategy = Strategy.from_environment()
-    evaluated = None if training_args.eval_strategy == "no" else validation_rows
-    found = [
-        validated_without_image(strategy, evaluated),
-        trained_without_image(strategy, script_args, training_args, rows),
-    ]
-    return [problem for problem in found if problem]
+    without = rows_without_image(rows)
+    sees = {script_args.projector, script_args.vision_tower} != {"frozen"}
+    # Where DeepSpeed or FSDP2 divide the work, such rows see an empty picture (`distributed/empty_picture.py`).
+    if without and sees and Strategy.from_environment().is_ddp and not training_args.ddp_find_unused_parameters:
+        return [
+            f"{without} of {len(rows)} training rows have no image. A batch of them leaves the projector or the vision tower "
+            "without gradient, and DDP then stops with 'Expected to have finished reduction' (LlamaFactory#6376): remove "
+            "ddp_find_unused_parameters: false"
+        ]
+    return []
 
 
 def rows_without_image(rows: Dataset) -> int:
@@ -184,44 +185,6 @@ def rows_without_image(rows: Dataset) -> int:
     if "images" not in rows.column_names:
         return 0
     return pc.sum(pc.equal(pc.list_value_length(rows.data.column("images")), 0)).as_py() or 0
-
-
-def validated_without_image(strategy: Strategy, rows: Dataset | None) -> str | None:
-    """Validation rows without an image, where no process holds the whole model."""
-    if not strategy.shards_weights or rows is None or not (without := rows_without_image(rows)):
-        return None
-    return (
-        f"{without} of {len(rows)} validation rows have no image, and an evaluation of divided weights then waits "
-        f"for ever too: leave these rows out, set eval_strategy: no, or launch with {CONFIGS}/ddp.yaml"
-    )
-
-
-def trained_without_image(
-    strategy: Strategy, script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset
-) -> str | None:
-    """Training rows without an image, where another process would wait for their gradients."""
-    without = rows_without_image(rows)
-    if not without:
-        return None
-    found = f"{without} of {len(rows)} training rows have no image. "
-    sees = {script_args.projector, script_args.vision_tower} != {"frozen"}
-    if strategy.shards_weights:
-        return (
-            f"{found}Where weights are divided, a process whose rows skip the vision tower waits for ever for the others "
-            f"(DeepSpeed#7170): leave these rows out, or launch with {CONFIGS}/ddp.yaml"
-        )
-    if sees and strategy.is_deepspeed:
-        return (
-            f"{found}DeepSpeed averages what has a gradient, and a process without a picture has none for the projector "
-            f"or the vision tower: the processes send different things, and wait for ever. Launch with {CONFIGS}/ddp.yaml, "
-            "leave these rows out, or set projector and vision_tower to frozen"
-        )
-    if sees and strategy.is_ddp and not training_args.ddp_find_unused_parameters:
-        return (
-            f"{found}A batch of them leaves the projector or the vision tower without gradient, and DDP then stops with "
-            "'Expected to have finished reduction' (LlamaFactory#6376): remove ddp_find_unused_parameters: false"
-        )
-    return None
 
 
 def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:

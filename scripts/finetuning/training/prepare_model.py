@@ -4,6 +4,7 @@ from torch import nn
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.distributed.deepspeed_zero import set_up_deepspeed
+from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.distributed.fsdp2 import set_wrap_classes
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.lora_layers import fuse_lora
@@ -17,13 +18,18 @@ from finetuning.strategy import Strategy
 
 
 def prepare_model(
-    model: nn.Module, script_args: ScriptArguments, training_args: TrainingArguments, *, shares_prefix: bool = False
+    model: nn.Module,
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    *,
+    shares_prefix: bool = False,
+    lacks_pictures: bool = False,
 ) -> str:
     """Change `model` in place, after `set_trainable` and before the Trainer exists. Returns a line for the log.
 
     ZeRO and FSDP2 depend on it: it names what they wrap, shards frozen layers and completes DeepSpeed's configuration.
     Fused LoRA rounds once where PEFT rounds twice, so losses in 16 bits differ in the last digits from those of
-    `fused_lora: false`. FP8 costs some precision of the gradients. The other patches compute the same.
+    `fused_lora: false`. `lacks_pictures`: some batches may have no picture. FP8 costs some precision of the gradients. The other patches compute the same.
     """
     # Kernels
     fused = fuse_lora(model, sharded=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
@@ -33,6 +39,9 @@ def prepare_model(
     count_image_tokens_once(model)
 
     # Strategy
+    strategy = Strategy.from_environment()
+    if lacks_pictures and (strategy.shards_weights or strategy.is_deepspeed):
+        see_an_empty_picture(model)
     set_wrap_classes(model)
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)

@@ -27,11 +27,11 @@ from finetuning.models.parts import base_model_of, cache_named_parameters, switc
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
+from finetuning.training.learning_rates import LearningRatesTrainer
 from finetuning.training.read_ahead import read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
 from finetuning.training.stop_signals import StopRequest, StopTogether, leave_interrupted, obey_parent_only
-from finetuning.training.validation_loss import ValidationLossTrainer
 
 
 class TrainingDiverged(RuntimeError):
@@ -57,7 +57,7 @@ def diverged(loss: float, watched: Watched, texts: list[str], split: str) -> Tra
 
 
 @upstream.overrides
-class FineTuningTrainer(ValidationLossTrainer):
+class FineTuningTrainer(LearningRatesTrainer):
     """SFTTrainer that can be interrupted, logs throughput, refuses a loss that is not finite, and asks while it trains.
 
     Args (the rest is SFTTrainer's):

@@ -1,0 +1,325 @@
+"""Every family with pictures: audited, fused, trained, resumed, merged, on two processes; the real classes at toy size."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import train_llava
+from datasets import load_from_disk
+from merge_adapter import main as merge
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen2_5_VLConfig,
+)
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from finetuning.arguments import ScriptArguments, parse_arguments
+from finetuning.data.collator import LlavaDataCollator, with_pictures
+from finetuning.data.label_audit import Auditor
+from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
+from finetuning.families import dialogue_form, family_of
+from finetuning.inference.generation import answer_batch, generate_answers
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.kernels.model_patches import count_image_tokens_once, ignore_right_padding
+from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
+from finetuning.models.loading import load_base_model, load_config, load_for_inference, load_processing_class
+from finetuning.models.parts import count_parameters
+from support.families import FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
+from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora
+from support.training import SAMPLE
+
+CLIP_L_336 = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+    patch_size=14, projection_dim=768, vocab_size=32000,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return make(request.param, tmp_path_factory.mktemp(request.param) / "base")
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return load_processing_class(str(folder))
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return load_config(str(folder))
+
+
+def random_model(folder):
+    """Weights large enough that answers and losses differ from row to row."""
+    model = load_base_model(str(folder), dtype=torch.float32)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and "norm" not in name and "vision" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_rows_of_every_shape_pass_the_audit_and_train(folder, processor, config):
+    rows = [row | {"row": number} for number, row in enumerate(rows_of_all_shapes())]
+    audits = Auditor(processor, config)(rows)
+    assert {fault for audit in audits for fault in audit.faults if fault[0] != "blank_image"} == set()
+    batch = LlavaDataCollator(processor, None, config)(rows)
+    assert [audit.num_tokens for audit in audits] == batch["attention_mask"].sum(1).tolist()
+    assert [audit.num_supervised for audit in audits] == (batch["labels"] != -100).sum(1).tolist()
+    supervised = [processor.decode(labels[labels != -100]).removeprefix(" ") for labels in batch["labels"][[0, 1]]]
+    end = processor.tokenizer.eos_token
+    assert supervised == [f"Yes.{end}", f"No.{end}"]
+    # Token for token, and pixel for pixel, what transformers' own processor makes of the rows.
+    theirs = DataCollatorForVisionLanguageModeling(processor, max_length=None, assistant_only_loss=True).torch_call(
+        [with_pictures(row) for row in rows]
+    )
+    assert batch.keys() - {"rows"} == theirs.keys() - {"num_crops"}
+    for name in theirs.keys() - {"num_crops"}:
+        assert torch.equal(torch.as_tensor(batch[name]), theirs[name]), name
+    # The model counts the features of each row as the config says they are.
+    model = load_base_model(str(folder), dtype=torch.float32)
+    for row in rows:
+        alone = LlavaDataCollator(processor, None, config)([row])
+        alone.pop("rows")
+        assert torch.isfinite(model(**alone).loss)
+
+
+def test_image_tokens_are_compared_row_by_row(processor, config):
+    if "image_sizes" not in family_of(config).picture_inputs:
+        pytest.skip("every picture has as many tokens")
+    rows = [row | {"row": 70 + number} for number, row in enumerate(rows_of_all_shapes()[:4])]
+    collator = LlavaDataCollator(processor, None, config)
+    batch = collator(rows)
+    batch["image_sizes"][0], batch["image_sizes"][3] = batch["image_sizes"][3], batch["image_sizes"][0]
+    with pytest.raises(ValueError, match="are not those of the rows' pictures"):
+        collator.refuse_other_features(batch, rows)
+    # The totals are right, the rows are not.
+    batch = collator(rows)
+    batch["input_ids"] = batch["input_ids"][[3, 1, 2, 0]]
+    with pytest.raises(ValueError, match=r"row 70: \d+ image tokens, and the model makes \d+ features"):
+        collator.refuse_other_features(batch, rows)
+
+
+def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, config):
+    rows = rows_of_all_shapes()
+    batch = LlavaDataCollator(processor, None, config)(rows)
+    model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"]).train()
+    expected = loss_and_grads(model, batch)
+    assert fuse_lora(model) == 14
+    ignore_right_padding(model)
+    count_image_tokens_once(model)
+    for _ in range(2):  # the second does not count again
+        assert_same(loss_and_grads(model, batch), expected)
+
+
+def test_dialogues_about_a_picture_share_it(folder, processor, config, tmp_path):
+    rows = load_from_disk(dataset_of(rows_of_all_shapes(), rows_of_all_shapes()[:1], tmp_path / "data"))["train"]
+    script_args = ScriptArguments(dataset_name="x")
+    assert uses_shared_prefix(script_args, rows, config) == family_of(config).shares_prefix
+    if not family_of(config).shares_prefix:
+        script_args.share_image_prefix = True
+        with pytest.raises(ValueError, match="the image tokens of gemma3 see one another"):
+            uses_shared_prefix(script_args, rows, config)
+        return
+    alone = LlavaDataCollator(processor, None, config)(list(rows.select([0, 8])))
+    model = with_lora(random_model(folder), LANGUAGE_MODEL).train()
+    expected = loss_and_grads(model, alone)
+    shared = SharedPrefixCollator(processor, None, config)([group_by_image(rows.select([0, 8]))[0]])
+    shared.pop("rows")
+    assert len(shared["pixel_values"]) == 1
+    fuse_lora(model)
+    enable_shared_prefix(model)
+    assert_same(loss_and_grads(model, shared), expected)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+def test_answers_are_those_of_generate_one_row_at_a_time(adapter, folder, processor):
+    model = random_model(folder).eval().requires_grad_(False)
+    if adapter:
+        model = with_lora(model, LANGUAGE_MODEL).eval().requires_grad_(False)
+    rows = [row | {"messages": row["messages"][:-1]} for row in rows_of_all_shapes()]
+    expected = [answer_batch(model, processor, [row], max_new_tokens=8)[0] for row in rows]
+    assert len(set(expected)) > 3
+    assert generate_answers(model, processor, rows, batch_size="auto", max_new_tokens=8) == expected
+
+
+def train(model, dataset, output, *flags: str):
+    train_llava.main(*parse_arguments(SAMPLE, [
+        *("--model_name_or_path", str(model), "--dataset_name", str(dataset), "--output_dir", str(output)),
+        *("--eval_strategy", "no", "--save_strategy", "no", "--eval_answers", "0", *flags),
+    ]))  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return which_half(tmp_path_factory.mktemp("data") / "halves")
+
+
+@pytest.fixture(scope="module")
+def trained(folder, dataset, tmp_path_factory):
+    """The base, trained in full for a minute on which half is brighter."""
+    return train(
+        *(folder, dataset, tmp_path_factory.mktemp("trained") / folder.parent.name),
+        *("--language_model", "full", "--vision_tower", "full", "--max_steps", "60", "--learning_rate", "3e-3"),
+        *("--per_device_train_batch_size", "16"),
+    )
+
+
+@pytest.mark.slow
+def test_it_learns_what_pictures_show(trained, dataset, folder):
+    model, processor = load_for_inference(str(trained))
+    rows = load_from_disk(dataset)["validation"]
+    asked = [{"messages": row["messages"][:1], "images": row["images"]} for row in rows]
+    answers = generate_answers(model, processor, asked, max_new_tokens=4)
+    right = sum(answer == row["messages"][1]["content"] for answer, row in zip(answers, rows, strict=True))
+    assert right >= 0.95 * len(rows)
+    # What lies beside the projector and is trained with it is in the file.
+    weights, before = load_file(trained / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert count_parameters(model)["projector"]["total"] == sum(
+        tensor.numel() for name, tensor in weights.items() if "multi_modal_projector" in name or "image_newline" in name
+    )
+    for name, tensor in weights.items():
+        if "image_newline" in name or "multi_modal_projector" in name:
+            assert not torch.equal(tensor, before[name]), name
+
+
+LORA = (
+    *("--lora_r", "4", "--lora_alpha", "8", "--max_steps", "4", "--logging_steps", "1", "--global_batch_size", "4"),
+    *("--per_device_train_batch_size", "4", "--vision_tower", "frozen", "--lr_scheduler_type", "constant"),
+)
+SAVED = ("--save_strategy", "steps", "--save_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def run(trained, dataset, tmp_path_factory):
+    return train(trained, dataset, tmp_path_factory.mktemp("lora") / trained.name, *LORA, *SAVED)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_at_the_same_bits_and_merges_with_proof(run, trained, dataset, tmp_path):
+    interrupted = tmp_path / "again"
+    shutil.copytree(run, interrupted)
+    for path in (interrupted / "checkpoint-4", *interrupted.glob("*.safetensors"), interrupted / "metrics.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(trained, dataset, interrupted, *LORA, *SAVED)
+    assert json.loads((interrupted / "trainer_state.json").read_text())["global_step"] == 4
+    weights, expected = (load_file(each / "adapter_model.safetensors") for each in (interrupted, run))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    report = merge(run, tmp_path / "merged", "float32", 2, "5GB")
+    assert report["merged_against_tuned"]["mean_kl"] < 1e-6
+    assert report["merged_against_tuned"]["equal_answers"] == len(report["answers"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(run, trained, dataset, tmp_path):
+    two = tmp_path / "two"
+    in_two_processes(lambda: train(trained, dataset, two, *LORA, "--per_device_train_batch_size", "2"))
+    state = json.loads((two / "trainer_state.json").read_text())
+    expected = json.loads((run / "trainer_state.json").read_text())
+    for key in ("loss", "grad_norm"):
+        assert [log[key] for log in state["log_history"] if key in log] == pytest.approx(
+            [log[key] for log in expected["log_history"] if key in log], abs=1e-5, rel=1e-5
+        )
+    weights, expected = (load_file(each / "adapter_model.safetensors") for each in (two, run))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "supervised", "between"),
+    [
+        ({"model_type": "mistral"}, "No.</s>", "</s> [INST] How many people? [/INST]"),
+        (
+            {"vocab_size": 128_256},
+            "No.<|eot_id|>",
+            "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHow many people?<|eot_id|>",
+        ),
+    ],
+    ids=["mistral", "llama3"],
+)
+def test_llava_around_other_language_models_writes_their_dialogues(
+    text_config, supervised, between, tiny_llava, tmp_path
+):
+    processor = load_processing_class(str(tiny_llava))
+    processor.tokenizer.add_tokens(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tiny_llava / "config.json").read_text())
+    settings["text_config"] |= text_config
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    processor, config = load_processing_class(str(tmp_path)), load_config(str(tmp_path))
+    rows = rows_of_all_shapes()
+    assert {
+        fault for audit in Auditor(processor, config)(rows) for fault in audit.faults if fault[0] != "blank_image"
+    } == set()
+    batch = LlavaDataCollator(processor, None, config)(rows)
+    assert processor.decode(batch["labels"][1][batch["labels"][1] != -100]).strip() == supervised
+    assert between in processor.decode(batch["input_ids"][8])
+
+
+def test_a_language_model_whose_dialogues_are_not_known_is_refused():
+    config = LlavaNextConfig(vision_config=CLIP_L_336, text_config=LlamaConfig(vocab_size=64_064))
+    with pytest.raises(ValueError, match=r"llama with 64,064 tokens: .* give its form with --chat_template_path"):
+        dialogue_form(config)
+    config = LlavaConfig(vision_config=PixtralVisionConfig(), text_config=MistralConfig())
+    with pytest.raises(ValueError, match="llava with a vision tower of type pixtral is not known here"):
+        family_of(config)
+
+
+def test_a_family_that_is_not_known_is_told_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"qwen2_5_vl are not known here: this project trains llava, .* nearest to it is"
+    ):
+        family_of(Qwen2_5_VLConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "form", "parameters"),
+    [
+        (
+            LlavaNextConfig(vision_config=CLIP_L_336, text_config=MistralConfig(vocab_size=32064, sliding_window=None)),
+            "mistral",
+            7_566_747_648,
+        ),
+        (LlavaConfig(vision_config=CLIP_L_336, text_config=LlamaConfig(vocab_size=32064)), "vicuna", 7_063_427_072),
+        (
+            LlavaConfig(
+                vision_config=CLIP_L_336,
+                text_config=LlamaConfig(
+                    vocab_size=32064,
+                    hidden_size=5120,
+                    intermediate_size=13824,
+                    num_hidden_layers=40,
+                    num_attention_heads=40,
+                ),
+            ),
+            "vicuna",
+            13_350_839_296,
+        ),
+        (
+            LlavaNextConfig(vision_config=CLIP_L_336, text_config=LlamaConfig(vocab_size=32064)),
+            "vicuna",
+            7_063_431_168,
+        ),
+    ],
+    ids=["llava-v1.6-mistral-7b", "llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-vicuna-7b"],
+)
+def test_published_shapes_have_their_published_sizes(config, form, parameters):
+    assert dialogue_form(config) == form
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    counts = count_parameters(model)
+    assert sum(part["total"] for part in counts.values()) == parameters
+    width = config.text_config.hidden_size
+    newline = width * isinstance(config, LlavaNextConfig)
+    assert counts["projector"]["total"] == (1024 + 1) * width + (width + 1) * width + newline
