@@ -25,6 +25,7 @@ from finetuning.arguments import ScriptArguments, parse_arguments
 from finetuning.data.collator import LlavaDataCollator, with_pictures
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
+from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.families import dialogue_form, family_of
 from finetuning.inference.generation import answer_batch, generate_answers
 from finetuning.kernels.lora_layers import fuse_lora
@@ -138,6 +139,22 @@ def test_dialogues_about_a_picture_share_it(folder, processor, config, tmp_path)
     fuse_lora(model)
     enable_shared_prefix(model)
     assert_same(loss_and_grads(model, shared), expected)
+
+
+def test_a_batch_without_pictures_sees_an_empty_one_and_learns_the_same(folder, processor, config):
+    batch = LlavaDataCollator(processor, None, config)([rows_of_all_shapes()[-1]])
+    assert "pixel_values" not in batch
+    model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"]).train()
+    loss, grads = loss_and_grads(model, batch)
+    assert not any("projector" in name for name in grads)
+    see_an_empty_picture(model)
+    seen_loss, seen_grads = loss_and_grads(model, batch)
+    of_projector = {name: seen_grads.pop(name) for name in list(seen_grads) if "projector" in name}
+    assert of_projector and not any(grad.any() for grad in of_projector.values())
+    assert_same((seen_loss, seen_grads), (loss, grads))
+    # Where there is a picture, nothing changes.
+    seen = LlavaDataCollator(processor, None, config)([rows_of_all_shapes()[0]])
+    assert any(grad.any() for name, grad in loss_and_grads(model, seen)[1].items() if "projector" in name)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
