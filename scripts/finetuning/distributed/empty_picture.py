@@ -21,7 +21,7 @@ def see_an_empty_picture(model: nn.Module) -> None:
     inputs = {"image_sizes": [[side, side]]} if "image_sizes" in family.picture_inputs else {}
     views = family.views(config, (side, side))
 
-    def forward_with_picture(*, input_ids=None, inputs_embeds=None, pixel_values=None, **kwargs):
+    def forward_with_picture(input_ids=None, *, inputs_embeds=None, pixel_values=None, **kwargs):
         cache = upstream.cache_of(kwargs)
         if pixel_values is None and input_ids is not None and (cache is None or cache.get_seq_length() == 0):
             embeddings = seer.get_input_embeddings()(input_ids)
