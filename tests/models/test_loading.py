@@ -42,9 +42,10 @@ def test_folders_that_are_no_model_of_this_project_are_named(tmp_path, tiny_llav
         folder(
             "unknown", '{"model_type": "no_such_type"}'
         ): "transformers knows no model of this type.*trains llava, vipllava",
+        folder("other", '{"model_type": "qwen2_vl"}'): "other: models of type qwen2_vl are not known here.*The nearest",
         folder(
-            "other", '{"model_type": "gemma3"}'
-        ): "model_type is gemma3, for which this project has no chat template",
+            "text", '{"model_type": "qwen2"}'
+        ): "qwen2 are not known here.*nearest to it is gemma.*--chat_template_path",
         folder("none", "{}"): "names no model_type",
         folder("list", "[]"): "names no model_type",
         folder("broken", "{"): "config.json is not JSON.*download the model again",
