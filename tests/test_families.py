@@ -26,20 +26,21 @@ from finetuning.data.collator import LlavaDataCollator, with_pictures
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.distributed.empty_picture import see_an_empty_picture
-from finetuning.families import dialogue_form, family_of
+from finetuning.families import dialogue_form, family_of, largest_picture
 from finetuning.inference.generation import answer_batch, generate_answers
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import count_image_tokens_once, ignore_right_padding
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.models.loading import load_base_model, load_config, load_for_inference, load_processing_class
 from finetuning.models.parts import count_parameters
+from finetuning.training.activation_checkpointing import with_largest_pictures
 from support.families import FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
 from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora
 from support.training import SAMPLE
 
 CLIP_L_336 = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14, projection_dim=768, vocab_size=32000,
+    patch_size=14, projection_dim=768,
 )  # fmt: skip
 
 
@@ -107,6 +108,15 @@ def test_image_tokens_are_compared_row_by_row(processor, config):
     batch["input_ids"] = batch["input_ids"][[3, 1, 2, 0]]
     with pytest.raises(ValueError, match=r"row 70: \d+ image tokens, and the model makes \d+ features"):
         collator.refuse_other_features(batch, rows)
+
+
+def test_a_probe_of_memory_has_the_pictures_of_most_tokens(processor, config):
+    size, rows = largest_picture(config), rows_of_all_shapes()
+    probe = with_largest_pictures(rows, size)
+    tokens = LlavaDataCollator(processor, None, config)(probe)["attention_mask"].sum(1)
+    others = LlavaDataCollator(processor, None, config)(rows)["attention_mask"].sum(1)
+    assert [len(row["images"]) for row in probe] == [len(row["images"]) for row in rows]
+    assert (tokens >= others).all() and (size is None or (tokens[:8] > others[:8]).any())
 
 
 def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, config):
@@ -321,7 +331,7 @@ def test_a_family_that_is_not_known_is_told_the_nearest():
                 ),
             ),
             "vicuna",
-            13_350_839_296,
+            13_351_494_656,
         ),
         (
             LlavaNextConfig(vision_config=CLIP_L_336, text_config=LlamaConfig(vocab_size=32064)),

@@ -167,6 +167,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     )
 
 
+def largest_picture(config: Any) -> Size | None:
+    """Height and width of a picture that becomes the most tokens; None where all become as many."""
+    if not is_vision(config) or "image_sizes" not in family_of(config).picture_inputs:
+        return None
+    return max(map(tuple, config.image_grid_pinpoints), key=lambda size: features_of_tiles(config, size, (0, 0)))
+
+
 def dialogue_form(config: PreTrainedConfig) -> str:
     """How the language model inside writes a dialogue: `vicuna`, `mistral`, `llama3` or `gemma`.
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from finetuning import upstream
+from finetuning.families import largest_picture
 from finetuning.models.parts import decoder_layers
 from finetuning.run_folder import change_arguments, checkpoints, read_arguments
 
@@ -90,7 +92,7 @@ def peak_of_a_step(model: nn.Module, batch: dict[str, Any], count: int) -> float
 
 
 def longest_rows(dataset: Any, number: int) -> list[int]:
-    """Indices of the rows with most text: with images of one size, the batch that needs most memory."""
+    """Indices of the rows with most text: with pictures of as many tokens each, the batch that needs most memory."""
     stored = dataset.with_format("arrow")
     column = next(name for name in ("characters", "input_ids", "messages") if name in dataset.column_names)
     values = stored[column].to_pylist()
@@ -98,6 +100,14 @@ def longest_rows(dataset: Any, number: int) -> list[int]:
     if column == "messages":
         lengths = [sum(len(message["content"]) for message in messages) for messages in values]
     return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:number]
+
+
+def with_largest_pictures(rows: list[dict[str, Any]], size: tuple[int, int] | None) -> list[dict[str, Any]]:
+    """Rows whose pictures become the most tokens that a picture can: grey ones of `size` (height, width); as given without."""
+    if size is None:
+        return rows
+    grey = Image.new("RGB", (size[1], size[0]), (128, 128, 128))
+    return [row | {"images": [grey] * len(row.get("images") or [])} for row in rows]
 
 
 class LayerCheckpointing(TrainerCallback):
@@ -125,7 +135,8 @@ class LayerCheckpointing(TrainerCallback):
         """The fewest layers with which a step on the longest rows fits this GPU; the same on all processes."""
         trainer, model = self.trainer, self.trainer.model
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+        examples = [trainer.train_dataset[row] for row in rows]
+        batch = trainer.data_collator(with_largest_pictures(examples, largest_picture(model.config)))
         for name in ("rows", "num_supervised"):  # for the trainer, not for the model
             batch.pop(name, None)
         batch = trainer._prepare_inputs(batch)
