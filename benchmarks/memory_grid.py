@@ -13,6 +13,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import random
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from bitsandbytes.optim import GlobalOptimManager
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 from torch import nn
@@ -267,6 +269,9 @@ def trainer_of(
 def measure(setting: Setting, weights: Weights, processing_class: Any, steps: int, folder: Path) -> dict[str, Any]:
     """Train `steps` steps; the batch's sizes, bytes and seconds."""
     AcceleratorState._reset_state(reset_partial_state=True)  # another precision than the setting before
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    # With an 8-bit optimizer the Trainer registers every embedding there, for good.
+    GlobalOptimManager.get_instance().module_weight_config_triple.clear()
     cuda = weights.device == "cuda"
     trainer = trainer_of(setting, weights, processing_class, steps, folder)
     kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(weights.kept))
@@ -351,7 +356,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; must not be there yet")
     parser.add_argument("--steps", type=int, default=5, help="of each setting, two of them to warm up")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th setting")
-    parser.add_argument("--without_full", action="store_true", help="leave out settings that train all weights")
+    parser.add_argument("--only", nargs="+", help="only settings of these methods and precisions, such as nf4 fp16")
     parser.add_argument("--seconds", type=float, help="begin no setting after so many")
     options = parser.parse_args()
     if options.output.exists():
@@ -365,7 +370,7 @@ def main() -> None:
     settings = [
         setting
         for setting in (llava_settings() if vision else text_settings())
-        if not (options.without_full and setting.method == "full")
+        if options.only is None or {setting.method, setting.precision} & set(options.only)
     ][:: options.every]
     # One kind of weights after the other: each is drawn once.
     settings.sort(key=lambda setting: (setting.method == "full", setting.method == "nf4", setting.precision))

@@ -85,6 +85,32 @@ LLAVA = {
     "this project, FP8 base": Variant(ours=True, fp8="both"),
     "TRL, NF4": Variant(nf4=True, dropout=0.05, checkpoint_layers="all"),
     "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="17"),
+    # With --memory_gib: the recipes for small cards beside the same rows at once, and beside TRL row by row.
+    "this project, NF4, 8 at once": Variant(ours=True, nf4=True, dropout=0.05, checkpoint_layers="auto"),
+    "this project, NF4, 4 at once": Variant(
+        ours=True,
+        nf4=True,
+        dropout=0.05,
+        checkpoint_layers="auto",
+        batch_size=4,
+        accumulate=2,
+        optim="paged_adamw_8bit",
+    ),
+    "this project, NF4, 1 at once": Variant(
+        ours=True,
+        nf4=True,
+        dropout=0.05,
+        checkpoint_layers="auto",
+        batch_size=1,
+        accumulate=8,
+        optim="paged_adamw_8bit",
+    ),
+    "TRL, NF4, 4 at once": Variant(
+        nf4=True, dropout=0.05, checkpoint_layers="all", batch_size=4, accumulate=2, optim="paged_adamw_8bit"
+    ),
+    "TRL, NF4, 1 at once": Variant(
+        nf4=True, dropout=0.05, checkpoint_layers="all", batch_size=1, accumulate=8, optim="paged_adamw_8bit"
+    ),
     "Unsloth": Variant(unsloth=True),
     "Unsloth, NF4": Variant(unsloth=True, nf4=True, checkpoint_layers="all"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),
@@ -248,7 +274,9 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
     args = kind(**arguments_of(variant, options, folder, vision=vision, cuda=device == "cuda"))
     processing_class = load_processing_class(options.model)
     set_seed(options.seed)
+    limit_memory(None)  # the model is larger before it is quantised
     model = random_model(options.model, variant, device, dtype)
+    limit_memory(options.memory_gib)
     set_seed(options.seed)
     lora = LoraConfig(**lora_of(variant, vision=vision))
     clock = Clock(options.warmup, bar.update)
@@ -267,19 +295,36 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
             (hold_base_in_fp8 if variant.fp8 == "both" else pass_gradients_in_fp8)(model)
         if vision:
             common["data_collator"] = (SharedPrefixCollator if variant.shared else LlavaDataCollator)(processing_class)
+        checkpoint_layers = variant.checkpoint_layers
+        if checkpoint_layers != "auto":
+            checkpoint_layers = str(min(int(checkpoint_layers), len(decoder_layers(model))))
         trainer = FineTuningTrainer(
             model=model,
             train_dataset=group_by_image(rows) if variant.shared else rows,
-            checkpoint_layers=str(min(int(variant.checkpoint_layers), len(decoder_layers(model)))),
+            checkpoint_layers=checkpoint_layers,
             cuda_graphs=variant.graphs,
             **common,
         )
         assert fused > 0
     trainer.train()
     measured = clock.measured(trainer)
+    if variant.ours:
+        measured["checkpointed_layers"] = trainer.layer_checkpointing.count if trainer.layer_checkpointing else 0
+    if device == "cuda":
+        measured["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     del trainer, model
     free_memory()
     return measured
+
+
+def limit_memory(gib: float | None) -> None:
+    """Hold this process to `gib` of the GPU's memory, its CUDA context included; None takes a limit away."""
+    if not torch.cuda.is_available():
+        return
+    free_memory()
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else (gib * 2**30 - context) / total)
 
 
 def free_memory() -> None:
@@ -456,6 +501,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="images (or text rows) a step")
     parser.add_argument("--picture_size", type=int, default=336, help="side of the drawn pictures in pixels")
     parser.add_argument("--rows_a_sequence", type=int, default=12, help="text rows drawn for a packed sequence")
+    parser.add_argument("--memory_gib", type=float, help="most memory of the GPU, the CUDA context included")
     parser.add_argument("--workers", type=int, default=4, help="loader processes")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--logging_steps", type=int, default=5)

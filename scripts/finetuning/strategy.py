@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from accelerate.utils import parse_flag_from_env
 
 COMMANDS = Path(__file__).parent.parent
 CONFIGS = "accelerate_configs"
@@ -34,7 +33,7 @@ class Strategy:
     def from_environment(cls) -> "Strategy":
         """The strategy of this launch, from the variables that `accelerate launch` sets: known before anything is loaded."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        if is_set("ACCELERATE_USE_DEEPSPEED"):
             keys = {"optimizer": "OPTIMIZER", "weights": "PARAM"}
             offloads = tuple(
                 what
@@ -42,8 +41,8 @@ class Strategy:
                 if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{key}_DEVICE", "none") != "none"
             )
             return cls("ZeRO", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), processes, offloads)
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            offloads = ("optimizer", "weights") if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else ()
+        if is_set("ACCELERATE_USE_FSDP"):
+            offloads = ("optimizer", "weights") if is_set("FSDP_OFFLOAD_PARAMS") else ()
             return cls("FSDP", int(os.environ.get("FSDP_VERSION", "1")), processes, offloads)
         return cls("DDP", num_processes=processes) if processes > 1 else cls("one process")
 
@@ -106,6 +105,11 @@ class Strategy:
     def layout(self) -> str:
         """Who lays out a checkpoint's optimizer state: strategies of one layout can read each other's."""
         return {"ZeRO": "DeepSpeed", "FSDP": str(self)}.get(self.kind, "one process or DDP")
+
+
+def is_set(name: str) -> bool:
+    """Whether a variable of the environment says yes, as accelerate's `parse_flag_from_env`, without importing PyTorch."""
+    return os.environ.get(name, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
 def divide_batch(global_batch_size: int, largest: int, processes: int) -> tuple[int, int]:

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from finetuning import upstream
 from finetuning.families import largest_picture
 from finetuning.models.parts import decoder_layers
+from finetuning.preflight.memory import bytes_of_optimizer
 from finetuning.run_folder import change_arguments, checkpoints, read_arguments
 
 # Left free for what a probe cannot see: fragments between allocations, the libraries' own buffers.
@@ -110,6 +111,16 @@ def with_largest_pictures(rows: list[dict[str, Any]], size: tuple[int, int] | No
     return [row | {"images": [grey] * len(row.get("images") or [])} for row in rows]
 
 
+def held_between_steps(model: nn.Module, args: TrainingArguments) -> int:
+    """Bytes that a first try does not see: the optimizer's state, and gradients that wait for more rows of a step."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    name = args.optim.value
+    # Pages may lie in main memory; of an optimizer that is not known Adam's two fp32 numbers are assumed.
+    state = 0 if name.startswith("paged") else bytes_of_optimizer(name) or 8
+    waits = args.gradient_accumulation_steps > 1 and args.world_size == 1  # DDP's are there from the start
+    return trained * (state + (4 if waits else 0))
+
+
 class LayerCheckpointing(TrainerCallback):
     """Applies `checkpoint_layers` of the recipe when training begins, and writes the choice into `arguments.yaml`.
 
@@ -140,10 +151,9 @@ class LayerCheckpointing(TrainerCallback):
         for name in ("rows", "num_supervised"):  # for the trainer, not for the model
             batch.pop(name, None)
         batch = trainer._prepare_inputs(batch)
-        # AdamW keeps two fp32 numbers per trained one, from the first step on.
-        optimizer = sum(8 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        free, _ = torch.cuda.mem_get_info()
-        budget = (free + torch.cuda.memory_reserved()) * (1 - SPARE) - optimizer
+        free, total = torch.cuda.mem_get_info()
+        budget = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+        budget = budget * (1 - SPARE) - held_between_steps(model, trainer.args)
         if dist.is_initialized():
             budgets = torch.tensor(budget, device="cuda")
             dist.all_reduce(budgets, op=dist.ReduceOp.MIN)
