@@ -1,0 +1,89 @@
+"""One process's share of a training step, as a plan knows it: what is trained and how, and the batch. No PyTorch."""
+
+from dataclasses import dataclass, field
+
+from finetuning.model_shape import ModelShape
+from finetuning.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, how it is held, and how one process of it runs."""
+
+    shape: ModelShape
+    placement: dict[str, str]  # part -> frozen, lora or full
+    rank: int = 8
+    targets: tuple[str, ...] | None = None  # last names of the layers with LoRA; None: all
+    dropout: float = 0.0
+    bits: int | None = None  # 4 or 8
+    nested: bool = False  # scales of 4-bit weights quantised too
+    precision: str = "bf16"  # bf16, fp16 or fp32
+    weight_bytes: int = 2  # of the frozen weights
+    optimizer: str = "adamw_torch_fused"
+    strategy: Strategy = field(default_factory=lambda: Strategy("one process"))
+    checkpointed: int = 0  # decoder layers, the first ones
+    fused: bool = True  # `fused_lora`
+    shares_prefix: bool = False
+    packs_rows: bool = False  # rows side by side in one sequence
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether any part has adapters."""
+        return "lora" in self.placement.values()
+
+    @property
+    def layers_are_fused(self) -> bool:
+        """Whether the decoder layers run as `kernels/lora_layers.py`."""
+        return self.fused and self.placement["language_model"] == "lora" and self.targets is None and self.bits != 8
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number in a product."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of a number in the residual stream: fp32 of a Gemma in fp16, and where all weights are fp32."""
+        is_wide = self.weight_bytes == 4 or (self.shape.text.kind == "gemma" and self.precision == "fp16")
+        return 4 if is_wide else 2
+
+    @property
+    def adapters(self) -> int:
+        """Numbers of all LoRA matrices: rank (in + out) for each adapted layer."""
+        return sum(
+            self.rank * (inner + outer)
+            for part, layers in self.shape.lora_layers.items()
+            if self.placement[part] == "lora"
+            for name, inner, outer in layers
+            if self.targets is None or name in self.targets
+        )
+
+    @property
+    def trained_in_full(self) -> int:
+        """Numbers of the parts that are trained in full."""
+        sizes = dict(self.shape.parameters)
+        if self.shape.vision is not None:
+            sizes["vision_tower"] = self.shape.vision.trainable_parameters
+        return sum(sizes[part] for part, how in self.placement.items() if how == "full")
+
+    @property
+    def trained(self) -> int:
+        """Numbers that get a gradient."""
+        return self.adapters + self.trained_in_full
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The longest batch that one process computes at once, in rows, tokens and pictures."""
+
+    rows: int
+    length: int  # of a row, with its padding
+    supervised: int  # tokens, of all rows
+    pictures: int = 0
+    longest: int = 0  # dialogue of a sequence of packed rows; 0: the length
+    prefix: int = 0  # tokens that the dialogues of a sequence share
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return self.rows * self.length
