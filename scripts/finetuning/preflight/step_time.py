@@ -15,7 +15,7 @@ import yaml
 from finetuning.preflight.planned_step import Batch, Training
 from finetuning.preflight.step_memory import VOCABULARY_CHUNK
 
-GPUS = Path(__file__).with_name("gpus.yaml")
+GPUS = Path(__file__).parents[2] / "gpus.yaml"
 
 
 @dataclass(frozen=True)
