@@ -1,13 +1,15 @@
-"""One recipe under every strategy: rows a second, memory of each GPU, a checkpoint, and a continuation from it.
+"""One recipe under every strategy: rows a second, messages, memory of each GPU, a checkpoint, a continuation from it.
 
     python benchmarks/multi_gpu.py --model llava-hf/llava-1.5-7b-hf --work /tmp/multi_gpu --output multi_gpu.json
     python benchmarks/multi_gpu.py --model models/tiny-llava --work /tmp/multi_gpu --output multi_gpu.json --batch_size 2
 
 Only the config and the processor of the model are read: its weights are drawn at random in the published shape and
 written to disk, so that every strategy loads them as it would load the real ones. First each strategy trains 21 steps by
-`scripts/train_llava.py`, logging every 10 as the recipes do, with a checkpoint at step 20. Then, while there is time,
-each loses what came after its checkpoint and is started again. The JSON is written after every launch. The second line
-runs on a CPU, where strategies that need GPUs are listed with the reason for which they were refused.
+`scripts/train_llava.py`, logging every 10 as the recipes do, with a checkpoint at step 20. Its last step is profiled by
+`messages.py`. Before them one GPU trains alone, on every GPU at the same time: what waits for others is as fast as the
+slowest. Then, while there is time, 1,200 frames are asked about on one GPU and on all, and each strategy loses what came
+after its checkpoint and is started again. The JSON is written after every launch. The second line runs on a CPU, where
+strategies that need GPUs are listed with the reason for which they were refused.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +33,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 ROOT = Path(__file__).parents[1]
 STEPS, CHECKPOINT = 21, 20
+FRAMES = 1200  # asked about in the evaluation
+ALONE = "LoRA, one GPU"
 GRACE = 50  # seconds that a launch may go on after --seconds
 
 
@@ -46,16 +51,18 @@ class Variant:
 QLORA = {"load_in_4bit": True}
 FULL = {"language_model": "full", "projector": "full", "gradient_checkpointing": True}
 VARIANTS = {
-    "LoRA, one GPU": Variant("single_gpu", processes=1, resumes=False),
+    ALONE: Variant("single_gpu", processes=1, resumes=False),
     "LoRA, DDP": Variant("ddp"),
     "QLoRA, DDP": Variant("ddp", QLORA),
     "LoRA, ZeRO-3": Variant("deepspeed_zero3"),
     "QLoRA, FSDP2": Variant("fsdp2", QLORA | {"bnb_4bit_quant_storage": "float32"}),
     # A checkpoint of 7 billion trained numbers takes 100 GB: only the result is saved, unless --layers makes it small.
     "full, ZeRO-3": Variant("deepspeed_zero3", FULL, resumes=False),
+    "full, FSDP2": Variant("fsdp2", FULL, resumes=False),
     "LoRA, ZeRO-3, offload": Variant("deepspeed_zero3_offload"),
     "LoRA, ZeRO-2": Variant("deepspeed_zero2"),
     "LoRA, FSDP2": Variant("fsdp2"),
+    "QLoRA, ZeRO-2": Variant("deepspeed_zero2", QLORA),
 }
 
 
@@ -91,11 +98,14 @@ def make_dataset(folder: Path, num_rows: int) -> None:
     turn = {"role": Value("string"), "content": Value("string")}
     features = {"messages": List(turn), "images": List(Image()), "image_id": Value("string"), "count": Value("int64")}
     train = Dataset.from_list(rows, features=Features(features))
-    DatasetDict({"train": train, "validation": train.select(range(2))}).save_to_disk(folder)
+    frames = train.select([index % num_rows for index in range(FRAMES)])
+    DatasetDict({"train": train, "validation": train.select(range(2)), "test": frames}).save_to_disk(folder)
 
 
-def launch(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
-    """Train, or continue: `{"seconds": it took}`, and `failed` and the log's `last_lines` where it did not end well."""
+def launch(
+    variant: Variant, run: Path, args: argparse.Namespace, seconds: float, gpu: int | None = None
+) -> dict[str, object]:
+    """Train, or continue, as `started` says; on one GPU alone where `gpu` is its number."""
     processes = variant.processes or args.processes
     flags = {
         "config": ROOT / "scripts" / "configs" / "llava_lora.yaml",
@@ -113,16 +123,24 @@ def launch(variant: Variant, run: Path, args: argparse.Namespace, seconds: float
         "gradient_checkpointing": False,
     } | variant.flags
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return started(["benchmarks/messages.py", "scripts/train_llava.py", *words], variant, run, args, seconds, gpu)
+
+
+def started(
+    words: list[str], variant: Variant, run: Path, args: argparse.Namespace, seconds: float, gpu: int | None = None
+) -> dict[str, object]:
+    """Launch a script: `{"seconds": it took}`, and `failed` and the log's `last_lines` where it did not end well."""
+    processes = variant.processes or args.processes
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{variant.config}.yaml")]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "scripts/train_llava.py", *words]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", *words]
     # A single process that sees several GPUs is refused: it would copy the model to all of them at every step.
-    seen = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 and torch.cuda.is_available() else {})
+    alone = {"CUDA_VISIBLE_DEVICES": str(gpu or 0)} if processes == 1 and torch.cuda.is_available() else {}
     log = run.with_suffix(".log")
-    started = time.perf_counter()
+    begun = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
         launcher = subprocess.Popen(
-            command, cwd=ROOT, env=seen, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=os.environ | alone, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = launcher.wait(timeout=seconds)
@@ -131,7 +149,7 @@ def launch(variant: Variant, run: Path, args: argparse.Namespace, seconds: float
             os.killpg(launcher.pid, signal.SIGTERM)
             code = launcher.wait()
             file.write(f"\nstopped after {seconds:.0f} s\n")
-    outcome = {"seconds": round(time.perf_counter() - started, 1)}
+    outcome: dict[str, object] = {"seconds": round(time.perf_counter() - begun, 1)}
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         # What the launcher says of processes that it ended hides why it had to.
@@ -145,16 +163,18 @@ def reason(lines: list[str]) -> str:
     """What the benchmark or the command said, or the first error that Python named."""
     if lines[-1].startswith("stopped after"):
         return lines[-1]
-    ours = [number for number, line in enumerate(lines) if line.startswith("train_llava.py:")]
+    ours = [number for number, line in enumerate(lines) if re.match(r"(train|evaluate)_llava\.py:", line)]
     if ours:
         return " ".join(line.strip() for line in lines[ours[-1] : ours[-1] + 3])[:400]
     errors = [line for line in lines if re.search(r"(Error|Exception)\b.*:", line) and "ChildFailedError" not in line]
     return errors[0][-400:] if errors else lines[-1][-400:]
 
 
-def train(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
-    """Speed over steps 11 to 20, the largest peak of any GPU, what was saved; or why it did not."""
-    outcome = launch(variant, run, args, seconds)
+def train(
+    variant: Variant, run: Path, args: argparse.Namespace, seconds: float, gpu: int | None = None
+) -> dict[str, object]:
+    """Speed over steps 11 to 20, the largest peak of any GPU, what was saved, its messages; or why it did not."""
+    outcome = launch(variant, run, args, seconds, gpu)
     if "failed" in outcome:
         return outcome
     history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -164,7 +184,35 @@ def train(variant: Variant, run: Path, args: argparse.Namespace, seconds: float)
         "peak_memory_gib": at_20.get("peak_memory_gib"),
         "loss": at_20["loss"],
         "saved_mb": round(sum(path.stat().st_size for path in run.glob("*.safetensors")) / 1e6, 1),
+        "messages": json.loads((run / "messages.json").read_text(encoding="utf-8")),
     }
+
+
+def train_alone(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
+    """One GPU's training on every GPU at the same time: the first one's result, with the slowest one's speed."""
+    gpus = range(args.processes) if torch.cuda.is_available() else range(1)
+    runs = [run.with_name(f"{run.name}_{gpu}") for gpu in gpus]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        results = list(pool.map(lambda gpu, own: train(variant, own, args, seconds, gpu), gpus, runs))
+    for own in runs:
+        shutil.rmtree(own, ignore_errors=True)
+    failed = next((result for result in results if "failed" in result), None)
+    speeds = [result.get("samples_per_second") for result in results]
+    return failed or results[0] | {"samples_per_second_of_each": speeds, "slowest": min(speeds)}
+
+
+def evaluate(run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
+    """Seconds that `FRAMES` questions to base and tuned model take on one GPU and on all, their start left out."""
+    found: dict[str, object] = {}
+    for processes in (1, args.processes):
+        for limit in (processes, FRAMES):
+            words = ["scripts/evaluate_llava.py", "--run", str(run), "--limit", str(limit), "--overwrite"]
+            outcome = started(words, Variant("ddp", processes=processes), run.with_name("evaluation"), args, seconds)
+            if "failed" in outcome:
+                return outcome
+            found[f"{processes} processes, {limit} questions"] = outcome["seconds"]
+    lengths = list(found.values())
+    return found | {"times_one_gpu": round((lengths[1] - lengths[0]) / (lengths[3] - lengths[2]), 2)}
 
 
 def proceed(variant: Variant, run: Path, args: argparse.Namespace, seconds: float) -> dict[str, object]:
@@ -180,15 +228,24 @@ def proceed(variant: Variant, run: Path, args: argparse.Namespace, seconds: floa
 
 def table(results: dict[str, dict[str, object]]) -> str:
     """The results as a Markdown table, one row for each strategy."""
-    lines = ["| | samples/s | peak GiB per GPU | saved MB | continued |", "|---|---|---|---|---|"]
+    heads = ["", "samples/s", "times one GPU", "times the slowest alone", "peak GiB per GPU", "MB sent a step"]
+    heads += ["waits for messages", "loss", "saved MB", "continued"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    alone = results.get(ALONE, {})
     for name, result in results.items():
         if "failed" in result:
-            lines.append(f"| {name} | {result['failed']} | | | |")
+            lines.append(f"| {name} | {result['failed']}{' |' * len(heads[1:])}")
             continue
-        continued = result.get("continued", {})
-        cells = [result["samples_per_second"], result["peak_memory_gib"], result["saved_mb"]]
-        cells.append(continued.get("failed") or continued.get("to_step"))
-        lines.append(f"| {name} | {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+        speed, messages = result["samples_per_second"], result["messages"]
+        waits = messages["waiting_ms"] is not None and f"{messages['waiting_ms'] / messages['step_ms']:.1%}"
+        cells = [name, speed]
+        cells += [alone.get(key) and f"{speed / alone[key]:.2f}" for key in ("samples_per_second", "slowest")]
+        cells += [result["peak_memory_gib"], round(messages["bytes_sent"] / 1e6, 1), waits, result["loss"]]
+        cells += [
+            result["saved_mb"],
+            (continued := result.get("continued", {})).get("failed") or continued.get("to_step"),
+        ]
+        lines.append(f"| {' | '.join('' if cell in (None, False) else str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -231,10 +288,13 @@ def main() -> None:
         print(f"{time.perf_counter() - started:.0f} s: {name}: {shown}", flush=True)
 
     for name, run in runs.items():
-        variant = variants[name]
-        keep(name, train(variant, run, args, left() + GRACE) if left() > 0 else {"failed": "not begun: out of time"})
+        variant, how = variants[name], train_alone if name == ALONE else train
+        keep(name, how(variant, run, args, left() + GRACE) if left() > 0 else {"failed": "not begun: out of time"})
         if not variant.resumes:
             shutil.rmtree(run, ignore_errors=True)
+    whole = next((name for name in runs if variants[name].resumes and "failed" not in results[name]), None)
+    if whole and left() > 0:
+        keep(whole, results[whole] | {"evaluation": evaluate(runs[whole], args, left() + GRACE)})
     # What was trained on several GPUs in few bytes can wait: the figures of all come first.
     for name, run in runs.items():
         if variants[name].resumes and "failed" not in results[name] and left() > 0:
