@@ -52,23 +52,26 @@ class LastStep(TrainerCallback):
 
 def summarise(events: list[dict[str, Any]]) -> dict[str, float | int | None]:
     """Of a Chrome trace of one step: `bytes_sent`, `step_ms`, `message_ms`, `waiting_ms` (None without a GPU)."""
-    sent = sum(bytes_sent(event["args"]) for event in events if event.get("name") == "record_param_comms")
+    messages = [event["args"] for event in events if event.get("name") == "record_param_comms"]
+    sent = round(sum(map(bytes_sent, messages))) if messages else None  # gloo, on CPUs, records none
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    result: dict[str, float | int | None] = {"bytes_sent": round(sent), "step_ms": None, "message_ms": None}
     if not kernels:
-        return result | {"waiting_ms": None}
-    messages = joined(event for event in kernels if event["name"].startswith("nccl"))
-    others = joined(event for event in kernels if not event["name"].startswith("nccl"))
-    both = joined(kernels)
-    length = sum(end - start for start, end in messages)
+        return {"bytes_sent": sent, "step_ms": None, "message_ms": None, "waiting_ms": None}
+    ran = {True: [], False: []}
+    for event in kernels:
+        ran[event["name"].startswith("nccl")].append(event)
+    everything = joined(kernels)
     return {
-        "bytes_sent": round(sent),
-        "step_ms": round((both[-1][1] - both[0][0]) / 1000, 2),
-        "message_ms": round(length / 1000, 2),
-        "waiting_ms": round(
-            (sum(end - start for start, end in both) - sum(end - start for start, end in others)) / 1000, 2
-        ),
+        "bytes_sent": sent,
+        "step_ms": round((everything[-1][1] - everything[0][0]) / 1000, 2),
+        "message_ms": round(length(joined(ran[True])) / 1000, 2),
+        "waiting_ms": round((length(everything) - length(joined(ran[False]))) / 1000, 2),
     }
+
+
+def length(intervals: list[tuple[float, float]]) -> float:
+    """Their sum."""
+    return sum(end - start for start, end in intervals)
 
 
 def bytes_sent(message: dict[str, Any]) -> float:

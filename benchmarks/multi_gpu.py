@@ -240,7 +240,12 @@ def table(results: dict[str, dict[str, object]]) -> str:
         waits = messages["waiting_ms"] is not None and f"{messages['waiting_ms'] / messages['step_ms']:.1%}"
         cells = [name, speed]
         cells += [alone.get(key) and f"{speed / alone[key]:.2f}" for key in ("samples_per_second", "slowest")]
-        cells += [result["peak_memory_gib"], round(messages["bytes_sent"] / 1e6, 1), waits, result["loss"]]
+        cells += [
+            result["peak_memory_gib"],
+            (sent := messages["bytes_sent"]) and round(sent / 1e6, 1),
+            waits,
+            result["loss"],
+        ]
         cells += [
             result["saved_mb"],
             (continued := result.get("continued", {})).get("failed") or continued.get("to_step"),

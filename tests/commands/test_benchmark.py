@@ -164,3 +164,28 @@ def test_the_grid_measures_settings_that_were_divided_before(tiny_llava, tmp_pat
     assert measured["median_seconds"] > 0
     with pytest.raises(SystemExit, match="is there already"):
         memory_grid.main()
+
+
+def test_messages_of_a_step_are_counted_and_those_that_the_gpu_waits_for(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from messages import summarise
+
+    def kernel(name: str, start: float, stop: float) -> dict:
+        return {"cat": "kernel", "name": name, "ts": start, "dur": stop - start}
+
+    def message(name: str, sent: int, received: int, dtype: str) -> dict:
+        args = {
+            "Collective name": name,
+            "In msg nelems": sent,
+            "Out msg nelems": received,
+            "dtype": dtype,
+            "Group size": 4,
+        }
+        return {"name": "record_param_comms", "args": args}
+
+    kernels = [kernel("gemm", 0, 4000), kernel("ncclDevKernel_AllReduce", 3000, 6000), kernel("gemm", 5500, 9000)]
+    sent = [message("allreduce", 1000, 1000, "Float"), message("_allgather_base", 500, 2000, "BFloat16")]
+    sent.append(message("barrier", 1, 1, "Float"))
+    # A ring of 4 sends 2 x 3/4 of 4,000 bytes, and 3/4 of the 4,000 that each has in the end.
+    assert summarise(kernels + sent) == {"bytes_sent": 9000, "step_ms": 9.0, "message_ms": 3.0, "waiting_ms": 1.5}
+    assert summarise([]) == {"bytes_sent": None, "step_ms": None, "message_ms": None, "waiting_ms": None}
