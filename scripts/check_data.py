@@ -12,6 +12,9 @@ found is kept in outputs/data-check/<dataset>/check.json; with --preview N a pag
 first) with their pictures as preprocessed and their tokens, the supervised ones marked.
 """
 
+from finetuning import command  # first: see there
+
+# isort: split
 import argparse
 import functools
 import json
@@ -207,14 +210,15 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-if __name__ == "__main__":
-    options, recipe_flags = parse_options(sys.argv[1:])
-    try:
-        audits = main(*parse_arguments(RECIPE, recipe_flags), options)
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
-    if any(audit.faults for audit in audits):
-        num_faulty = sum(bool(audit.faults) for audit in audits)
-        sys.exit(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{describe_faults(audits)}")
+def check(argv: list[str]) -> None:
+    """The whole command: `main`, and what its audits mean. Raises ValueError where a row has a fault."""
+    options, recipe_flags = parse_options(argv)
+    audits = main(*parse_arguments(RECIPE, recipe_flags), options)
+    if num_faulty := sum(bool(audit.faults) for audit in audits):
+        raise ValueError(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{describe_faults(audits)}")
     checked = f"All {len(audits):,} rows" if options.sample is None else f"{len(audits):,} rows, a sample,"
     print(f"{checked} are good: every picture, prompt and answer is what the model will be asked with.")
+
+
+if __name__ == "__main__":
+    command.run(lambda: check(sys.argv[1:]))

@@ -8,9 +8,9 @@ The page goes to <first run>-against-<second run>.html beside the first run's fo
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from finetuning import command
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.evaluation.answering import digest, read_answers
 from finetuning.evaluation.page import Findings
@@ -118,7 +118,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+    command.run(lambda: main(parse_arguments()))

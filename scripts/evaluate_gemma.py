@@ -11,10 +11,9 @@ Stopped half way, the same command continues; finished, it shows what is there.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-from finetuning.flags import evaluation_parser
+from finetuning import command
+from finetuning.flags import ANSWERS_KEPT, evaluation_parser
 from finetuning.model_files import refuse_missing_dataset
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 
@@ -25,10 +24,10 @@ def main(args: argparse.Namespace) -> None:
     run, arguments = open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=False)
     # PyTorch comes with these: once there is something to evaluate.
-    from accelerate import PartialState
     from datasets import Dataset
 
     from finetuning.data.dataset import open_dataset
+    from finetuning.device import open_processes
     from finetuning.evaluation.answering import answer_with_both, digest, start_evaluation
     from finetuning.evaluation.page import write_evaluation
     from finetuning.evaluation.perplexity import losses_of_both
@@ -37,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
     from finetuning.tasks.evaluate import evaluate, show
 
     # Questions: rows of both splits, cut before the answer
+    state = open_processes()
     name = args.dataset or arguments["dataset_name"]
     source = args.dataset or find_again(run, name)
     wording = load_wording(source)
@@ -52,7 +52,6 @@ def main(args: argparse.Namespace) -> None:
         "weights_sha256": digest_weights(run),
     }
     folder = EvaluationFolder(run, "facts")
-    state = PartialState()
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
         base = untuned_model(run)
@@ -80,7 +79,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+    command.run(lambda: main(parse_arguments()), stopped=ANSWERS_KEPT)

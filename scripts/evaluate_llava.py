@@ -10,10 +10,9 @@ way, the same command continues; finished, it shows what is there.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-from finetuning.flags import evaluation_parser
+from finetuning import command
+from finetuning.flags import ANSWERS_KEPT, evaluation_parser
 from finetuning.model_files import refuse_missing_dataset
 from finetuning.run_folder import open_run
 
@@ -32,9 +31,4 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. The answers so far are kept: the same command continues.")
+    command.run(lambda: main(parse_arguments()), stopped=ANSWERS_KEPT)

@@ -24,8 +24,9 @@ from typing import Any
 
 from PIL import Image
 
+from finetuning import command
 from finetuning.data.pictures import SUFFIXES, find_pictures
-from finetuning.flags import add_answering_flags
+from finetuning.flags import ANSWERS_KEPT, add_answering_flags
 from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, changed_settings, read_json, write_atomically, write_json
 
@@ -151,8 +152,8 @@ def main(options: argparse.Namespace) -> None:
 
     # Ask
     import torch
-    from accelerate import PartialState
 
+    from finetuning.device import open_processes
     from finetuning.folder_lock import give_back, take_lock
     from finetuning.inference.count_distribution import CountReader
     from finetuning.inference.count_file import settings_of as count_settings_of
@@ -160,7 +161,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.session import Items, Session, open_image
     from finetuning.models.loading import load_for_inference
 
-    state = PartialState()
+    state = open_processes()
     if options.counts:
         forms, largest, calibration = count_settings_of(Path(options.model))
     if options.output is not None:
@@ -228,9 +229,4 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_options(sys.argv[1:]))
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{Path(__file__).name}: stopped; what was answered is kept, and the same command continues")
+    command.run(lambda: main(parse_options(sys.argv[1:])), stopped=ANSWERS_KEPT)

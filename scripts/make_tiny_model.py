@@ -10,6 +10,9 @@ on two cores, to count drawn shapes: LoRA on purely random weights does not lear
 same seed gives the same weights on the same machine.
 """
 
+from finetuning import command  # first: see there
+
+# isort: split
 import argparse
 import json
 import math
@@ -355,11 +358,11 @@ def main() -> None:
     )
     parser.add_argument("--text", type=Path, help="Gemma only: a file whose words become tokens, too, such as a CSV")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden_size", type=int, default=96, help="width of the language model")
+    parser.add_argument("--hidden_size", type=int, default=128, help="width of the language model")
     parser.add_argument("--layers", type=int, default=2, help="layers of the language model")
     parser.add_argument("--image_size", type=int, default=64, help="side of the picture in pixels")
     parser.add_argument("--patch_size", type=int, default=8)
-    parser.add_argument("--vision_hidden_size", type=int, default=96)
+    parser.add_argument("--vision_hidden_size", type=int, default=128)
     parser.add_argument("--vision_layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1000, help="steps of --pretrain")
     parser.add_argument("--max_count", type=int, default=20, help="shapes in a picture at most")
@@ -382,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

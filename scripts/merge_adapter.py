@@ -6,13 +6,13 @@ The base is reloaded in 16 bits (the run's precision; never in 4 bits), merged l
 and template, loaded again from disk, and asked the same questions as base + adapter: logits and greedy answers must
 agree within rounding, else nothing is left behind. merge_report.json holds the numbers. Memory: the model once, and one
 layer. For a QLoRA run the report also says how far the merged model is from the one that was trained, whose base was in
-4 bits. --push_to_hub NAME uploads the folder, with a model card, as a private repository.
+4 bits. scripts/push_to_hub.py uploads the folder, with its model card.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from finetuning import command
 from finetuning.run_folder import read_arguments
 
 
@@ -35,12 +35,21 @@ def check_inputs(run: Path, output: Path) -> dict:
     return arguments
 
 
-def main(run: Path, output: Path, dtype_name: str | None, rows: int, max_shard_size: str) -> dict:
-    """Merge, prove and save; the report. Raises ValueError where it cannot be done, or another process does it."""
-    arguments = check_inputs(run, output)
+def main(options: argparse.Namespace) -> None:
+    arguments = check_inputs(options.run, options.output)
     from finetuning.export.merge_run import merge  # PyTorch comes with it: once there is something to merge
 
-    return merge(run, output, arguments, dtype_name=dtype_name, rows=rows, max_shard_size=max_shard_size)
+    report = merge(
+        options.run,
+        options.output,
+        arguments,
+        dtype_name=options.dtype,
+        rows=options.rows,
+        max_shard_size=options.max_shard_size,
+    )
+    print(f"{describe(report)}\nMerged model, report and card: {options.output}")
+    print(f"Ask it:  python scripts/generate.py --model {options.output} --question ...")
+    print(f"Upload:  python scripts/push_to_hub.py {options.output} --repo_id NAME")
 
 
 def describe(report: dict) -> str:
@@ -62,7 +71,8 @@ def describe(report: dict) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; flags are not abbreviated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -73,16 +83,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rows", type=int, default=4, help="held-out rows of the run's dataset to compare on")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file of the merged model")
-    parser.add_argument("--push_to_hub", metavar="NAME", help="also upload to this repository of the Hub (HF_TOKEN)")
-    options = parser.parse_args()
-    try:
-        report = main(options.run, options.output, options.dtype, options.rows, options.max_shard_size)
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
-    print(f"{describe(report)}\nMerged model, report and card: {options.output}")
-    if options.push_to_hub:
-        from huggingface_hub import HfApi
+    return parser.parse_args(argv)
 
-        api = HfApi()
-        repository = api.create_repo(options.push_to_hub, private=True, exist_ok=True).repo_id
-        print(api.upload_folder(repo_id=repository, folder_path=options.output, commit_message="Merged model"))
+
+if __name__ == "__main__":
+    command.run(lambda: main(parse_arguments()))

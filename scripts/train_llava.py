@@ -7,7 +7,10 @@ Without --config it runs scripts/configs/llava_qlora.yaml on data/cctv: one 16 G
 continues an interrupted run. Everything that a recipe says can be overridden by a flag of the same name.
 """
 
-import sys
+from finetuning import command  # first: see there
+
+# isort: split
+
 from pathlib import Path
 
 from transformers import set_seed
@@ -96,7 +99,4 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
 
 if __name__ == "__main__":
     end_with_launcher()
-    try:
-        main(*parse_arguments(RECIPE))
-    except (ValueError, TrainingDiverged) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+    command.run(lambda: main(*parse_arguments(RECIPE)), errors=(ValueError, TrainingDiverged))

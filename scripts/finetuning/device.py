@@ -3,6 +3,16 @@
 import os
 
 import torch
+from accelerate import PartialState
+
+
+def open_processes() -> PartialState:
+    """The processes of this launch, on GPUs or not; called before anything else asks for them.
+
+    `PartialState()` alone knows MULTI_GPU launches with CUDA only: without a GPU each of two processes would take itself for
+    the only one, and write every answer again (accelerate 1.15).
+    """
+    return PartialState(cpu=compute_capability() is None)
 
 
 def compute_capability() -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 import argparse
 
 LANGUAGES = ("en", "ko")
+ANSWERS_KEPT = "stopped. The answers so far are kept: the same command continues"  # what Ctrl-C is answered with
 # What rows can be: the names of finetuning.tasks.exam.TASKS.
 TASK_NAMES = ("choice", "count", "free_text", "number", "short_answer", "yes_no")
 

@@ -1,6 +1,7 @@
 """Evaluating real runs of a tiny LLaVA: one that learned nothing, and one that learned to say the one right count."""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import train_llava
 import yaml
-from conftest import ROOT, must_run, run_command, run_here
+from conftest import ROOT, run_command, run_here
 from datasets import Dataset, DatasetDict, Image, List
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PilImage
@@ -110,16 +111,34 @@ def test_generate_counts_pictures_as_the_evaluation_did(zero_run, raw_cctv, tmp_
         generate.main(generate.parse_options([*flags[:-1], "--question", "Busy?", "--list_wide", "1"]))
 
 
-def test_two_processes_answer_as_one(zero_run):
-    """`train` has enough questions for both processes; the order of answers and every figure are those of one process."""
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    precision = ("--mixed_precision", "no", "--dynamo_backend", "no")
-    flags = ("--split", "train", "--batch_size", "2")
-    command = (*launch, *precision, "scripts/evaluate_llava.py")
-    must_run(*command, "--run", zero_run, "--max_new_tokens", "4", *flags, by=run_command)
+def test_two_processes_without_a_gpu_answer_as_one(zero_run, raw_cctv, tmp_path):
+    """Each question is asked once, in order, and every figure is one process's: of evaluate_llava.py and generate.py."""
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/ddp.yaml",
+        "--num_processes",
+        "2",
+    )
+    asked = ("--image", raw_cctv / "frames", "--question", "How many?", "Crowded?", "--batch_size", "2")
+    flags = ("--run", zero_run, "--split", "train", "--batch_size", "2", "--max_new_tokens", "4")
+    result = run_command(
+        *(*launch, "--main_process_port", "0", "tests/support/generate_and_evaluate.py", "--model", zero_run),
+        *(*asked, "--max_new_tokens", "4", "--output", tmp_path / "two.jsonl", "--", *flags),
+        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts"), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("120 answers: ") == 1
+    generate.main(
+        generate.parse_options(
+            [*map(str, ("--model", zero_run, *asked, "--max_new_tokens", "4", "--output", tmp_path / "one.jsonl"))]
+        )
+    )
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     two, two_answers = evaluation(zero_run, "train"), answer_lines(zero_run, "train")
     assert len(two_answers) > 20
-    evaluate(zero_run, *flags, "--overwrite")
+    evaluate(zero_run, *flags[2:6], "--overwrite")
     assert (evaluation(zero_run, "train"), answer_lines(zero_run, "train")) == (two, two_answers)
     kept = zero_run / "evaluation" / "train.previous-1" / "metrics.json"
     assert json.loads(kept.read_text(encoding="utf-8")) == two

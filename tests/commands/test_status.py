@@ -2,6 +2,9 @@
 
 import datetime
 import json
+import os
+import subprocess
+import sys
 
 from conftest import run_command
 
@@ -50,6 +53,45 @@ def test_a_stopped_and_a_finished_run(tmp_path):
     end_attempt(tmp_path, 9, "completed")
     (tmp_path / "metrics.json").write_text('{"completed": true}')
     assert "complete: 9 steps" in run_command("scripts/status.py", tmp_path).stdout
+
+
+def test_a_run_of_this_machine_is_known_to_run_or_to_be_killed(tmp_path):
+    begin_attempt(tmp_path, 0)  # by this very process
+    assert f"running: process {os.getpid()} on this machine" in run_command("scripts/status.py", tmp_path).stdout
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    progress |= {"step": 5, "max_steps": 10, "logged_at": minutes_ago(1), "seconds_per_step": 60}
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process, started in ((ended.pid, minutes_ago(0)), (os.getpid(), minutes_ago(60 * 24 * 365))):  # gone; reused
+        progress["attempts"][0] |= {"process": process, "started": started}
+        (tmp_path / "progress.json").write_text(json.dumps(progress))
+        said = run_command("scripts/status.py", tmp_path).stdout
+        assert f"not running: its process {process} on this machine ended without a word" in said
+        assert "5 of 10 (50%)\n" in said  # and no time left
+
+
+def test_a_job_that_slurm_has_ended_does_not_run(tmp_path, monkeypatch):
+    begin_attempt(tmp_path, 0)
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    progress["attempts"][0] |= {"job": "7", "host": "node9"}
+    (tmp_path / "progress.json").write_text(json.dumps(progress))
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for state, runs in (("RUNNING node9 None", True), ("PENDING  (Resources)", True), ("NODE_FAIL  None", False)):
+        squeue.write_text(f"#!/bin/sh\necho '{state}'\n")
+        squeue.chmod(0o755)
+        said = run_command("scripts/status.py", tmp_path).stdout
+        assert ("not running: its job" not in said) == runs
+
+
+def test_of_several_names_those_that_are_no_run_are_passed_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    begin_attempt(tmp_path / "run", 0)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "answers.jsonl").touch()
+    result = run_command("scripts/status.py", *sorted(tmp_path.iterdir()))
+    assert result.returncode == 0 and "step: none logged yet" in result.stdout
+    assert f"Passed over, no runs: {tmp_path / 'answers.jsonl'}, {tmp_path / 'merged'}\n" in result.stdout
 
 
 def test_a_folder_without_a_run_is_named_after_the_others_were_shown(tmp_path):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
+from finetuning.device import open_processes
 from finetuning.evaluation.answering import (
     answer_with_both,
     digest,
@@ -38,6 +39,7 @@ TAUGHT = (
 def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
     """Ask, score and show. Raises ValueError where there is no run, no split, or nothing in it that can be scored."""
     # Questions: the rows that can be scored
+    state = open_processes()
     run, arguments = open_run(args.run)
     name = args.dataset or arguments["dataset_name"]
     dataset = open_dataset(args.dataset or find_again(run, name), vision=vision)
@@ -55,7 +57,6 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         "weights_sha256": digest_weights(run),
     }
     folder, is_headline = evaluation_folder(run, arguments, name, args.split)
-    state = PartialState()
     finished = start_evaluation(folder, settings, overwrite=args.overwrite)
     base = untuned_model(run)
     if not finished:

@@ -19,19 +19,25 @@ import torch
 from transformers import TrainerCallback
 
 from finetuning import run_folder, tracking
+from finetuning.command import is_launched, is_main_process, say_last
 from finetuning.folder_lock import give_back
 from finetuning.training.best_checkpoint import find_best
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not failed, run it again
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that the kernel sends a process whose parent has died
 GRACE = 8  # seconds in which a process that lost its launcher may save
+SAME_CTRL_C = 1.0  # seconds in which a second SIGINT is the first one's echo
+SAVING = "\nCtrl-C: a checkpoint is saved at the end of this step. Once more, or kill -INT {}, ends at once; what is saved stays.\n"
+
+asked_by_person = threading.Event()  # by Ctrl-C, or by closing the terminal
 
 
 class StopRequest:
     """Remembers the first of the stop signals: TERM (preemption), USR1, USR2 (a warning before the time limit).
 
-    `STOP_SIGNALS=TERM,USR2` in the environment leaves USR1 to others. Processes forked from this one (DataLoader
-    workers) inherit the handler and must not act on it.
+    `STOP_SIGNALS=TERM,USR2` in the environment leaves USR1 to others. INT (Ctrl-C) and HUP (the terminal was closed; not
+    under nohup) are among them always. A second Ctrl-C ends the process at once. Processes forked from this one
+    (DataLoader workers) inherit the handler and must not act on it.
     """
 
     def __init__(self):
@@ -41,14 +47,35 @@ class StopRequest:
             raise ValueError(
                 f"STOP_SIGNALS={','.join(names)}: no such signals: {', '.join(unknown)}; try TERM,USR1,USR2"
             )
-        self.signals = [signal.Signals[f"SIG{name}"] for name in names]
+        by_people = (
+            [signal.SIGINT] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGINT, signal.SIGHUP]
+        )
+        self.signals = [*(signal.Signals[f"SIG{name}"] for name in names), *by_people]
         self.received = 0  # number of the signal that this process got
+        self._pressed = 0.0  # when the first Ctrl-C came
         self.agreed = 0  # of the one that all processes know of
         self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def _remember(self, number: int, frame: object) -> None:
-        if os.getpid() == self._process and not self.received:
-            self.received = number
+        if os.getpid() != self._process:
+            return
+        if number in (signal.SIGINT, signal.SIGHUP):
+            asked_by_person.set()
+        if number == signal.SIGINT:
+            self._count_ctrl_c()
+        if number == signal.SIGHUP and sys.stdout.isatty():
+            leave_terminal()
+        self.received = self.received or number
+
+    def _count_ctrl_c(self) -> None:
+        # torchrun passes on the Ctrl-C that the terminal has sent to all: that is no second one.
+        if self._pressed and time.monotonic() - self._pressed > SAME_CTRL_C:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        elif not self._pressed:
+            self._pressed = time.monotonic()
+            if is_main_process():
+                os.write(2, SAVING.format(os.getpid()).encode())  # print may be what was interrupted
 
     def __enter__(self) -> "StopRequest":
         self._process = os.getpid()
@@ -85,8 +112,8 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Name of the signal that the processes agreed on, as SIGUSR2."""
-        return signal.Signals(self.agreed).name
+        """Name of the signal that the processes agreed on, as SIGUSR2, or Ctrl-C."""
+        return "Ctrl-C" if self.agreed == signal.SIGINT else signal.Signals(self.agreed).name
 
 
 class StopTogether(TrainerCallback):
@@ -122,6 +149,13 @@ class StopTogether(TrainerCallback):
             control.should_log = control.should_save = control.should_evaluate = False
 
 
+def leave_terminal() -> None:
+    """Write to a terminal no longer: it is closed, and every word would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
 def leave_interrupted(trainer: Any, reason: str) -> None:
     """End all processes with code 75, after the first has told people, trackers and the job file.
 
@@ -131,7 +165,7 @@ def leave_interrupted(trainer: Any, reason: str) -> None:
         state = trainer.state
         run_folder.end_attempt(Path(trainer.args.output_dir), state.global_step, reason)
         tracking.close(trainer.args, state, EXIT_INTERRUPTED)
-        print(
+        say_last(
             f"Stopped at step {state.global_step} of {state.max_steps} ({reason}). The same command continues from there."
         )
         if outcome := os.environ.get("OUTCOME_FILE"):
@@ -166,9 +200,9 @@ def end_with_launcher() -> None:
     Else it would train on, unseen, and beside the one that is started next. One process is asked to stop as by TERM, and
     killed where it has not saved within GRACE seconds; several have lost the launcher's store, through which they meet,
     and are killed at once: their last checkpoint is whole. Started without a launcher, by a shell, a training outlives it.
+    Ctrl-C ends the launcher of one process, too: who pressed it waits for the checkpoint, however long it takes.
     """
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if not launched or not sys.platform.startswith("linux"):
+    if not is_launched() or not sys.platform.startswith("linux"):
         return
     launcher, several = os.getppid(), int(os.environ.get("WORLD_SIZE", "1")) > 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if several else signal.SIGTERM)
@@ -179,6 +213,7 @@ def end_with_launcher() -> None:
         if several:
             os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel was asked to tell
         time.sleep(GRACE)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if not asked_by_person.is_set():
+            os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=kill_after_grace, daemon=True).start()

@@ -1,0 +1,115 @@
+"""How every command begins and ends: a mistake is one sentence, the last on the screen, and Ctrl-C is no stack trace.
+
+Standard library only. Commands whose imports take seconds import it first: Ctrl-C is told in a sentence then, too, and what
+libraries warn of as they are imported is known (`known_warnings`).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from finetuning import known_warnings
+
+OWNER, LAUNCHER = os.getpid(), os.getppid()  # not of processes forked from this one
+STOPPED = "stopped. Nothing is half written: the same command goes on, or begins anew"
+OTHERS = 2.0  # seconds that the first process of several has to say what all of them would say
+# After the launcher's own stack trace, if it prints one: when it has ended, and at most a minute later.
+REPEAT = """n=0
+while grep -qs "^State:[[:space:]]*[^ZX]" "/proc/$1/status" && [ $n -lt 1200 ]; do sleep 0.05; n=$((n+1)); done
+printf "\\n%s\\n" "$2" >&2"""
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks: known from the environment, before PyTorch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_launched() -> bool:
+    """Whether `accelerate launch` (or torchrun) started this process."""
+    return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
+
+
+def launch_words() -> list[str]:
+    """The command line of the launcher that started this process; empty without one, or when it has ended."""
+    try:
+        words = Path(f"/proc/{LAUNCHER}/cmdline").read_text(encoding="utf-8").split("\0")
+    except OSError:
+        return []
+    return words if is_launched() and os.getppid() == LAUNCHER else []
+
+
+def say_last(sentence: str) -> None:
+    """Print a sentence to stderr; where `accelerate launch` prints a stack trace of its own behind it, once more at the end."""
+    print(sentence, file=sys.stderr, flush=True)
+    words = launch_words()
+    is_quiet = {"--quiet", "-q"} & set(words) and os.environ.get("WORLD_SIZE", "1") == "1"
+    # Slurm ends what is left of a step; its job file says --quiet.
+    if words and not is_quiet and "SLURM_JOB_ID" not in os.environ:
+        subprocess.Popen(["sh", "-c", REPEAT, "sh", str(LAUNCHER), sentence], start_new_session=True)
+
+
+def refuse_lost_processes() -> None:
+    """Raise ValueError where the launch asked for several processes and its file starts one, without a word."""
+    words = launch_words()
+    asked = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--num_processes", "--num-processes")]
+    asked += [word.partition("=")[2] for word in words if word.startswith(("--num_processes=", "--num-processes="))]
+    if asked and asked[-1].isdigit() and int(asked[-1]) > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        files = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config_file"]
+        raise ValueError(
+            f"--num_processes {asked[-1]}, but {files[-1] if files else 'this launch'} starts one process: launch with "
+            "--config_file accelerate_configs/ddp.yaml"
+        )
+
+
+def run(
+    main: Callable[[], object], *, errors: tuple[type[Exception], ...] = (ValueError,), stopped: str = STOPPED
+) -> None:
+    """Call `main` as a command: one of `errors` ends it with code 1 and its sentence, Ctrl-C and TERM with `stopped`.
+
+    A second Ctrl-C ends it at once. Of several processes that fail alike one speaks.
+    """
+    name, before = Path(sys.argv[0]).name, {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, _interrupt)
+    try:
+        refuse_lost_processes()
+        main()
+    except errors as error:
+        if not is_main_process():
+            time.sleep(OTHERS)  # the launcher ends this process meanwhile, if the first one failed too
+        say_last(f"{name}: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        if is_main_process():
+            say_last(f"\n{name}: {stopped}")
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != OWNER and number == signal.SIGINT:
+        return  # a process forked from the command: the command ends it
+    signal.signal(number, signal.SIG_DFL)
+    if os.getpid() != OWNER:
+        os.kill(os.getpid(), number)
+    raise KeyboardInterrupt(number)
+
+
+def _without_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif is_main_process():
+        print(f"\n{Path(sys.argv[0]).name}: {STOPPED}", file=sys.stderr)
+
+
+sys.excepthook = _without_trace
+known_warnings.silence()

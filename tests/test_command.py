@@ -1,0 +1,80 @@
+"""How commands end: one sentence, no stack trace, and no warning that nobody can act on."""
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from conftest import ROOT
+
+from finetuning import command
+from finetuning.known_warnings import LOGGED, WARNED
+
+SLEEPER = """
+from finetuning import command
+import sys, time
+def main():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied", flush=True)
+command.run(main)
+"""
+
+
+def start(**environment: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")} | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_one_sentence_and_what_was_begun_is_tidied_up(number):
+    process = start()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert out == "tidied\n" and err.strip() == f"-c: {command.STOPPED}"
+
+
+def test_only_the_first_of_several_processes_speaks_of_a_stop():
+    process = start(RANK="1", WORLD_SIZE="2")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+
+
+def test_the_sentence_comes_again_behind_the_launchers_own_trace(tmp_path):
+    """As `accelerate launch` does: a parent that prints a trace when its process has failed."""
+    failing = "from finetuning import command\ndef main(): raise ValueError('no such thing')\ncommand.run(main)"
+    launcher = f"import subprocess, sys; code = subprocess.call([sys.executable, '-c', {failing!r}]); sys.exit('TRACE')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts"), "ACCELERATE_MIXED_PRECISION": "no"}
+    environment.pop("SLURM_JOB_ID", None)
+    result = subprocess.run(
+        [sys.executable, "-c", launcher], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.stderr.split() == ["-c:", "no", "such", "thing", "TRACE", "-c:", "no", "such", "thing"]
+
+
+@pytest.mark.parametrize("flag", [["--num_processes", "2"], ["--num-processes=2"]])
+def test_a_launch_that_loses_its_processes_is_refused(monkeypatch, flag):
+    words = ["python", "accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", *flag, "scripts/x.py"]
+    monkeypatch.setattr(command, "launch_words", lambda: words)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="--num_processes 2, but .* starts one process"):
+        command.refuse_lost_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command.refuse_lost_processes()
+
+
+@pytest.mark.parametrize("known", [*WARNED, *LOGGED.values()], ids=lambda known: known.module)
+def test_the_installed_libraries_have_the_words_of_each_silenced_warning(known):
+    assert known.words in inspect.getsource(import_module(known.module))
+    assert known.reason
