@@ -68,7 +68,7 @@ def test_a_launch_that_loses_its_processes_is_refused(monkeypatch, flag):
     words = ["python", "accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", *flag, "scripts/x.py"]
     monkeypatch.setattr(command, "launch_words", lambda: words)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="--num_processes 2, but .* starts one process"):
+    with pytest.raises(ValueError, match=r"--num_processes 2, but .* starts one process"):
         command.refuse_lost_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")
     command.refuse_lost_processes()

@@ -21,7 +21,7 @@ STOPPED = "stopped. Nothing is half written: the same command goes on, or begins
 OTHERS = 2.0  # seconds that the first process of several has to say what all of them would say
 # After the launcher's own stack trace, if it prints one: when it has ended, and at most a minute later.
 REPEAT = """n=0
-while grep -qs "^State:[[:space:]]*[^ZX]" "/proc/$1/status" && [ $n -lt 1200 ]; do sleep 0.05; n=$((n+1)); done
+while grep -qs "^State:.[^ZX]" "/proc/$1/status" && [ $n -lt 1200 ]; do sleep 0.05; n=$((n+1)); done
 printf "\\n%s\\n" "$2" >&2"""
 
 
