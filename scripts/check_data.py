@@ -40,7 +40,7 @@ from finetuning.data.label_audit import (
 )
 from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
 from finetuning.data.pictures import open_picture
-from finetuning.models.loading import is_vision, load_config, load_processing_class
+from finetuning.models.loading import follow_tiles, is_vision, load_config, load_processing_class
 from finetuning.tasks.anime_facts import load_wording
 from finetuning.tasks.exam import reasons, scoring_of
 
@@ -97,9 +97,12 @@ def main(
     processing_class = load_processing_class(
         model_args.model_name_or_path,
         image_aspect_ratio=script_args.image_aspect_ratio,
+        image_max_tiles=script_args.image_max_tiles,
         chat_template_path=training_args.chat_template_path,
         revision=model_args.model_revision,
     )
+    if script_args.image_max_tiles is not None:
+        follow_tiles(config, processing_class)
     dataset = open_dataset(script_args.dataset_name, vision=vision)
     columns = ["messages", "images", "row"] if vision else ["messages", "row"]
     splits = {name: open_split(dataset, name, script_args.dataset_name) for name in dataset if dataset[name]}

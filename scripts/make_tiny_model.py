@@ -4,7 +4,7 @@
     python scripts/make_tiny_model.py --architecture gemma --output models/tiny-gemma
 
 llava: CLIP vision tower, projector, Llama, LlavaProcessor. vipllava: several layers of the tower. llava_next: around a
-Mistral, with tiles. gemma3: Gemma 3 with pictures. gemma: GemmaForCausalLM with Gemma's turn tokens. All get a tokenizer
+Mistral, with tiles. llava_onevision: around a Qwen2, with more tiles. gemma3: Gemma 3 with pictures. gemma: GemmaForCausalLM with Gemma's turn tokens. All get a tokenizer
 of their own, trained on the text below (Hangul included). With --pretrain the LLaVA is trained in full, for about a minute
 on two cores, to count drawn shapes: LoRA on purely random weights does not learn, a base that has seen something does. The
 same seed gives the same weights on the same machine.
@@ -45,9 +45,13 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerBase,
+    Qwen2Config,
     SiglipVisionConfig,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
@@ -56,6 +60,7 @@ from transformers import (
 
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.models.loading import CHAT_TEMPLATES
+from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?
@@ -109,6 +114,19 @@ def clip_config(args: argparse.Namespace) -> CLIPVisionConfig:
         num_attention_heads=4,
         image_size=args.image_size,
         patch_size=args.patch_size,
+    )
+
+
+def siglip_config(args: argparse.Namespace) -> SiglipVisionConfig:
+    """A small SigLIP tower."""
+    return SiglipVisionConfig(
+        hidden_size=args.vision_hidden_size,
+        intermediate_size=2 * args.vision_hidden_size,
+        num_hidden_layers=args.vision_layers,
+        num_attention_heads=4,
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        vision_use_head=False,  # pyrefly: ignore[unexpected-keyword] - as published
     )
 
 
@@ -220,6 +238,42 @@ def make_gemma(args: argparse.Namespace) -> tuple[GemmaForCausalLM, GemmaTokeniz
     return GemmaForCausalLM(config), tokenizer
 
 
+def make_llava_onevision(
+    args: argparse.Namespace,
+) -> tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]:
+    """A LLaVA-OneVision around a Qwen2 with random weights, and its processor: more tiles, scaled down to two."""
+    tokenizer, size = llama_tokenizer(), args.image_size
+    tokenizer.add_tokens(["<video>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.eos_token, tokenizer.bos_token = "<|im_end|>", None
+    pinpoints = [[size * rows, size * columns] for rows in range(1, 4) for columns in range(1, 4)]
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer,
+        num_image_tokens=(size // args.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+        chat_template=(CHAT_TEMPLATES / "llava_onevision.jinja").read_text(encoding="utf-8"),
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=siglip_config(args),
+        text_config=Qwen2Config(**text_settings(tokenizer, args), num_key_value_heads=2),
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_2",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            torch.nn.init.normal_(parameter, std=0.02)  # zero in a new model
+    return model, processor
+
+
 def make_gemma3(args: argparse.Namespace) -> tuple[Gemma3ForConditionalGeneration, Gemma3Processor]:
     """A Gemma 3 that sees, with random weights: a SigLIP tower, a layer that sees 64 tokens back before one that sees all."""
     turns = ["<start_of_turn>", "<end_of_turn>"]
@@ -236,15 +290,7 @@ def make_gemma3(args: argparse.Namespace) -> tuple[Gemma3ForConditionalGeneratio
         chat_template=(CHAT_TEMPLATES / "gemma3.jinja").read_text(encoding="utf-8"),
     )
     config = Gemma3Config(
-        vision_config=SiglipVisionConfig(
-            hidden_size=args.vision_hidden_size,
-            intermediate_size=2 * args.vision_hidden_size,
-            num_hidden_layers=args.vision_layers,
-            num_attention_heads=4,
-            image_size=args.image_size,
-            patch_size=args.patch_size,
-            vision_use_head=False,  # pyrefly: ignore[unexpected-keyword] - as published
-        ),
+        vision_config=siglip_config(args),
         text_config=Gemma3TextConfig(
             **text_settings(tokenizer, args),
             num_key_value_heads=2,
@@ -344,6 +390,7 @@ MAKERS = {
     "llava": make_llava,
     "vipllava": make_vipllava,
     "llava_next": make_llava_next,
+    "llava_onevision": make_llava_onevision,
     "gemma3": make_gemma3,
     "gemma": make_gemma,
 }

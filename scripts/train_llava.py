@@ -21,7 +21,7 @@ from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.dataset import open_dataset, open_split, open_validation
 from finetuning.data.label_audit import check_first_rows
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
-from finetuning.models.loading import load_base_for_training, load_config, load_processing_class
+from finetuning.models.loading import follow_tiles, load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import rows_without_image, searches_unused_parameters
@@ -61,13 +61,18 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     processor = load_processing_class(
         model_args.model_name_or_path,
         image_aspect_ratio=script_args.image_aspect_ratio,
+        image_max_tiles=script_args.image_max_tiles,
         chat_template_path=training_args.chat_template_path,
         revision=model_args.model_revision,
     )
+    if script_args.image_max_tiles is not None:
+        follow_tiles(config, processor)
     check_first_rows(train_rows, processor, config)
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
+    if script_args.image_max_tiles is not None:
+        follow_tiles(model.config, processor)
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
     shares_prefix = uses_shared_prefix(script_args, train_rows, config)

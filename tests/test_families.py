@@ -28,10 +28,17 @@ from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, 
 from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.families import dialogue_form, family_of, largest_picture
 from finetuning.inference.generation import answer_batch, generate_answers
-from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.inference.packed_decoder import reason_against
+from finetuning.kernels.lora_layers import FusedDecoderLayer, fuse_lora
 from finetuning.kernels.model_patches import count_image_tokens_once, ignore_right_padding
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
-from finetuning.models.loading import load_base_model, load_config, load_for_inference, load_processing_class
+from finetuning.models.loading import (
+    follow_tiles,
+    load_base_model,
+    load_config,
+    load_for_inference,
+    load_processing_class,
+)
 from finetuning.models.parts import count_parameters
 from finetuning.training.activation_checkpointing import with_largest_pictures
 from support.families import FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
@@ -125,6 +132,8 @@ def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, c
     model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"]).train()
     expected = loss_and_grads(model, batch)
     assert fuse_lora(model) == 14
+    whole_layers = sum(isinstance(module, FusedDecoderLayer) for module in model.modules())
+    assert whole_layers == (0 if config.model_type == "gemma3" else 2)
     ignore_right_padding(model)
     count_image_tokens_once(model)
     for _ in range(2):  # the second does not count again
@@ -176,6 +185,7 @@ def test_answers_are_those_of_generate_one_row_at_a_time(adapter, folder, proces
     expected = [answer_batch(model, processor, [row], max_new_tokens=8)[0] for row in rows]
     assert len(set(expected)) > 3
     assert generate_answers(model, processor, rows, batch_size="auto", max_new_tokens=8) == expected
+    assert (reason_against(model) is None) == (processor.__class__.__name__ != "Gemma3Processor")  # packed, but Gemma 3
 
 
 def train(model, dataset, output, *flags: str):
@@ -217,6 +227,28 @@ def test_it_learns_what_pictures_show(trained, dataset, folder):
     for name, tensor in weights.items():
         if "image_newline" in name or "multi_modal_projector" in name:
             assert not torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.slow
+def test_fewer_tiles_are_what_processor_model_and_audit_agree_on(folder, config, dataset, tmp_path):
+    if "image_sizes" not in family_of(config).picture_inputs:
+        with pytest.raises(ValueError, match="sees a picture in one view: remove it"):
+            load_processing_class(str(folder), image_max_tiles=2)
+        return
+    run = train(folder, dataset, tmp_path / "run", *LORA, "--max_steps", "1", "--image_max_tiles", "2")
+    model, processor = load_for_inference(str(run))
+    rows = rows_of_all_shapes()
+    follow_tiles(config := load_config(str(folder)), processor)
+    few = [audit.num_tokens for audit in Auditor(processor, config)(rows)]
+    all_of_them = [
+        audit.num_tokens for audit in Auditor(load_processing_class(str(folder)), load_config(str(folder)))(rows)
+    ]
+    assert sum(few) < sum(all_of_them)
+    for row in rows:
+        asked = row | {"messages": row["messages"][:-1]}
+        assert isinstance(answer_batch(model, processor, [asked], max_new_tokens=2)[0], str)
+    with pytest.raises(ValueError, match=r"image_max_tiles: 0, but the smallest grid of llava_.* has"):
+        load_processing_class(str(folder), image_max_tiles=0)
 
 
 LORA = (

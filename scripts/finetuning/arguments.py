@@ -65,6 +65,12 @@ class ScriptArguments:
             "choices": ["pad", "crop"],
         },
     )
+    image_max_tiles: int | None = field(
+        default=None,
+        metadata={
+            "help": "LLaVA-NeXT, OneVision: tiles of a picture at most; fewer cost less and see less. Unset: all."
+        },
+    )
     eval_answers: int = field(
         default=64, metadata={"help": "Validation rows that are answered and scored at each evaluation; 0 for none."}
     )

@@ -5,7 +5,8 @@ A family is a class of transformers, by its `model_type`. How a dialogue is writ
 """
 
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class Family:
         features: `(config, size, processed size)`, heights and widths of a picture as given and as the tower sees it -> how
             many vectors the model makes of it, computed from its config and not from the processor that is checked.
         views: `(config, size)` -> how often the tower sees a picture: once, and each tile of it.
+        several_as_views: whether several pictures of a row are seen in one view each, a picture alone in tiles too.
         shares_prefix: whether dialogues about a picture can share its tokens: only where tokens see none behind them.
         can_crop: whether `image_aspect_ratio: crop` means something; families with tiles show whole pictures.
     """
@@ -41,8 +43,17 @@ class Family:
     features: Callable[[PreTrainedConfig, Size, Size], int] | None = None
     views: Callable[[PreTrainedConfig, Size], int] = lambda config, size: 1
     can_crop: bool = False
+    several_as_views: bool = False
     shares_prefix: bool = True
     like: tuple[str, ...] = field(default=())  # language models inside, to name the nearest family of a stranger
+
+    def features_of_row(self, config: PreTrainedConfig, sizes: Sequence[Size], processed: Size) -> list[int]:
+        """For each picture of a row how many vectors the model makes of it."""
+        if self.features is None:
+            return []
+        if self.several_as_views and len(sizes) > 1:
+            return [features_of_one_view(config, size, processed) + 1 for size in sizes]  # and a newline
+        return [self.features(config, size, processed) for size in sizes]
 
 
 def features_of_one_view(config: Any, size: Size, processed: Size) -> int:
@@ -53,9 +64,9 @@ def features_of_one_view(config: Any, size: Size, processed: Size) -> int:
 
 
 def features_of_tiles(config: Any, size: Size, processed: Size) -> int:
-    """LLaVA-NeXT: one view of all, and tiles without their padding, with a newline behind each row of patches.
+    """LLaVA-NeXT and OneVision: one view of all, and tiles without their padding, with a newline behind each row of patches.
 
-    As `LlavaNextModel.pack_image_features` cuts them (https://llava-vl.github.io/blog/2024-01-30-llava-next).
+    As their models' `pack_image_features` cuts them (https://llava-vl.github.io/blog/2024-01-30-llava-next).
     """
     tile = config.vision_config.image_size
     side = tile // config.vision_config.patch_size
@@ -67,11 +78,17 @@ def features_of_tiles(config: Any, size: Size, processed: Size) -> int:
         rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
     else:
         columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+    if hasattr(config, "vision_aspect_ratio"):
+        # OneVision: more patches than so many tiles have (`anyres_max_9`) are scaled down to them.
+        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2
+        ratio = math.sqrt(rows * columns / most)
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
     return features_of_one_view(config, size, (tile, tile)) + rows * columns + rows
 
 
 def views_of_tiles(config: Any, size: Size) -> int:
-    """LLaVA-NeXT: the view of all, and the tiles of the grid that fits the picture best."""
+    """LLaVA-NeXT and OneVision: the view of all, and the tiles of the grid that fits the picture best."""
     rows, columns = (
         length // config.vision_config.image_size
         for length in select_best_resolution(size, config.image_grid_pinpoints)
@@ -115,6 +132,16 @@ FAMILIES = {
             features_of_tiles,
             views=views_of_tiles,
             like=("mistral", "mixtral"),
+        ),
+        Family(
+            "llava_onevision",
+            {"chatml": "llava_onevision.jinja"},
+            ("pixel_values", "image_sizes", "batch_num_images"),
+            (SIGLIP,),
+            features_of_tiles,
+            views=views_of_tiles,
+            several_as_views=True,
+            like=("qwen2",),
         ),
         Family(
             "gemma3",
@@ -175,13 +202,15 @@ def largest_picture(config: Any) -> Size | None:
 
 
 def dialogue_form(config: PreTrainedConfig) -> str:
-    """How the language model inside writes a dialogue: `vicuna`, `mistral`, `llama3` or `gemma`.
+    """How the language model inside writes a dialogue: `vicuna`, `mistral`, `llama3`, `chatml` or `gemma`.
 
     Raises ValueError for a language model whose form is not known here.
     """
     text = config.get_text_config()
     if text.model_type.startswith("gemma"):
         return "gemma"
+    if text.model_type == "qwen2":
+        return "chatml"
     if text.model_type == "mistral":
         return "mistral"
     if text.model_type == "llama" and text.vocab_size <= VICUNA_VOCABULARY:

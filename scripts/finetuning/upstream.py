@@ -106,6 +106,7 @@ ENTRIES = [
     # kernels/
     Entry("transformers.models.llama.modeling_llama.LlamaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("transformers.models.mistral.modeling_mistral.MistralDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
+    Entry("transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("transformers.models.gemma.modeling_gemma.GemmaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("peft.tuners.lora.layer.Linear", "forward", "fuses LoRA", ("x, *args, **kwargs",)),
     Entry("torch.Tensor", "data", "stacks weights"),
@@ -114,6 +115,10 @@ ENTRIES = [
     Entry("bitsandbytes.functional.QuantState", "state2", "stacks 4-bit weights"),
     Entry("bitsandbytes.functional.QuantState", "offset", "stacks 4-bit weights"),
     Entry(MODULE, "forward", "loss of supervised rows, frozen tower, its activation, CUDA graphs"),
+    Entry(
+        "transformers.models.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel", "get_placeholder_mask",
+        "counts image tokens once", ("input_ids, inputs_embeds, image_features, video_features",),
+    ),
     *(
         Entry(f"transformers.models.{model}", "get_placeholder_mask", "counts image tokens once", (
             "input_ids, inputs_embeds, image_features",

@@ -199,19 +199,19 @@ def test_rows_of_which_only_the_text_is_tokenised_are_what_the_collator_makes(ti
     alone = [Auditor(processor, config)([row])[0] for row in rows]
     together = Auditor(processor, config)
     together([{"messages": GOOD, "images": [picture()]}])
-    assert len(together.tokens_of_size) == 1
+    assert len(together.tokens_of_kind) == 1
     for mine, light, row in zip(alone, together(rows), rows, strict=True):
         assert (mine.num_tokens, mine.num_supervised, mine.faults) == (light.num_tokens, light.num_supervised, [])
         batch = LlavaDataCollator(processor)([row])
         typed = prepare_multimodal_messages(place_images(row["messages"]), images=row["images"])
-        ids, labels = tokenize(processor, typed, [together.tokens_of_size[80, 60]])
+        ids, labels = tokenize(processor, typed, [together.tokens_of_kind[80, 60, False]])
         assert ids.tolist() == batch["input_ids"][0].tolist()
         assert labels.tolist() == batch["labels"][0].tolist()
         asked = {"messages": row["messages"][:1], "images": row["images"]}
         prompt = prompt_batch(processor, [asked])["input_ids"][0].tolist()
         cut = until_the_question(asked)
         typed = prepare_multimodal_messages(place_images(cut["messages"]), images=cut["images"])
-        assert tokenize(processor, typed, [together.tokens_of_size[80, 60]], prompt=True)[0].tolist() == prompt
+        assert tokenize(processor, typed, [together.tokens_of_kind[80, 60, False]], prompt=True)[0].tolist() == prompt
 
 
 def test_clean_data_passes(tiny_llava, cctv_dataset, tmp_path):

@@ -600,7 +600,7 @@ def test_fp8_against_models_that_it_does_not_fit(tmp_path):
         "base_precision out, or change that"
     )
     (problem,) = features.fp8_problems(*given, Gemma2Config())
-    assert "a model of type gemma2 (llama or mistral or gemma would do)" in problem
+    assert "a model of type gemma2 (llama or mistral or qwen2 or gemma would do)" in problem
 
 
 def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):

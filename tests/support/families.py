@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 
 # With pictures, beside LLaVA-1.5, which all other tests are about.
-FAMILIES = ("vipllava", "llava_next", "gemma3")
+FAMILIES = ("vipllava", "llava_next", "llava_onevision", "gemma3")
 SIZES = [(64, 48), (48, 64), (31, 30), (90, 20), (12, 80), (64, 64), (1, 1), (33, 77)]  # width, height
 
 

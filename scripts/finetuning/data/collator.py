@@ -3,16 +3,18 @@
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import (
     BatchFeature,
     DataCollator,
     LlavaNextProcessor,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -67,11 +69,11 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         for example in examples:
             self.refuse_image_marks(example)
         examples = [with_pictures(example) for example in examples]
-        once = isinstance(self.processor, LlavaProcessor | LlavaNextProcessor)
+        once = isinstance(self.processor, LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor)
         batch = self.read_texts_once(examples) if once else super().torch_call(examples)
-        if "image_sizes" in batch:
-            # Read by the host, tile by tile: on a GPU each would have to be waited for.
-            batch["image_sizes"] = batch["image_sizes"].tolist()
+        for name in ("image_sizes", "batch_num_images"):
+            if name in batch:  # read by the host, tile by tile: on a GPU each would have to be waited for
+                batch[name] = torch.as_tensor(batch[name]).tolist()
         if self.config is not None and "pixel_values" in batch:
             self.refuse_other_features(batch, examples)
         if "row" in examples[0]:
@@ -84,14 +86,15 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         TRL writes every image token into the text, and has it tokenized and searched for the answers: at 1,024 of them a
         row that takes three times as long as the picture.
         """
-        pictures = [picture for example in examples for picture in example["images"]]
-        batch = self.processor.image_processor(pictures, return_tensors="pt") if pictures else {}
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        num_tokens = iter(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        pictures = [example["images"] for example in examples if example["images"]]
+        nested = isinstance(self.processor, LlavaOnevisionProcessor)  # which counts the pictures of each row
+        batch = {}
+        if pictures:
+            batch = self.processor.image_processor(pictures if nested else list(chain(*pictures)), return_tensors="pt")
         dialogues = []
         for example in examples:
             messages = prepare_multimodal_messages(example["messages"], images=example["images"])
-            dialogues.append(tokenize(self.processor, messages, list(islice(num_tokens, len(example["images"])))))
+            dialogues.append(tokenize(self.processor, messages, expected_tokens(self.processor, example["images"])))
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(tokens) for tokens, _ in dialogues) // multiple) * multiple
         batch["input_ids"] = torch.full((len(examples), length), self.processor.tokenizer.pad_token_id)
@@ -111,7 +114,7 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
         family, processed = family_of(self.config), tuple(batch["pixel_values"].shape[-2:])
         for example, of_row, tokens in zip(examples, sizes, batch["input_ids"], strict=True):
             num_tokens = int((tokens == image_token_of(self.processor)).sum())
-            num_features = sum(family.features(self.config, size, processed) for size in of_row)
+            num_features = sum(family.features_of_row(self.config, of_row, processed))
             if num_tokens != num_features:
                 raise ValueError(
                     f"row {example.get('row', '(unnumbered)')}: {num_tokens} image tokens, and the model makes {num_features} "
@@ -173,6 +176,14 @@ def tokenize(
     repeats[tokens == image_token_of(processor)] = torch.tensor(tokens_of_images, dtype=repeats.dtype)
     labels = torch.where(supervised == 1, tokens, -100)
     return tokens.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+
+def expected_tokens(processor: ProcessorMixin, pictures: Sequence[Image.Image]) -> list[int]:
+    """How many tokens the processor writes for each of a row's pictures."""
+    if isinstance(processor, LlavaOnevisionProcessor) and len(pictures) > 1:
+        return [processor.num_image_tokens + 1] * len(pictures)  # one view and a newline each
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
 
 
 def image_token_of(processor: ProcessorMixin) -> int:

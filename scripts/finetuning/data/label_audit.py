@@ -82,8 +82,8 @@ class Auditor:
     config: PreTrainedConfig
     max_length: int | None = None
     split: str = "train"
-    # Width and height of pictures -> tokens of one.
-    tokens_of_size: dict[tuple[int, int], int] = field(default_factory=dict)
+    # Kinds of pictures (`_kinds`) -> tokens of one.
+    tokens_of_kind: dict[tuple[int, int, bool], int] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[RowAudit]:
         """One RowAudit per row, in order."""
@@ -123,10 +123,10 @@ class Auditor:
         new: dict[tuple, int] = {}
         light = []
         for place, (_, row) in enumerate(readable):
-            sizes = {image.size for image in row["images"]}
-            if len(sizes) > 1 or not sizes <= self.tokens_of_size.keys():
-                new.setdefault(tuple(sorted(sizes)), place)
-            if len(sizes) <= 1:
+            kinds = set(self._kinds(row["images"]))
+            if len(kinds) > 1 or not kinds <= self.tokens_of_kind.keys():
+                new.setdefault(tuple(sorted(kinds)), place)
+            if len(kinds) <= 1:
                 light.append(place)
         whole = set(new.values()) | (set(range(len(readable))) - set(light))
         # A neighbour, so that one of the two is padded.
@@ -140,14 +140,19 @@ class Auditor:
         if "pixel_values" not in batch:
             return
         self.picture_size = tuple(batch["pixel_values"].shape[-2:])
-        sizes = {image.size for image in row["images"]}
-        if len(sizes) == 1:
+        kinds = set(self._kinds(row["images"]))
+        if len(kinds) == 1:
             num_tokens = int((ids == image_token_of(self.processing_class)).sum())
-            self.tokens_of_size[sizes.pop()] = num_tokens // len(row["images"])
+            self.tokens_of_kind[kinds.pop()] = num_tokens // len(row["images"])
+
+    def _kinds(self, images: Sequence[Image.Image]) -> list[tuple[int, int, bool]]:
+        """What the number of a picture's tokens depends on: width, height, and whether it is one of several seen otherwise."""
+        several = len(images) > 1 and family_of(self.config).several_as_views
+        return [(*image.size, several) for image in images]
 
     def _tokens_of(self, images: Sequence[Image.Image]) -> list[int]:
-        """Tokens of each picture, of sizes that are known."""
-        return [self.tokens_of_size[image.size] for image in images]
+        """Tokens of each picture, of kinds that are known."""
+        return [self.tokens_of_kind[kind] for kind in self._kinds(images)]
 
     def _refusals(self, row: dict[str, Any]) -> list[tuple[str, str]]:
         """Faults for which the processor would raise an error, found on the text: cheap, and by name."""
@@ -183,9 +188,9 @@ class Auditor:
         ids, labels = ids[mask == 1].tolist(), labels[mask == 1].tolist()
 
         if image_id is not None:
-            expected = sum(
-                family_of(self.config).features(self.config, (image.height, image.width), self.picture_size)
-                for image in row["images"]
+            sizes = [(image.height, image.width) for image in row["images"]]
+            expected = (
+                sum(family_of(self.config).features_of_row(self.config, sizes, self.picture_size)) if sizes else 0
             )
             if ids.count(image_id) != expected:
                 detail = f"{ids.count(image_id)} image tokens, {expected} features of {audit.num_images} images"
@@ -234,8 +239,9 @@ class Auditor:
     def _prompts(self, row: dict[str, Any], answers: list[int]) -> list[list[int]]:
         """Token ids that the model would be asked with before each of the answers."""
         prompts = [{"messages": row["messages"][:place], "images": row["images"]} for place in answers]
-        sizes = {image.size for image in row["images"]}
-        if not isinstance(self.processing_class, ProcessorMixin) or len(sizes) > 1:
+        cuts = list(map(until_the_question, prompts))
+        vision = isinstance(self.processing_class, ProcessorMixin)
+        if not vision or any(not set(self._kinds(cut["images"])) <= self.tokens_of_kind.keys() for cut in cuts):
             batch = prompt_batch(self.processing_class, prompts)
             return [
                 ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -247,7 +253,7 @@ class Auditor:
                 self._tokens_of(cut["images"]),
                 prompt=True,
             )[0].tolist()
-            for cut in map(until_the_question, prompts)
+            for cut in cuts
         ]
 
 

@@ -42,7 +42,7 @@ def ask_both(
             del model
             gc.collect()
             torch.cuda.empty_cache()
-            model, _ = load_for_inference(base)
+            model, _ = load_for_inference(base, asked_by=processing_class)
         with off:
             ask(name, model, processing_class)
 
@@ -121,7 +121,7 @@ def answer_with_both(
             del model
             gc.collect()
             torch.cuda.empty_cache()
-            model, _ = load_for_inference(base)
+            model, _ = load_for_inference(base, asked_by=processing_class)
         ask([name], len(answers[name]), len(rows))
     return answers
 

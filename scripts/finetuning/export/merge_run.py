@@ -29,6 +29,7 @@ from finetuning.folder_lock import one_at_a_time
 from finetuning.manifest import files_in, follow_umask, write_manifest
 from finetuning.models.loading import (
     check_adapter_is_complete,
+    follow_tiles,
     is_vision,
     load_base_model,
     load_config,
@@ -100,6 +101,7 @@ def merge_alone(
 
     # Base + adapter, as it should be; and the base alone
     model = load_base_model(base, dtype=dtype, device_map={"": device}, revision=revision)
+    follow_tiles(model.config, processing_class)
     model = PeftModel.from_pretrained(model, run).eval()
     for part in model.modules():
         if isinstance(part, ModulesToSaveWrapper):  # saved as the fp32 masters of training; LoRA is computed in fp32

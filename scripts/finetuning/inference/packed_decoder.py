@@ -1,4 +1,4 @@
-"""A Llama, Mistral or Gemma decoder without gradients, over flat tokens and a pool of keys and values.
+"""A Llama, Mistral, Qwen2 or Gemma decoder without gradients, over flat tokens and a pool of keys and values.
 
 The layers and their weights are transformers' own and PEFT's; what is computed is what `generate` computes. Here prompts
 are not padded, a layer is four products with fused LoRA (`finetuning.kernels.lora_layers`), keys and values are written
@@ -24,6 +24,7 @@ from finetuning.kernels.lora_layers import (
     fuse_lora,
     norm_arguments,
     projection_stacks,
+    stacked_bias,
 )
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_stacks
 from finetuning.kernels.model_patches import vision_tower_without_autocast
@@ -48,6 +49,7 @@ class Linears:
     def __init__(self, modules: list[nn.Module], fused: ProjectionStack | None, dtype: torch.dtype):
         self.modules, self.fused, self.dtype = modules, fused, dtype
         self.is_4bit = fused is not None and hasattr(fused.layers[0].get_base_layer().weight, "quant_state")
+        self.bias = None if fused is None else stacked_bias(fused)
         self.stack = None
         plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
         if fused is None and plain and not any(module.weight.requires_grad for module in modules):
@@ -83,7 +85,8 @@ class Linears:
         if self.reads_4bit(len(x)):
             y = torch.cat([layer.get_base_layer()(x) for layer in fused.layers], dim=-1)
             return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.is_active else y
-        return fused.forward(x, None, wide)[0] if fused.is_active else torch.mm(x, fused.weight().T)
+        y = fused.forward(x, None, wide)[0] if fused.is_active else torch.mm(x, fused.weight().T)
+        return y if self.bias is None else y.add_(self.bias.to(y.dtype))
 
     def add_to(self, residual: Tensor, x: Tensor, wide: Tensor | None = None) -> Tensor:
         """residual (tokens, out) plus the product, in place where both are of one type: one pass over memory less."""
@@ -267,7 +270,7 @@ def reason_against(model: nn.Module) -> str | None:
     text_model = getattr(getattr(base, "model", None), "language_model", getattr(base, "model", None))
     layers = getattr(text_model, "layers", [])
     if not len(layers) or any(type(layer) not in LAYER_CLASSES for layer in layers):
-        return f"{type(base).__name__} has no Llama, Mistral or Gemma decoder"
+        return f"{type(base).__name__} has no Llama, Mistral, Qwen2 or Gemma decoder"
     if text_model is not base.model and base.config.model_type not in FAMILIES:
         return f"pictures of {base.config.model_type} are not known here"
     config = base.config.get_text_config()

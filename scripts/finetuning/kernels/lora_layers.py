@@ -1,4 +1,4 @@
-"""Llama, Mistral and Gemma decoder layers with PEFT's LoRA, computed in fewer passes over memory.
+"""Llama, Mistral, Qwen2 and Gemma decoder layers with PEFT's LoRA, computed in fewer passes over memory.
 
 PEFT computes y = W x + s B A x in four steps (a cast of x to fp32, two products, a scale, an addition), and autograd
 keeps each result. Here a decoder layer is four products of stacked weights with hand-written gradients:
@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from finetuning import upstream
 from finetuning.kernels.gated_mlp import gated_activation, gated_activation_backward
@@ -49,11 +50,16 @@ class NormQkvRotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, cos, sin, stack, norm, heads, *adapters):
-        """`cos` and `sin` are (batch or 1, tokens, head width), `heads` the numbers of query heads and of key heads."""
+    def forward(ctx, hidden, cos, sin, stack, norm, heads, bias, *adapters):
+        """`cos` and `sin` are (batch or 1, tokens, head width), `heads` the numbers of query heads and of key heads.
+
+        `bias` is (q + k + v) and frozen, or None.
+        """
         ctx.stack, ctx.seeds, ctx.norm = stack, stack.draw_seeds(), norm_arguments(norm)
         x, extended = stack.allocate_input(len(hidden))
         qkv, x_a = stack.forward(rms_norm(hidden, *ctx.norm, x), ctx.seeds, extended)
+        if bias is not None:
+            qkv += bias.to(qkv.dtype)
         ctx.save_for_backward(hidden, x_a, cos, sin)
         tokens = cos.shape[1]
         return hidden, *split_and_rotate(qkv.view(-1, tokens, qkv.shape[1]), cos, sin, heads)
@@ -67,7 +73,7 @@ class NormQkvRotate(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         grad_x, grad_a, grads_b = ctx.stack.backward(grad, x_a, ctx.seeds, needs_grad, extended)
         grad_hidden, x = backward_through_norm(hidden, ctx.norm, grad_x, grad_residual, grad.dtype)
-        return grad_hidden, None, None, None, None, None, *ctx.stack.grads_of_a(x, grad_a, ctx.seeds), *grads_b
+        return grad_hidden, *[None] * 6, *ctx.stack.grads_of_a(x, grad_a, ctx.seeds), *grads_b
 
 
 class Project(torch.autograd.Function):
@@ -185,6 +191,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
                 self.fused_qkv,
                 self.input_layernorm,
                 self.fused_heads,
+                stacked_bias(self.fused_qkv),
                 *self.fused_qkv.parameters,
             )
             attended, _ = attend(
@@ -225,6 +232,11 @@ class FusedMistralDecoderLayer(FusedDecoderLayer, MistralDecoderLayer):
 
 
 @upstream.overrides
+class FusedQwen2DecoderLayer(FusedDecoderLayer, Qwen2DecoderLayer):
+    """Qwen2's layer, whose queries, keys and values have biases; `fuse_lora` makes it the class of an existing one."""
+
+
+@upstream.overrides
 class FusedGemmaDecoderLayer(FusedDecoderLayer, GemmaDecoderLayer):
     """Gemma's layer; `fuse_lora` makes it the class of an existing one."""
 
@@ -245,6 +257,12 @@ class FusedLoraLinear(LoraLinear):
         return y.view(*x.shape[:-1], -1)
 
 
+def stacked_bias(stack: ProjectionStack) -> Tensor | None:
+    """The frozen biases of a stack's layers, one behind the other (out); None without."""
+    biases = [layer.get_base_layer().bias for layer in stack.layers]
+    return None if biases[0] is None else torch.cat(biases)
+
+
 def projection_stacks(layer: FusedDecoderLayer) -> list[ProjectionStack]:
     """The four of a layer, in the order of computation: qkv, o, gate and up, down."""
     return [layer.fused_qkv, layer.fused_o, layer.fused_gate_up, layer.fused_down]
@@ -259,6 +277,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 FUSED_LAYERS = {
     LlamaDecoderLayer: FusedLlamaDecoderLayer,
     MistralDecoderLayer: FusedMistralDecoderLayer,
+    Qwen2DecoderLayer: FusedQwen2DecoderLayer,
     GemmaDecoderLayer: FusedGemmaDecoderLayer,
 }
 IS_GELU = {SiLUActivation: False, nn.SiLU: False, GELUTanh: True}
@@ -268,7 +287,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     """Switch PEFT's LoRA layers of `model` to the fused computation, in place. Returns how many were switched.
 
-    Anything else than plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, biases in a decoder) keeps
+    Anything else than plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, other biases in a decoder) keeps
     PEFT's code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
     code too.
 
@@ -300,7 +319,11 @@ def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:
     by_name = {name.split(".")[-1]: child for name, child in layer.named_modules() if name.endswith("_proj")}
     linear_layers = [by_name[name] for name in PROJECTIONS]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    if not all(is_plain_lora(linear) and linear.get_base_layer().bias is None for linear in linear_layers):
+    if not all(map(is_plain_lora, linear_layers)):
+        return False
+    has_bias = [linear.get_base_layer().bias is not None for linear in linear_layers]
+    # Those of queries, keys and values, as Qwen2 has them; sharded ones would have to be gathered too.
+    if has_bias not in ([False] * 7, [True] * 3 + [False] * 4) or (any(has_bias) and sharded):
         return False
     if any(norm.weight.requires_grad for norm in norms) or type(layer.mlp.act_fn) not in IS_GELU:
         return False

@@ -55,11 +55,13 @@ def count_image_tokens_once(model: nn.Module) -> None:
     if not hasattr(llava, "get_placeholder_mask"):
         return
     with_check, checked = llava.get_placeholder_mask, False
+    sees_videos = hasattr(llava, "get_video_features")  # OneVision: a second mask is for them
 
-    def get_placeholder_mask(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    def get_placeholder_mask(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor):
         nonlocal checked
         if llava.training and checked:
-            return (input_ids == llava.config.image_token_id).unsqueeze(-1)
+            mask = (input_ids == llava.config.image_token_id).unsqueeze(-1)
+            return (mask, None) if sees_videos else mask
         checked = llava.training
         return with_check(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 

@@ -31,6 +31,8 @@ from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
 from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of, is_vision
 from finetuning.model_files import config_of
+from finetuning.models.onevision_processor import LlavaOnevisionProcessor
+from finetuning.models.parts import base_model_of
 from finetuning.run_folder import adapter_base, read_arguments
 from finetuning.strategy import Strategy
 
@@ -106,13 +108,19 @@ def template_path(config: PreTrainedConfig, given: str | None) -> Path | None:
 
 
 def load_processing_class(
-    name: str, *, image_aspect_ratio: str = "pad", chat_template_path: str | None = None, revision: str = "main"
+    name: str,
+    *,
+    image_aspect_ratio: str = "pad",
+    image_max_tiles: int | None = None,
+    chat_template_path: str | None = None,
+    revision: str = "main",
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
     """Processor (of a vision model) or tokenizer, with the chat template that training and inference share.
 
     The project's template of the model's type is set, or the file `chat_template_path`. With
     `image_aspect_ratio="pad"` pictures are made square by padding (`do_pad` of transformers' LlavaImageProcessor)
-    before they are resized; with "crop" the published processor cuts out their centre.
+    before they are resized; with "crop" the published processor cuts out their centre. `image_max_tiles` keeps the grids of
+    so many tiles at most; `follow_tiles` tells the model. Raises ValueError for settings that the family does not have.
     """
     config = load_config(name, revision)
     if chat_template_path is None:
@@ -122,7 +130,8 @@ def load_processing_class(
             f"image_aspect_ratio: crop does nothing to {config.model_type}, which shows whole pictures: remove it"
         )
     try:
-        processing_class = (AutoProcessor if is_vision(config) else AutoTokenizer).from_pretrained(
+        processor_class = LlavaOnevisionProcessor if config.model_type == "llava_onevision" else AutoProcessor
+        processing_class = (processor_class if is_vision(config) else AutoTokenizer).from_pretrained(
             name, revision=revision, **SAFE
         )
     except (OSError, ValueError) as error:
@@ -130,6 +139,8 @@ def load_processing_class(
             f"{name}: its {'processor' if is_vision(config) else 'tokenizer'} does not load "
             f"({str(error).splitlines()[0]}): download the model with all its small files"
         ) from error
+    if image_max_tiles is not None:
+        keep_small_grids(processing_class, config, image_max_tiles)
     if is_vision(config) and image_aspect_ratio == "pad" and family_of(config).can_crop:
         settings = processing_class.image_processor.to_dict() | {"do_pad": True}
         settings.pop("image_processor_type")
@@ -147,6 +158,28 @@ def load_processing_class(
     if chat_template_path is not None:
         processing_class.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     return processing_class
+
+
+def keep_small_grids(processor: ProcessorMixin, config: PreTrainedConfig, most: int) -> None:
+    """Leave the processor the grids of at most `most` tiles. Raises ValueError where there are none, or the model has no tiles."""
+    grids = getattr(config, "image_grid_pinpoints", None)
+    if not grids:
+        raise ValueError(f"image_max_tiles: {most}, but {config.model_type} sees a picture in one view: remove it")
+    side = config.vision_config.image_size
+    tiles = {tuple(grid): grid[0] * grid[1] // side**2 for grid in grids}
+    kept = [list(grid) for grid, number in tiles.items() if number <= most]
+    if not kept:
+        raise ValueError(
+            f"image_max_tiles: {most}, but the smallest grid of {config.model_type} has {min(tiles.values())} tiles"
+        )
+    processor.image_processor.image_grid_pinpoints = kept
+
+
+def follow_tiles(config: PreTrainedConfig, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Let the model cut pictures as the processor does, which a run keeps; nothing without tiles."""
+    grids = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None)
+    if grids and getattr(config, "image_grid_pinpoints", None):
+        config.image_grid_pinpoints = grids
 
 
 def quantization_config(model_args: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -298,12 +331,16 @@ def check_adapter_is_complete(folder: Path, modules_to_save: Sequence[str]) -> N
 
 
 def load_for_inference(
-    name: str, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    load_in_4bit: bool = False,
+    asked_by: ProcessorMixin | PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase]:
     """Model and processor of a base model, a run's folder (adapter or full weights) or a merged folder.
 
     The base of an adapter is named by its `adapter_config.json` and quantised as in training (`arguments.yaml`);
-    `load_in_4bit` quantises any model. The model is in evaluation mode, on the device of this process. Raises
+    `load_in_4bit` quantises any model. A base that is `asked_by` a run's processor cuts pictures into that one's tiles. The model is in evaluation mode, on the device of this process. Raises
     ValueError if the model, the adapter's `arguments.yaml` or a part of the adapter is missing.
     """
     folder = Path(name)
@@ -330,10 +367,16 @@ def load_for_inference(
             if parameter.dtype == torch.float32:
                 parameter.data = parameter.data.to(dtype)
     keeps_own_template = arguments is not None or (folder / "merge_report.json").is_file()
-    return model.eval(), load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
+    processing_class = load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
+    follow_tiles(base_model_of(model).config, asked_by or processing_class)
+    return model.eval(), processing_class
 
 
 def load_saved_processing_class(folder: Path) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor or tokenizer that training saved beside the weights, with its template and picture settings."""
-    is_processor = (folder / "processor_config.json").is_file()
-    return (AutoProcessor if is_processor else AutoTokenizer).from_pretrained(folder, **SAFE)
+    settings = folder / "processor_config.json"
+    if not settings.is_file():
+        return AutoTokenizer.from_pretrained(folder, **SAFE)
+    kind = json.loads(settings.read_text(encoding="utf-8")).get("processor_class")
+    processor_class = LlavaOnevisionProcessor if kind == LlavaOnevisionProcessor.__name__ else AutoProcessor
+    return processor_class.from_pretrained(folder, **SAFE)
