@@ -20,6 +20,7 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.dataset import open_dataset, open_split, open_validation
 from finetuning.data.label_audit import check_first_rows
+from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.models.loading import follow_tiles, load_base_for_training, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
@@ -43,9 +44,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     dataset = open_dataset(script_args.dataset_name, vision=True)
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
+    parts = open_mixed_in(script_args, vision=True, seed=training_args.seed)
+    own_rows, train_rows = train_rows, mix(train_rows, parts, script_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows)
-    exam = open_exam(script_args, train_rows, validation_rows)
+    exam = open_exam(script_args, own_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
@@ -67,7 +70,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     if script_args.image_max_tiles is not None:
         follow_tiles(config, processor)
-    check_first_rows(train_rows, processor, config)
+    for rows in (own_rows, *parts):
+        check_first_rows(rows, processor, config)
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )

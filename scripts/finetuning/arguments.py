@@ -1,5 +1,6 @@
 """Arguments of the training commands: TRL's own, plus the few fields that TRL lacks. Unknown keys are errors."""
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -39,6 +40,13 @@ class ScriptArguments:
     """Which data, and what is trained."""
 
     dataset_name: str = field(metadata={"help": "Folder that data_prep wrote, or a Hub dataset with the same columns."})
+    dataset_mixer: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Other prepared folders or Hub datasets whose training rows are mixed in, with a weight each: "
+            '{"data/general": 0.2} takes a fifth of its rows, 2 takes each twice.'
+        },
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_validation_split: str = field(
         default="validation", metadata={"help": "Split to evaluate on while training."}
@@ -124,11 +132,36 @@ class ScriptArguments:
 
     def __post_init__(self):
         self.checkpoint_layers = str(self.checkpoint_layers)  # a recipe's 8 is a number
+        self.dataset_mixer = parse_mixer(self.dataset_mixer, self.dataset_name)
 
     @property
     def placement(self) -> dict[str, str]:
         """Part of the model -> how it is trained."""
         return {part: getattr(self, part) for part in ("language_model", "projector", "vision_tower")}
+
+
+def parse_mixer(given: dict | str | None, own: str) -> dict[str, float] | None:
+    """`dataset_mixer` as set -> weight. Raises ValueError, all reasons together, for what is none."""
+    try:
+        mixer = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(
+            f'dataset_mixer: {given} is not JSON ({error}), expected such as {{"data/general": 0.2}}'
+        ) from error
+    if mixer is None:
+        return None
+    if not isinstance(mixer, dict):
+        raise ValueError(f'dataset_mixer: {given}, expected names and weights, such as {{"data/general": 0.2}}')
+    problems = [
+        f"the weight of {name} is {weight}, expected a number above 0"
+        for name, weight in mixer.items()
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0
+    ]
+    if own in mixer:
+        problems.append(f"{own} is dataset_name itself: name other sets only")
+    if problems:
+        raise ValueError("dataset_mixer: " + "; ".join(problems))
+    return mixer
 
 
 @dataclass

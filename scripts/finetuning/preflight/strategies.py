@@ -184,7 +184,10 @@ def rows_without_image(rows: Dataset) -> int:
     """How many rows of a vision dataset carry no image; no picture is decoded. 0 for a text dataset."""
     if "images" not in rows.column_names:
         return 0
-    return pc.sum(pc.equal(pc.list_value_length(rows.data.column("images")), 0)).as_py() or 0
+    lengths = pc.list_value_length(rows.data.column("images"))
+    if rows._indices is not None:  # of a selection the table still holds all
+        lengths = lengths.take(rows._indices.column(0))
+    return pc.sum(pc.equal(lengths, 0)).as_py() or 0
 
 
 def searches_unused_parameters(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> bool:

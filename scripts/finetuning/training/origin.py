@@ -18,6 +18,7 @@ from finetuning.models.loading import template_path
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
 WORDS = {
     "dataset": "the rows of --dataset_name",
+    "mixture": "the rows of --dataset_mixer",
     "base": "the files of --model_name_or_path",
     "template": "the chat template",
 }
@@ -34,12 +35,19 @@ def fingerprints(
         return {}
     found = {
         "dataset": of_folder(Path(script_args.dataset_name), ("**/*.arrow",)),
+        "mixture": of_mixture(script_args.dataset_mixer or {}),
         "base": of_folder(Path(model_args.model_name_or_path), MODEL_FILES) or getattr(config, "_commit_hash", None),
     }
     template = template_path(config, training_args.chat_template_path)
     if template is not None:
         found["template"] = hashlib.sha256(Path(template).read_bytes()).hexdigest()
     return {name: value for name, value in found.items() if value}
+
+
+def of_mixture(mixer: Iterable[str]) -> str | None:
+    """SHA-256 over the sets that are mixed in, of those that are folders; None without any."""
+    described = {name: of_folder(Path(name), ("**/*.arrow",)) for name in mixer}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest() if described else None
 
 
 def of_folder(folder: Path, patterns: Iterable[str]) -> str | None:
