@@ -53,6 +53,14 @@ def test_loss_and_gradients_equal_peft(make, targets, batch, layers, checkpointi
     assert_same(loss_and_grads(model, batch()), expected)
 
 
+def test_rank_stabilised_lora_is_fused_and_dora_stays_with_peft():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, use_rslora=True).train()
+    expected = loss_and_grads(model, llava_batch())
+    assert fuse_lora(model) == 21
+    assert_same(loss_and_grads(model, llava_batch()), expected)
+    assert fuse_lora(with_lora(tiny_llava(), LANGUAGE_MODEL, use_dora=True)) == 0
+
+
 def test_gradients_reach_a_trained_projector():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"]).train()
     expected = loss_and_grads(model, llava_batch())
