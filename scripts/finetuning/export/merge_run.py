@@ -140,10 +140,7 @@ def merge_alone(
             "dtype": str(dtype).removeprefix("torch."),
             "device": device,
             **changes,
-            "tolerance": {
-                "mean_kl": TOLERANCE[str(dtype).removeprefix("torch.")],
-                "share_of_training": LARGEST_SHARE,
-            },
+            "tolerance": {"mean_kl": TOLERANCE[str(dtype).removeprefix("torch.")], "share_of_training": LARGEST_SHARE},
             "base_against_tuned": compare_observations(tuned, untuned),
             "merged_against_tuned": compare_observations(tuned, merged),
             "answers": answers_of(probes, untuned, tuned, merged),
