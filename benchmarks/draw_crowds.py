@@ -5,7 +5,8 @@
 The empty scene is the median of the first frames (those of the training split only), and where people stand follows
 where these frames differ from it; no label is read. Writes frames/, labels.csv and messages.txt for prepare_cctv.py.
 Labels count the heads in the whole frame, its rows, its columns and its nine parts: many small questions about one
-picture teach a small model to look sooner than one large number does.
+picture teach a small model to look sooner than one large number does. They are the turns of one dialogue, the whole frame
+first, so that a frame is one row.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 ROWS = {"top": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "bottom": (2 / 3, 1)}
 COLUMNS = {"left": (0, 1 / 3), "center": (1 / 3, 2 / 3), "right": (2 / 3, 1)}
+KOREAN = {"top": "위", "middle": "가운데", "bottom": "아래", "left": "왼쪽", "center": "중앙", "right": "오른쪽"}
 # Feet's and body's height as shares of the frame's, read off the mall camera by eye.
 FEET, TALL = (0.10, 0.15, 0.25, 0.40, 0.62, 0.80, 1.00, 1.30), (0.05, 0.065, 0.13, 0.16, 0.22, 0.24, 0.27, 0.31)
 
@@ -37,16 +39,18 @@ def parts() -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
 
 
 def messages() -> str:
-    """The text of messages.txt: dialogues about each count of the frames, English and Korean."""
+    """The text of messages.txt: the count of the frame, then those of its nine parts or of its rows and columns."""
+    cells = [f"{row}_{column}" for row in ROWS for column in COLUMNS]
     dialogues = []
-    for name in parts():
-        if name == "count":
-            dialogues.append("USER: How many people are in view?\nASSISTANT: {count} people.\n")
-            dialogues.append("사용자: 사람이 몇 명 있나요?\n어시스턴트: {count}명입니다.\n")
-        else:
-            place = name.replace("_", " ")
-            dialogues.append(f"USER: How many people are in the {place}?\nASSISTANT: {{{name}}}.\n")
-    return "\n".join(dialogues)
+    for names in (cells, [*ROWS, *COLUMNS]):
+        english = ["USER: How many people are in view?", "ASSISTANT: {count} people."]
+        korean = ["사용자: 사람이 몇 명 있나요?", "어시스턴트: {count}명입니다."]
+        for name in names:
+            english += [f"USER: How many people are in the {name.replace('_', ' ')}?", f"ASSISTANT: {{{name}}}."]
+            place = " ".join(KOREAN[word] for word in name.split("_"))
+            korean += [f"사용자: {place}에는 몇 명 있나요?", f"어시스턴트: {{{name}}}명."]
+        dialogues += ["\n".join(english), "\n".join(korean)]
+    return "\n\n".join(dialogues) + "\n"
 
 
 def study(paths: list[Path], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

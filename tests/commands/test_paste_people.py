@@ -39,8 +39,8 @@ def figures(path) -> int:
     return ndimage.label(ndimage.binary_opening(red > 160, iterations=2))[1]
 
 
-def paste(camera, output, *flags):
-    words = ["--frames", camera / "frames", "--first", "40", "--output", output, *flags]
+def paste(camera, output, *flags, first=40):
+    words = ["--frames", camera / "frames", "--first", str(first), "--output", output, *flags]
     must_run("benchmarks/paste_people.py", *words, by=run_command)
     with (output / "labels.csv").open() as file:
         return [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -62,6 +62,19 @@ def test_who_is_painted_over_leaves_the_label_too(camera, tmp_path):
     assert min(counts) < 3 < max(counts)
     fewer = [row for row in rows if row["count"] < 3]
     assert all(figures(tmp_path / "changed" / "frames" / f"{row['id']:06}.jpg") <= row["count"] for row in fewer)
+
+
+def test_later_frames_follow_unchanged_and_what_is_subtracted_leaves_grey(camera, tmp_path):
+    flags = ("--number", "4", "--labels", str(camera / "labels.csv"), "--size", "160x160", "--subtract")
+    rows = paste(camera, tmp_path / "both", *flags, first=30)
+    assert [row["id"] for row in rows] == list(range(1, 15))
+    assert [row["count"] for row in rows[4:]] == [3] * 10
+    for number in range(5, 15):
+        with Image.open(tmp_path / "both" / "frames" / f"{number:06}.jpg") as image:
+            difference = np.asarray(image).astype(int) - 128
+        assert image.size == (160, 160)
+        assert (np.abs(difference).max(-1) < 12).mean() > 0.7  # the wall
+        assert (difference[..., 0] > 50).any()  # (230 - 90) / 2 where a figure stands
 
 
 def test_frames_without_anybody_alone_are_refused(tmp_path):

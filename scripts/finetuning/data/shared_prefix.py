@@ -51,7 +51,7 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     rows, which bounds the length of a sequence. A row without images, or with images in later turns, is not grouped.
     Pictures are decoded lazily, once per grouped row.
     """
-    texts = dataset["messages"]
+    texts = dataset["messages"][:]  # at once: a row at a time takes as long as the table has pieces
     rows_of: dict[Any, list[int]] = defaultdict(list)
     for row, (image_id, files) in enumerate(zip(dataset["image_id"], files_of_images(dataset), strict=True)):
         # Rows may begin with one image and go on with others, or show theirs in later turns.
