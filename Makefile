@@ -4,6 +4,7 @@
 # make test-fast     what needs no launch and no training, in less than a minute
 # make test-upstream the fast tests and a training with the newest releases of all pinned packages
 # make test-cluster  the job files on a real Slurm; installs it where it is missing (Debian, root), skips where it cannot
+# make test-faults   kill -9 at 200 moments, failing disks, damage to every file: half an hour or more
 # make lint          style and types of the Python files, the order of folders, and the shell files
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -13,7 +14,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
 
-.PHONY: sample sample-anime test test-fast test-upstream test-gpu test-cluster lint
+.PHONY: sample sample-anime test test-fast test-upstream test-faults test-gpu test-cluster lint
 
 # The pip that comes with Python 3.11 takes a third longer for all that follows.
 .venv/pyvenv.cfg:
@@ -87,6 +88,10 @@ test-upstream: requirements.txt requirements-dev.txt
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests --ignore tests/cluster --numprocesses 2 \
 		--dist loadfile --no-loadscope-reorder -m "not slow" -q; fast=$$?; \
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests/commands/test_train_llava.py -q && exit $$fast
+
+# Of what it tries `make test` tries a sample.
+test-faults: .venv/installed-dev
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 FAULTS=whole $(BIN)/python -m pytest tests/faults -q -s
 
 # What only a GPU can show: kernels, CUDA graphs, small updates in 16 bits.
 test-gpu: .venv/installed-dev

@@ -14,6 +14,7 @@ import io
 import random
 from pathlib import Path
 
+from preparing import sentence
 from preparing.dataset_writer import refuse_existing_output
 
 COLUMNS = [
@@ -172,5 +173,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         main(arguments.output, arguments.titles, arguments.seed)
-    except ValueError as error:
-        raise SystemExit(f"make_sample_anime.py: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"make_sample_anime.py: {sentence(error)}") from None

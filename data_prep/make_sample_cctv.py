@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from preparing import sentence
 from preparing.dataset_writer import refuse_existing_output
 
 MAX_PEOPLE = 20
@@ -197,4 +198,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(sentence(error))

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import pyarrow
 
+from preparing import sentence
 from preparing.anime_table import Title, open_table, read_titles
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.ledger import Ledger
@@ -281,5 +282,5 @@ def share(text: str) -> float:
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except ValueError as error:
-        raise SystemExit(f"prepare_anime.py: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"prepare_anime.py: {sentence(error)}") from None

@@ -33,6 +33,7 @@ from typing import Any
 
 import datasets
 
+from preparing import harmless, sentence
 from preparing.annotations import count_class, read_annotations
 from preparing.cctv import check_images, check_numbers, find_frames, find_photos, group_frames, pass_problems_on
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE
@@ -324,7 +325,7 @@ def main() -> None:
     index = FrameIndex(frames, args.frames, args.number_offset)
     labels = read_labels(args, index)
     dialogues, notes = read_dialogues(args.messages)
-    print("\n".join(f"{args.labels}: {rule}" for rule in labels.rules))
+    print(harmless("\n".join(f"{args.labels}: {rule}" for rule in labels.rules)))
     print("".join(f"{args.messages}: {note}\n" for note in notes), end="")
 
     # Check: what belongs together, then each on its own, then against each other.
@@ -393,4 +394,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(sentence(error))

@@ -35,6 +35,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from preparing import sentence
 from preparing.conversations import (
     IMAGES_FEATURE,
     MESSAGES_FEATURE,
@@ -600,4 +601,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(sentence(error))

@@ -17,7 +17,6 @@ from finetuning import command  # first: see there
 # isort: split
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -40,7 +39,10 @@ from finetuning.data.label_audit import (
 )
 from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
 from finetuning.data.pictures import open_picture
+from finetuning.failures import LOST_LOADER, harmless
+from finetuning.folder_lock import one_at_a_time
 from finetuning.models.loading import follow_tiles, is_vision, load_config, load_processing_class
+from finetuning.run_folder import write_atomically, write_json
 from finetuning.tasks.anime_facts import load_wording
 from finetuning.tasks.exam import reasons, scoring_of
 
@@ -62,10 +64,20 @@ def audit_rows(auditor: Auditor, rows: Dataset, num_processes: int) -> list[RowA
         collate_fn=functools.partial(audit_batch, auditor, rows),
         num_workers=num_processes,
     )
-    with tqdm(total=len(rows), desc=f"Checking {auditor.split}", unit="row") as bar:
-        for batch in batches:
-            audits += batch
-            bar.update(len(batch))
+    try:
+        with tqdm(total=len(rows), desc=f"Checking {auditor.split}", unit="row") as bar:
+            for batch in batches:
+                audits += batch
+                bar.update(len(batch))
+    except RuntimeError as error:
+        lost = LOST_LOADER.search(str(error))
+        if lost is None:
+            raise
+        last = min(len(audits) + 2 * num_processes * BATCH_SIZE, len(rows)) - 1
+        raise ValueError(
+            f"split {auditor.split}: a process that checked rows was ended by {lost[2] or 'itself'}; rows {len(audits):,} to "
+            f"{last:,} were in work. A picture there may be damaged: look at them, or prepare without them"
+        ) from error
     return audits
 
 
@@ -143,7 +155,8 @@ def main(
         "faults": faults,
         "scoring": scoring,
     }
-    (folder / "check.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with one_at_a_time(folder / "check.json", "a data check"):
+        write_json(folder / "check.json", found)
     print(f"Report: {folder / 'check.json'}")
     if options.preview:
         shown = []
@@ -152,7 +165,9 @@ def main(
             row["images"] = row.get("images") or []
             shown.append((audit, row))
         title = f"{script_args.dataset_name}, as {model_args.model_name_or_path} sees it"
-        (folder / "preview.html").write_text(preview_page(title, audits, shown, processing_class), encoding="utf-8")
+        page = preview_page(title, audits, shown, processing_class)
+        with one_at_a_time(folder / "preview.html", "a data check"):
+            write_atomically(folder / "preview.html", page)
         print(f"Preview: {folder / 'preview.html'}")
     if problem := scoring.get("problem"):
         raise ValueError("\n".join([problem, *([describe_faults(audits)] if faulty else [])]))
@@ -218,7 +233,7 @@ def check(argv: list[str]) -> None:
     options, recipe_flags = parse_options(argv)
     audits = main(*parse_arguments(RECIPE, recipe_flags), options)
     if num_faulty := sum(bool(audit.faults) for audit in audits):
-        raise ValueError(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{describe_faults(audits)}")
+        raise ValueError(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{harmless(describe_faults(audits))}")
     checked = f"All {len(audits):,} rows" if options.sample is None else f"{len(audits):,} rows, a sample,"
     print(f"{checked} are good: every picture, prompt and answer is what the model will be asked with.")
 

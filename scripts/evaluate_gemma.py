@@ -31,9 +31,10 @@ def main(args: argparse.Namespace) -> None:
     from finetuning.evaluation.answering import answer_with_both, digest, start_evaluation
     from finetuning.evaluation.page import write_evaluation
     from finetuning.evaluation.perplexity import losses_of_both
+    from finetuning.folder_lock import give_back
     from finetuning.pages import model_names, speak
     from finetuning.tasks.anime_facts import TitlesExam, load_wording
-    from finetuning.tasks.evaluate import evaluate, show
+    from finetuning.tasks.evaluate import accepted_changes, evaluate, show
 
     # Questions: rows of both splits, cut before the answer
     state = open_processes()
@@ -51,10 +52,11 @@ def main(args: argparse.Namespace) -> None:
         "questions_sha256": digest([[question["question"], question["reference"]] for question in questions]),
         "weights_sha256": digest_weights(run),
     }
+    base = untuned_model(run)
+    settings |= accepted_changes(run, arguments, base, args)
     folder = EvaluationFolder(run, "facts")
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
-        base = untuned_model(run)
         prompts = Dataset.from_list([{"messages": question["messages"]} for question in questions])
         answers = answer_with_both(
             run, base, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
@@ -70,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
         print("This evaluation is finished already, and shown here; --overwrite makes it anew.")
     if state.is_main_process:
         show(folder, is_headline=True)
+    give_back(folder.folder)
     state.destroy_process_group()
 
 

@@ -22,13 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from finetuning import command
-from finetuning.data.pictures import SUFFIXES, find_pictures
-from finetuning.flags import ANSWERS_KEPT, add_answering_flags
+from finetuning.data.pictures import SUFFIXES, find_pictures, what_is_wrong
+from finetuning.flags import ANSWERS_KEPT, add_accept_changes, add_answering_flags
+from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.model_files import config_of
-from finetuning.run_folder import adapter_base, changed_settings, read_json, write_atomically, write_json
+from finetuning.run_folder import adapter_base, changed_settings, is_unfinished, read_json, write_atomically, write_json
 
 Item = tuple[str | None, str]  # (path of the picture, question)
 
@@ -74,12 +73,8 @@ def find_images(words: list[str], problems: list[str]) -> list[str]:
         else:
             paths.append(word)
     for path in paths:
-        try:
-            Image.open(path).close()
-        except FileNotFoundError:
-            problems.append(f"--image {path}: no such file")
-        except (OSError, Image.DecompressionBombError) as error:
-            problems.append(f"--image {path}: no picture that can be read ({error})")
+        if problem := what_is_wrong(path):
+            problems.append(f"--image {path}: {problem}")
     return list(dict.fromkeys(map(str, paths)))
 
 
@@ -141,9 +136,10 @@ def main(options: argparse.Namespace) -> None:
         problems.append("--list_wide lists intervals: add --counts")
     if problems:
         raise ValueError("; ".join(problems))
+    changes = changed_files(options)
     remaining = items
     if options.output is not None:
-        settings = settings_of(options)
+        settings = settings_of(options) | ({"accepted_changes": changes} if changes else {})
         done = answered_already(options.output, settings)
         remaining = [item for item in items if item not in done]
         if not remaining:
@@ -195,6 +191,21 @@ def main(options: argparse.Namespace) -> None:
         state.print(f"{len(items):,} answers: {options.output}")
 
 
+def changed_files(options: argparse.Namespace) -> list[str]:
+    """What of the model's folder is not as its manifest says. Raises ValueError unless that is accepted."""
+    folder = Path(options.model)
+    if is_unfinished(folder):
+        raise ValueError(
+            f"--model {folder}: training has not ended here; its checkpoints can be asked, such as the newest"
+        )
+    changes = manifest_problems(folder) if has_manifest(folder) else []
+    if changes and not options.accept_changes:
+        raise ValueError(
+            f"--model {folder}: {'; '.join(changes)}: not as it was written. Restore it, or add --accept_changes"
+        )
+    return changes
+
+
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What answers depend on."""
     weights = [path.stat().st_mtime for path in Path(options.model).glob("*.safetensors")]
@@ -223,6 +234,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     add_answering_flags(parser, max_new_tokens=256)
+    add_accept_changes(parser)
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
     parser.add_argument("--load_in_4bit", action="store_true", help="quantise the weights: 7B parameters in 5 GB")
     return parser.parse_args(argv)

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from finetuning import command
-from finetuning.run_folder import read_arguments
+from finetuning.flags import add_accept_changes
+from finetuning.run_folder import is_unfinished, read_arguments
 
 
 def check_inputs(run: Path, output: Path) -> dict:
@@ -28,6 +29,8 @@ def check_inputs(run: Path, output: Path) -> dict:
         problems.append(
             f"--run {run}: no finished run with an adapter here (adapter_model.safetensors, arguments.yaml)"
         )
+    elif is_unfinished(run):
+        problems.append(f"--run {run}: training has not ended here; the command that began it continues it")
     if output.exists():
         problems.append(f"--output {output} exists and is never overwritten: delete it or choose another folder")
     if problems:
@@ -46,6 +49,7 @@ def main(options: argparse.Namespace) -> None:
         dtype_name=options.dtype,
         rows=options.rows,
         max_shard_size=options.max_shard_size,
+        accept_changes=options.accept_changes,
     )
     print(f"{describe(report)}\nMerged model, report and card: {options.output}")
     print(f"Ask it:  python scripts/generate.py --model {options.output} --question ...")
@@ -83,6 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=4, help="held-out rows of the run's dataset to compare on")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file of the merged model")
+    add_accept_changes(parser)
     return parser.parse_args(argv)
 
 

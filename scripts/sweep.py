@@ -11,8 +11,11 @@ import itertools
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
+
+LONGEST_NAME = 200  # of a folder; file systems take 255 bytes, and a lock beside it has a longer name
 
 
 def read_grid(path: Path) -> list[dict[str, Any]]:
@@ -32,8 +35,29 @@ def words_of(point: dict[str, Any], recipe: str, parent: str | None, flags: list
         words += [f"--{key}", *(str(part) for part in (value if isinstance(value, list) else [value]))]
     if parent is None:
         parent = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["output_dir"]
-    name = ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "_").replace(" ", "")
+    name = ",".join(f"{key}={as_name(value)}" for key, value in point.items())
     return [*words, "--output_dir", str(Path(parent) / name)]
+
+
+def as_name(value: Any) -> str:
+    """A value as part of a folder's name: no two values have the same, `a/b` is `a%2Fb`."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_name, value))}]"
+    return quote(str(value), safe="+:@~")
+
+
+def folder_problems(points: list[list[str]]) -> list[str]:
+    """Points that would train in one folder, and folders whose names no file system takes."""
+    folders = [words[-1] for words in points]
+    problems = [
+        f"points {folders.index(folder)} and {number} are the same run: {folder}"
+        for number, folder in enumerate(folders)
+        if folders.index(folder) < number
+    ]
+    longest = max(folders, key=lambda folder: len(Path(folder).name))
+    if (length := len(Path(longest).name)) > LONGEST_NAME:
+        problems.append(f"{longest}: a folder's name of {length} characters, at most {LONGEST_NAME} are possible")
+    return problems
 
 
 def main() -> None:
@@ -60,7 +84,7 @@ def main() -> None:
     from finetuning.arguments import parse_arguments
     from finetuning.strategy import launch_problems
 
-    problems = launch_problems(args.script, args.strategy)
+    problems = launch_problems(args.script, args.strategy) + folder_problems(points)
     for number, words in enumerate(points):
         try:
             parse_arguments(Path(args.recipe), ["--config", *words])

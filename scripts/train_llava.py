@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
+from finetuning.data.bad_rows import pass_over_bad_rows
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.dataset import open_dataset, open_split, open_validation
 from finetuning.data.label_audit import check_first_rows
@@ -46,6 +47,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     validation_rows = open_validation(dataset, script_args, training_args)
     parts = open_mixed_in(script_args, vision=True, seed=training_args.seed)
     own_rows, train_rows = train_rows, mix(train_rows, parts, script_args)
+    skipped: list[dict] = []
+    if script_args.skip_bad_rows:
+        train_rows, validation_rows, skipped = pass_over_bad_rows(
+            script_args.skip_bad_rows, train_rows, validation_rows
+        )
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows)
     exam = open_exam(script_args, own_rows, validation_rows)
@@ -57,6 +63,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         fingerprints(script_args, training_args, model_args, config),
         overwrite_completed=script_args.overwrite_completed_run,
         accept_changes=script_args.accept_changes,
+        skipped_rows=skipped,
     )
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 

@@ -1,10 +1,10 @@
-"""Is everything in a folder as it was written? Reads every file of runs, checkpoints and merged models.
+"""Is everything in a folder as it was written? Reads every file of runs, checkpoints, datasets and merged models.
 
     python scripts/verify.py outputs/llava-lora
-    python scripts/verify.py outputs/*/checkpoint-* models/llava-merged
+    python scripts/verify.py outputs/*/checkpoint-* models/llava-merged data/cctv
 
-Compares each file's size and SHA-256 with the manifest that was written last. Of a run also its checkpoints. Exits with 1
-when something is damaged or missing, or when there is nothing to compare with.
+Compares each file's size and hash with the manifest that was written last. Of a run also its checkpoints and evaluations.
+Exits with 1 when something is damaged or missing, or when there is nothing to compare with.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from finetuning.manifest import MANIFEST, has_manifest, manifest_problems
-from finetuning.run_folder import checkpoints, read_metrics
+from finetuning.run_folder import checkpoints, evaluations, read_metrics
 
 
 def folders_of(folder: Path) -> list[Path]:
-    """The folder itself, where it is finished, and the checkpoints in it. ValueError where there are none."""
-    found = list(checkpoints(folder).values())
+    """The folder itself, where it is finished, and checkpoints and evaluations in it. ValueError where there are none."""
+    found = [*checkpoints(folder).values(), *(path.parent for path in evaluations(folder) if has_manifest(path.parent))]
     if has_manifest(folder) or read_metrics(folder) or not found:
         found.append(folder)
     if not folder.is_dir():

@@ -4,3 +4,6 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from finetuning.failures import harmless as harmless
+from finetuning.failures import sentence as sentence

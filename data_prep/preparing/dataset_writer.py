@@ -1,26 +1,63 @@
 """Writes the dataset that training opens: all of it, or nothing."""
 
+import glob
 import hashlib
-import json
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
+from finetuning.failures import writing
+from finetuning.folder_lock import give_back, try_lock
+from finetuning.manifest import files_in, write_manifest
 from preparing.ledger import Ledger
 
 # Rows held in memory before they go to disk. The library's default of 1,000 is a gigabyte of 1 MB photographs.
 ROWS_IN_MEMORY = 64
+REJECTS = "rejects.csv"  # not in the manifest: people open it in Excel, which saves it anew
 
 
 def refuse_existing_output(output: Path) -> None:
-    """Raises ValueError when `output` exists. Call it first: nobody wants to learn this after ten minutes of work."""
+    """Raises ValueError when `output` exists, or another process prepares it; else it is locked until this one ends.
+
+    Call it first: nobody wants to learn this after ten minutes of work. What a killed preparation left is removed.
+    """
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} already exists and is never overwritten: remove it or choose another --output")
+    if problem := try_lock(output, "a preparation"):
+        raise ValueError(problem)
+    for left in output.parent.glob(f"{glob.escape(scratch_prefix(output))}*"):
+        shutil.rmtree(left)
+
+
+@contextmanager
+def closing_lock(output: Path) -> Iterator[None]:
+    """The lock that `refuse_existing_output` took is given back when this block ends."""
+    try:
+        yield
+    finally:
+        give_back(output)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """What went wrong while rows were made, without the library's words around it."""
+    try:
+        yield
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from error
+
+
+def scratch_prefix(output: Path) -> str:
+    """How the temporary folders of a preparation of `output` begin."""
+    return f".{output.name}.preparing-"
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -55,52 +92,55 @@ def write_dataset(
     refuse_existing_output(output)
     ledger.check()
     num_rows = {name: len(items) for name, items in splits.items()}
-    if not sum(num_rows.values()):
-        raise ValueError(
-            f"no row was accepted, so {output} was not written. What was read, and why it was rejected:\n"
-            f"{ledger.table()}\nCorrect the input and run the command again."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        folder = Path(scratch) / "dataset"
-        written = datasets.DatasetDict()
-        datasets.disable_progress_bars()  # one bar over all splits instead
-        with tqdm(total=sum(num_rows.values()), desc="writing rows", unit="row") as progress:
-            for name, items in splits.items():
-                if not items:
-                    continue
-                if isinstance(items, datasets.Dataset):
-                    written[name] = items
-                    progress.update(len(items))
-                    continue
+    with closing_lock(output), writing(output), own_errors():
+        if not sum(num_rows.values()):
+            raise ValueError(
+                f"no row was accepted, so {output} was not written. What was read, and why it was rejected:\n"
+                f"{ledger.table()}\nCorrect the input and run the command again."
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=scratch_prefix(output), dir=output.parent) as scratch:
+            folder = Path(scratch) / "dataset"
+            written = datasets.DatasetDict()
+            datasets.disable_progress_bars()  # one bar over all splits instead
+            with tqdm(total=sum(num_rows.values()), desc="writing rows", unit="row") as progress:
+                for name, items in splits.items():
+                    if not items:
+                        continue
+                    if isinstance(items, datasets.Dataset):
+                        written[name] = items
+                        progress.update(len(items))
+                        continue
 
-                def rows(items=items):
-                    for item in items:
-                        yield make_row(item)
-                        progress.update()
+                    def rows(items=items):
+                        for item in items:
+                            yield make_row(item)
+                            progress.update()
 
-                written[name] = datasets.Dataset.from_generator(
-                    rows,
-                    features=features,
-                    cache_dir=str(Path(scratch) / "cache"),
-                    split=datasets.NamedSplit(name),
-                    fingerprint=f"{name}-{len(items)}",  # else the library pickles every item to compute one
-                    writer_batch_size=ROWS_IN_MEMORY,
-                )
-        written.save_to_disk(folder)
-        ledger.write_csv(folder / "rejects.csv")
-        contents = {
-            "rows": num_rows,
-            "split_rule": split_rule,
-            "read": ledger.counts(),
-            "reject_reasons": dict(ledger.reasons().most_common()),
-            "sources": list(sources),
-            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
-            **manifest,
-            "written_with": {"datasets": version("datasets")},
-        }
-        (folder / "manifest.json").write_text(json.dumps(contents, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        folder.rename(output)
+                    written[name] = datasets.Dataset.from_generator(
+                        rows,
+                        features=features,
+                        cache_dir=str(Path(scratch) / "cache"),
+                        split=datasets.NamedSplit(name),
+                        fingerprint=f"{name}-{len(items)}",  # else the library pickles every item to compute one
+                        writer_batch_size=ROWS_IN_MEMORY,
+                    )
+            written.save_to_disk(folder)
+            ledger.write_csv(folder / REJECTS)
+            contents = {
+                "rows": num_rows,
+                "split_rule": split_rule,
+                "read": ledger.counts(),
+                "reject_reasons": dict(ledger.reasons().most_common()),
+                "sources": list(sources),
+                "arguments": {
+                    name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()
+                },
+                **manifest,
+                "written_with": {"datasets": version("datasets")},
+            }
+            write_manifest(folder, [path for path in files_in(folder) if path.name != REJECTS], contents)
+            folder.rename(output)
     return output
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from finetuning.failures import harmless
+
 
 class Reject(NamedTuple):
     file: str
@@ -65,11 +67,16 @@ class Ledger:
             first = next(reject for reject in self.rejects if reject.reason == reason)
             where = first.file if first.line is None else f"{first.file}:{first.line}"
             lines.append(f"  {reason} x {number:,}, first: {where}: {first.detail}")
-        return "\n".join(lines)
+        return harmless("\n".join(lines))
 
     def write_csv(self, path: Path) -> None:
         """Columns file, line, reason, detail; UTF-8 with BOM, so that Excel shows Hangul as it is."""
         with path.open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(Reject._fields)
-            writer.writerows(self.rejects)
+            writer.writerows([as_cell(value) for value in reject] for reject in self.rejects)
+
+
+def as_cell(value: str | int | None) -> str | int | None:
+    """A cell that Excel shows and does not compute: what begins as a formula gets an apostrophe (OWASP, CSV injection)."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

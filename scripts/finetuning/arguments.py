@@ -126,6 +126,13 @@ class ScriptArguments:
             "begun with; begun_with.json notes it."
         },
     )
+    skip_bad_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Pass over at most so many rows whose pictures do not decode; the next row stands in for each. They are "
+            "looked for before the start, and kept in skipped_rows.json. 0: the first one ends the training."
+        },
+    )
     overwrite_completed_run: bool = field(
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )

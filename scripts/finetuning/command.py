@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from finetuning import known_warnings
+from finetuning.failures import lost_loaders_named, sentence
 
 OWNER, LAUNCHER = os.getpid(), os.getppid()  # not of processes forked from this one
 STOPPED = "stopped. Nothing is half written: the same command goes on, or begins anew"
@@ -70,7 +71,7 @@ def refuse_lost_processes() -> None:
 def run(
     main: Callable[[], object], *, errors: tuple[type[Exception], ...] = (ValueError,), stopped: str = STOPPED
 ) -> None:
-    """Call `main` as a command: one of `errors` ends it with code 1 and its sentence, Ctrl-C and TERM with `stopped`.
+    """Call `main` as a command: one of `errors` or OSError ends it with code 1 and a sentence, Ctrl-C and TERM with `stopped`.
 
     A second Ctrl-C ends it at once. Of several processes that fail alike one speaks.
     """
@@ -80,11 +81,12 @@ def run(
             before[number] = signal.signal(number, _interrupt)
     try:
         refuse_lost_processes()
-        main()
-    except errors as error:
+        with lost_loaders_named():
+            main()
+    except (OSError, *errors) as error:
         if not is_main_process():
             time.sleep(OTHERS)  # the launcher ends this process meanwhile, if the first one failed too
-        say_last(f"{name}: {error}")
+        say_last(f"{name}: {sentence(error)}")
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
         if is_main_process():

@@ -36,6 +36,15 @@ def add_answering_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int)
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
 
 
+def add_accept_changes(parser: argparse.ArgumentParser) -> None:
+    """--accept_changes of every command that uses a finished run."""
+    parser.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="use the run although its files, its data or its base changed since its training; the result notes it",
+    )
+
+
 def evaluation_parser(description: str, *, max_new_tokens: int) -> argparse.ArgumentParser:
     """The flags that every evaluation has."""
     parser = argparse.ArgumentParser(
@@ -49,5 +58,6 @@ def evaluation_parser(description: str, *, max_new_tokens: int) -> argparse.Argu
     add("--language", choices=LANGUAGES, default="en", help="of the verdict and the page (default %(default)s)")
     add_answering_flags(parser, max_new_tokens=max_new_tokens)
     add("--limit", type=positive, help="ask only so many questions, evenly spaced over the split")
+    add_accept_changes(parser)
     add("--overwrite", action="store_true", help="evaluate anew; the old evaluation is kept beside it")
     return parser

@@ -5,19 +5,19 @@ whose process is gone from this host is taken over. One of another host cannot b
 who holds it, and which file to delete where that machine is down.
 """
 
+import atexit
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from filelock import SoftFileLock, Timeout
 
 PATIENCE = 1.0  # seconds to wait for a lock, in which a stale one is found and taken over
 HALF_MADE = 10.0  # seconds after which a lock without a record is one whose maker was killed
 HELD: dict[Path, SoftFileLock] = {}  # by this process
+HOLDER = os.getpid()
 
 
 def lock_file(path: Path) -> Path:
@@ -32,9 +32,17 @@ def take_lock(path: Path, what: str, *, owner_has_ended: bool = False) -> None:
     `what` is written there now, such as `a training`. `owner_has_ended`: whoever has the lock is known to be gone, on
     whatever host. Raises ValueError in all processes, which says who has it.
     """
-    state, problem = PartialState(), None
-    if state.is_main_process:
-        problem = try_lock(path, what, owner_has_ended=owner_has_ended)
+    refuse_together(lambda: try_lock(path, what, owner_has_ended=owner_has_ended))
+
+
+def refuse_together(find_problem: Callable[[], str | None]) -> None:
+    """Raise ValueError in all processes with what the main process finds; nothing where it finds nothing."""
+    # Not with the others above: preparation locks folders too, and waits for no PyTorch.
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    problem = find_problem() if state.is_main_process else None
     if state.num_processes > 1:
         (problem,) = broadcast_object_list([problem])
     if problem:
@@ -60,6 +68,14 @@ def try_lock(path: Path, what: str, *, owner_has_ended: bool = False) -> str | N
     return None
 
 
+@atexit.register
+def give_all_back() -> None:
+    """A command that ends in an error leaves no lock behind. Processes forked from it have no part in this."""
+    for lock in HELD.values():
+        if lock.is_locked and os.getpid() == HOLDER:
+            lock.release()
+
+
 def give_back(path: Path) -> None:
     """Release the lock of this process, if it has it."""
     if lock := HELD.pop(lock_file(path), None):
@@ -74,6 +90,19 @@ def one_at_a_time(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         give_back(path)
+
+
+def lock_inside(folder: Path) -> str | None:
+    """A sentence where another process has a lock inside of `folder`, such as an evaluation of the run; None where none.
+
+    The folder must not be renamed then. Locks of processes that are gone are removed.
+    """
+    for file in folder.rglob(".*.lock"):
+        locked = file.with_name(file.name.removeprefix(".").removesuffix(".lock"))
+        if problem := try_lock(locked, "another command"):
+            return problem
+        give_back(locked)
+    return None
 
 
 def holder_of(file: Path) -> str:

@@ -2,6 +2,7 @@
 
     outputs/<run>/
         arguments.yaml         all arguments, in the form that --config reads
+        skipped_rows.json      rows that `skip_bad_rows` passed over, and why
         begun_with.json        where the command ran, so that relative paths are found again from anywhere
         progress.json          how far it is, and its attempts: for status.py and for restarts
         checkpoint-<step>/     with copies of arguments.yaml and progress.json
@@ -25,9 +26,13 @@ import os
 import shutil
 import socket
 import sys
+import zlib
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from finetuning.failures import writing
 
 ARGUMENTS = "arguments.yaml"
 BEGUN_WITH = "begun_with.json"
@@ -40,12 +45,14 @@ UNFINISHED = "unfinished"
 TENSORBOARD = "runs"
 EVALUATION = "evaluation"
 REPORT = "report.html"
+SKIPPED_ROWS = "skipped_rows.json"
+CHECKSUM = "crc32"  # of the other values
 COUNTS = "count_calibration.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # Kept in each checkpoint, so that a damaged file of the run can be read there.
 COPIED = (ARGUMENTS, PROGRESS)
 # Not part of the trained adapter, nor of its description.
-BOOKKEEPING = (COUNTS, BEGUN_WITH, PROGRESS, TRAINER_STATE, WANDB_ID)
+BOOKKEEPING = (COUNTS, SKIPPED_ROWS, BEGUN_WITH, PROGRESS, TRAINER_STATE, WANDB_ID)
 # Of a finished run what is written again: by a damaged-file rule, by an evaluation.
 CHANGING = (METRICS, PROGRESS, REPORT, WANDB_ID, "manifest.json")
 
@@ -59,12 +66,18 @@ def write_atomically(path: Path, content: str | bytes, *, to_disk: bool = True) 
     `to_disk` waits for the disk in between: without it a machine that loses power may keep an empty file.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        if to_disk:
-            file.flush()
-            os.fsync(file.fileno())
-    unfinished.replace(path)
+    with writing(path):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                if to_disk:
+                    file.flush()
+                    os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
 
 
 def write_json(path: Path, values: Any, *, to_disk: bool = True) -> None:
@@ -82,6 +95,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged ({'empty' if not path.stat().st_size else error}). {remedy}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: damaged (expected an object, found {type(values).__name__}). {remedy}")
+    return values
+
+
+def write_checked(path: Path, values: dict[str, Any]) -> None:
+    """`write_json` with a checksum of the values beside them."""
+    values = json.loads(json.dumps(values))
+    write_json(path, values | {CHECKSUM: _checksum(values)})
+
+
+def read_checked(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_checked` wrote. Raises ValueError, with the remedy, where one character of it changed."""
+    values = read_json(path, remedy)
+    if values.pop(CHECKSUM, None) not in (None, _checksum(values)):
+        raise ValueError(f"{path}: damaged (changed since it was written). {remedy}")
     return values
 
 
@@ -162,13 +189,18 @@ def change_arguments(folder: Path, **values: Any) -> None:
 
 def write_begun_with(folder: Path, facts: dict[str, Any] | None = None) -> None:
     """Note where the command ran and where its folder was, and other `facts` of the start."""
-    write_json(folder / BEGUN_WITH, {"directory": os.getcwd(), "folder": os.path.abspath(folder), **(facts or {})})
+    write_checked(folder / BEGUN_WITH, {"directory": os.getcwd(), "folder": os.path.abspath(folder), **(facts or {})})
 
 
 def read_begun_with(folder: Path) -> dict[str, Any]:
     """`begun_with.json` of a run's folder or of one of its checkpoints; empty for runs that wrote none."""
     place = next((place for place in (folder, folder.parent) if (place / BEGUN_WITH).is_file()), folder)
-    return read_json(place / BEGUN_WITH, "Delete it: paths are then looked for from the current directory")
+    return read_checked(place / BEGUN_WITH, "Delete it: paths are then looked for from the current directory")
+
+
+def write_skipped_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Note which rows a training passed over, and why."""
+    write_json(folder / SKIPPED_ROWS, {"rows": list(rows)})
 
 
 def find_again(folder: Path, name: str) -> str:
@@ -273,7 +305,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """
     remedy = "The command that began the run continues from its last checkpoint, and writes it again"
     try:
-        return read_json(folder / METRICS, remedy)
+        return read_checked(folder / METRICS, remedy)
     except ValueError:
         try:
             state = read_json(folder / TRAINER_STATE, remedy)
@@ -306,7 +338,7 @@ def final_metrics(
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """The last file of a run: that it is there says that the run is complete."""
-    write_json(folder / METRICS, metrics)
+    write_checked(folder / METRICS, metrics)
 
 
 def read_log_history(folder: Path) -> list[dict[str, Any]]:
@@ -355,6 +387,11 @@ def open_run(name: str) -> tuple[Path, dict[str, Any]]:
     return run, arguments
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a training began here and has not ended: weights that lie here may be half written."""
+    return (folder / ARGUMENTS).is_file() and not (folder / "manifest.json").is_file() and not read_metrics(folder)
+
+
 def digest_weights(run: Path) -> str:
     """SHA-256 over the run's weight files, so that another training in the same folder is another run."""
     whole = hashlib.sha256()
@@ -379,7 +416,7 @@ def wandb_id(folder: Path, new: str) -> str:
 class EvaluationFolder:
     """`outputs/<run>/evaluation/<name>/`: answers as they come, then tables, and metrics.json last: it says `whole`.
 
-    answers.unfinished.jsonl starts with {"settings": ...}; each line after it is {"row": n, "<model>": answer}.
+    answers.unfinished.jsonl starts with {"settings": ...}; each line after it is {"row": n, "<model>": answer, "crc32"}.
     """
 
     def __init__(self, run: Path, name: str):
@@ -412,6 +449,7 @@ class EvaluationFolder:
         """Add a model's answers to the rows from `first_row` on. The file is replaced at once: a kill halves no line."""
         before = self.unfinished_file.read_text(encoding="utf-8")
         lines = [{"row": first_row + number, model: answer} for number, answer in enumerate(answers)]
+        lines = [line | {CHECKSUM: _checksum(line)} for line in lines]
         write_atomically(self.unfinished_file, before + _json_lines(lines))
 
     def kept(self, models: Sequence[str]) -> dict[str, list[str]]:
@@ -449,8 +487,12 @@ class EvaluationFolder:
         if not self.unfinished_file.is_file():
             return []
         try:
-            return [json.loads(line) for line in self.unfinished_file.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
+            entries = [json.loads(line) for line in self.unfinished_file.read_text(encoding="utf-8").splitlines()]
+            for number, entry in enumerate(entries, start=1):
+                if entry.pop(CHECKSUM, None) not in (None, _checksum(entry)):
+                    raise ValueError(f"line {number} changed since it was written")
+            return entries
+        except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{self.unfinished_file}: damaged ({error}). --overwrite evaluates anew; this one is kept beside it"
             ) from error
@@ -458,18 +500,22 @@ class EvaluationFolder:
 
 def write_count_settings(run: Path, settings: dict[str, Any]) -> None:
     """Forms of answers, candidates and calibration of a run's counts."""
-    write_json(run / COUNTS, settings)
+    write_checked(run / COUNTS, settings)
 
 
 def read_count_settings(run: Path) -> dict[str, Any]:
     """What `write_count_settings` wrote; empty where there is nothing. Raises ValueError for a damaged file."""
-    return read_json(run / COUNTS, "Evaluate the run again with --overwrite")
+    return read_checked(run / COUNTS, "Evaluate the run again with --overwrite")
 
 
 def evaluations(run: Path) -> list[Path]:
     """metrics.json of each finished evaluation of a run."""
     folder = run / EVALUATION
     return sorted([*folder.glob(f"*/{METRICS}"), *folder.glob(f"*/*/{METRICS}")])
+
+
+def _checksum(entry: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
 
 
 def _json_lines(entries: Sequence[dict[str, Any]]) -> str:

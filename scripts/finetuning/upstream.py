@@ -48,6 +48,7 @@ class Entry(NamedTuple):
 MODULE = "torch.nn.modules.module.Module"
 LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+ENGINE = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine.TorchCheckpointEngine"
 TRAINER = "transformers.trainer.Trainer"
 CACHE = ("past_key_values", "cache")  # keys and values of earlier tokens: transformers 5.23, 5.24
 DECODER_LAYER = tuple(
@@ -136,6 +137,7 @@ ENTRIES = [
     Entry("transformers.modeling_utils.PreTrainedModel", "_no_split_modules", "names what FSDP2 wraps"),
     Entry("deepspeed.runtime.zero.stage_1_and_2", "is_invalid_grad_norm", "never waits for the norm", ("norm",)),
     Entry("deepspeed.runtime.zero.stage3", "is_invalid_grad_norm", "never waits for the norm", ("norm",)),
+    Entry(ENGINE, "load", "reads tensors, and runs no code that a file holds", ("path, map_location",)),
     Entry(ZERO, "_update_model_bit16_weights", "keeps the views that there are", ("group_index",)),
     Entry(ZERO, "scaled_global_norm", "computes the norm in one launch, on the GPU", ("norm_type",)),
     Entry("deepspeed.runtime.engine", "ds_optim_param", "keeps buffers of frozen layers from being sent"),

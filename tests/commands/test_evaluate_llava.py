@@ -59,7 +59,7 @@ def test_a_zero_adapter_is_no_measurable_change_and_a_second_call_only_shows_it(
     assert "No measurable change: mean absolute error" in capsys.readouterr().out
     assert {path.name for path in (zero_run / "evaluation" / "test").iterdir()} == {
         "metrics.json", "answers.jsonl", "table.md", "report.html", "predicted_vs_true.png", "error_by_crowd_size.png",
-        "counts.jsonl",
+        "counts.jsonl", "manifest.json",
     }  # fmt: skip
     page = (zero_run / "report.html").read_text(encoding="utf-8")
     assert "No measurable change" in page and page.count("data:image/jpeg") > 2

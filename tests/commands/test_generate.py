@@ -107,7 +107,7 @@ def test_all_mistakes_in_pictures_and_questions_are_named_together(tmp_path, pic
     words = [tmp_path / "broken.jpg", tmp_path / "empty", tmp_path / "list.txt", pictures]
     assert str(pictures / "01.png") in find_images([str(word) for word in words], problems)
     assert len(problems) == 3
-    assert "broken.jpg: no picture that can be read" in "; ".join(problems)
+    assert "broken.jpg: its bytes are no picture that can be read" in "; ".join(problems)
     assert "empty: no pictures in this folder" in "; ".join(problems)
     assert "missing.png: no such file" in "; ".join(problems)
     assert read_questions(["a?", "a?", str(tmp_path / "nothing.txt")], problems) == ["a?"]

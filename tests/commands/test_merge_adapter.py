@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 import yaml
-from merge_adapter import main as merge
+from merge_adapter import check_inputs
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from finetuning.export import merge_run
 from finetuning.export.merging import check_proof, compare_observations, make_probes, observe
 from finetuning.models.loading import (
     check_adapter_is_complete,
@@ -17,8 +18,15 @@ from finetuning.models.loading import (
     load_for_inference,
     load_processing_class,
 )
+from finetuning.run_folder import write_metrics
 
 DTYPE = torch.float32
+
+
+def merge(run, output, dtype_name, rows, max_shard_size):
+    """The command's work, its report in hand."""
+    arguments = check_inputs(run, output)
+    return merge_run.merge(run, output, arguments, dtype_name=dtype_name, rows=rows, max_shard_size=max_shard_size)
 
 
 def make_run(folder, base, *, scale, whole=None, arguments=None):
@@ -35,6 +43,7 @@ def make_run(folder, base, *, scale, whole=None, arguments=None):
     model.save_pretrained(folder)
     load_processing_class(str(base)).save_pretrained(folder)
     (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments or {"seed": 0}), encoding="utf-8")
+    write_metrics(folder, {"completed": True})
     return folder
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sweep
 import yaml
 from conftest import ROOT, run_command, run_here
 
@@ -76,6 +77,22 @@ def test_all_mistakes_of_a_submission_are_told_at_once():
     assert result.returncode == 1 and "Traceback" not in result.stderr
     for part in ("scripts/train_lava.py: no training command", "dpd: no strategy", "--lora_rank"):
         assert part in result.stderr
+
+
+def test_points_of_a_sweep_never_share_a_folder(tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "model_name_or_path: [a/b, a_b, a b, 'a,b=c', a%2Fb]\nlora_target_modules: [[q_proj, v_proj], 'q_proj,v_proj']"
+    )
+    points = sweep.read_grid(grid)
+    words = [sweep.words_of(point, "recipe", "runs", []) for point in points]
+    folders = {line[-1] for line in words}
+    assert len(folders) == len(points) == 10 and not sweep.folder_problems(words)
+    assert "runs/model_name_or_path=a%2Fb,lora_target_modules=[q_proj,v_proj]" in folders
+    same = [sweep.words_of({"seed": seed}, "recipe", "runs", []) for seed in (1, "1", 2)]
+    assert sweep.folder_problems(same) == ["points 0 and 1 are the same run: runs/seed=1"]
+    long = [sweep.words_of({"model_name_or_path": "m" * 300}, "recipe", "runs", [])]
+    assert "a folder's name of 319 characters" in sweep.folder_problems(long)[0]
 
 
 def test_the_wandb_sweep_varies_keys_of_its_recipe_and_scores_what_is_logged():

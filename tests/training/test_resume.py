@@ -111,7 +111,7 @@ def test_data_base_and_template_are_what_the_run_was_begun_with(begun, name, wor
         start_or_continue(str(begun), ARGUMENTS, changed)
     assert start_or_continue(str(begun), ARGUMENTS, changed, accept_changes=True)
     noted = run_folder.read_begun_with(begun)
-    assert noted["sha256"] == changed and words in noted["accepted"][0]["changes"][0]
+    assert noted["xxh3_128"] == changed and words in noted["accepted"][0]["changes"][0]
     assert start_or_continue(str(begun), ARGUMENTS, changed)  # accepted once and for all
     assert run_folder.read_begun_with(begun)["accepted"] == noted["accepted"]
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -251,7 +251,10 @@ def with_pictures(example: dict[str, Any]) -> dict[str, Any]:
         try:
             opened.append(open_picture(image))
         except PictureError as error:
-            raise ValueError(f"row {example.get('row', '(unnumbered)')}, picture {number}: {error}") from error
+            name = image.get("path") if isinstance(image, Mapping) else None
+            named = f" ({name})" if name and str(name) not in str(error) else ""
+            where = f"row {example.get('row', '(unnumbered)')}, picture {number}{named}"
+            raise ValueError(f"{where}: {error}") from error
     return example | {"images": opened, "messages": place_images(example["messages"])}
 
 

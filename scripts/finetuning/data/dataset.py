@@ -1,13 +1,20 @@
 """Opening the dataset that data preparation wrote, and refusing what training could not use."""
 
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import IntervalStrategy
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
+from finetuning.folder_lock import refuse_together
+from finetuning.manifest import described_files, is_sealed, manifest_problems
 from finetuning.model_files import refuse_missing_dataset
 
 
@@ -16,11 +23,14 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
 
     For a vision model `images` holds files' bytes, which `finetuning.data.pictures.open_picture` opens.
 
-    Raises ValueError that lists every missing column, or says which command makes what is not there.
+    A prepared dataset is compared with its manifest first, on the main process: a flipped bit in a picture is found.
+
+    Raises ValueError that lists every missing column or damaged file, or says which command makes what is not there.
     """
     folder = Path(name)
     try:
-        if (folder / "dataset_dict.json").is_file():
+        if (folder / "dataset_dict.json").is_file() or is_sealed(folder):
+            refuse_together(lambda: describe_damage(folder))
             dataset = load_from_disk(name)
         else:
             refuse_missing_dataset(name, vision=vision)
@@ -30,6 +40,8 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
             f"{name}: neither a folder nor a dataset that could be reached on the Hub ({str(error).splitlines()[0]}). "
             "Check the name and the network; without network prepare a folder with the commands in data_prep/"
         ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name}: cannot be read: {error.__cause__ or error}") from error
     wanted = {"messages", "images"} if vision else {"messages"}
     problems = [
         f"split {split!r} lacks {', '.join(sorted(wanted - set(rows.column_names)))} and has {', '.join(rows.column_names)}"
@@ -41,6 +53,55 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     if vision:
         dataset = DatasetDict({split: with_undecoded_pictures(rows) for split, rows in dataset.items()})
     return dataset
+
+
+def describe_damage(folder: Path) -> str | None:
+    """A sentence that names the damaged files of a dataset on disk; None where all is whole."""
+    remedy = "Prepare it again, or restore it from a copy"
+    try:
+        if described_files(folder) is not None:
+            problems = manifest_problems(folder)
+        else:
+            problems = unreadable_files(sorted(folder.glob("*/data-*.arrow")))
+    except ValueError as error:
+        return str(error)
+    return f"{folder}: damaged: {'; '.join(problems)}. {remedy}" if problems else None
+
+
+def unreadable_files(paths: Sequence[Path]) -> list[str]:
+    """Arrow files that cannot be read, each with why: a damaged one may end the process that reads it, so a child does."""
+    problems, left = [], list(paths)
+    context = multiprocessing.get_context("fork")
+    while left:
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_read_arrow_files, args=(left, sender))
+        child.start()
+        sender.close()
+        found = []
+        try:
+            while True:
+                found.append(receiver.recv())
+        except EOFError:
+            child.join()
+        problems += filter(None, found)
+        if child.exitcode == 0:
+            break
+        problems.append(f"{left[len(found)]}: a process that reads it ends by {signal.Signals(-child.exitcode).name}")
+        left = left[len(found) + 1 :]
+    return problems
+
+
+def _read_arrow_files(paths: Sequence[Path], sender: Connection) -> None:
+    """Send None or what is wrong for each file; offsets of lists and strings are checked, pictures are not read."""
+    for path in paths:
+        problem = None
+        try:
+            with pa.memory_map(str(path)) as file:
+                options = pa.ipc.IpcReadOptions(use_threads=False)
+                pa.ipc.open_stream(file, options=options).read_all().validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            problem = f"{path}: {error}"
+        sender.send(problem)
 
 
 def with_undecoded_pictures(rows: Dataset) -> Dataset:
@@ -67,7 +128,14 @@ def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
         sizes = ", ".join(f"{key} ({len(rows)})" for key, rows in dataset.items())
         raise ValueError(f"{name}: no rows in split {split!r}; there are {sizes}")
     rows = dataset[split]
-    return rows.add_column("row", range(len(rows))) if "row" not in rows.column_names else rows
+    rows = rows.add_column("row", range(len(rows))) if "row" not in rows.column_names else rows
+    rows.info.dataset_name = name
+    return rows
+
+
+def describe_rows(rows: Dataset) -> str:
+    """`data/cctv, split train`, as far as rows know where they are from."""
+    return ", ".join(filter(None, (rows.info.dataset_name, f"split {rows.split}" if rows.split else "")))
 
 
 def open_validation(

@@ -112,6 +112,21 @@ def open_picture(
             raise PictureError("corrupt_image", detail) from error
 
 
+def what_is_wrong(path: Path) -> str | None:
+    """Why a file cannot be opened as a picture, told from its header: format and size, before any pixel is decoded."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+    except FileNotFoundError:
+        return "no such file"
+    except Image.UnidentifiedImageError:
+        with path.open("rb") as file:
+            return _what_it_is(file.read(64))
+    except (Image.DecompressionBombError, *DECODING_ERRORS) as error:
+        return f"no picture that can be read ({error})"
+    return f"{width}x{height} pixels; at most {MAX_PIXELS:,} are allowed" if width * height > MAX_PIXELS else None
+
+
 def is_litter(path: Path) -> bool:
     """Whether `path` is a file that an operating system left there: `._a.jpg`, `__MACOSX/`, `Thumbs.db`, `.DS_Store`."""
     return path.name.startswith("._") or any(part.lower() in LITTER for part in path.parts)

@@ -62,7 +62,8 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     ]
     sizes = [sum(len(message["content"]) for message in messages) for messages in texts]
     characters = [sum(sizes[row] for row in rows) for rows in groups]
-    grouped = Dataset.from_dict({"rows": groups, "characters": characters})
+    grouped = Dataset.from_dict({"rows": groups, "characters": characters}, split=dataset.split)
+    grouped.info.dataset_name = dataset.info.dataset_name
     grouped.set_transform(partial(read_grouped_rows, dataset))
     return grouped
 

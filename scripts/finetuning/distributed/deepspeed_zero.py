@@ -1,6 +1,8 @@
 """DeepSpeed ZeRO: settings that follow from the model, and steps in which the host never waits for the GPU."""
 
+import re
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
     """
     zero = config["zero_optimization"]
     disable_host_syncs(config)
+    read_tensors_only()
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # PyTorch's AdamW steps on the CPU too. DeepSpeed compiles its own at first use, with a CUDA toolkit that few
         # machines have (DeepSpeed#2772).
@@ -54,6 +57,31 @@ def disable_host_syncs(config: dict[str, Any]) -> None:
         config["bf16"]["check_grad_overflow"] = False
         for module in (stage_1_and_2, stage3):
             upstream.replace(module, "is_invalid_grad_norm", lambda norm: False)
+
+
+def read_tensors_only() -> None:
+    """Let DeepSpeed read its checkpoints with `weights_only`: it would run whatever code is pickled in them."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    upstream.replace(TorchCheckpointEngine, "load", load_tensors_only)
+
+
+def load_tensors_only(engine: Any, path: str, map_location: Any = None) -> Any:
+    """`TorchCheckpointEngine.load` that builds tensors, plain values, and what DeepSpeed itself keeps beside them.
+
+    Raises ValueError that names the file and what else is in it.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"holds {found[1]}, which is no tensor and could run code" if found else "cannot be read as tensors"
+            raise ValueError(f"{path}: {what}: continue from another checkpoint, or begin anew") from error
 
 
 def all_gather_whole_layers(model: nn.Module, zero: dict[str, Any]) -> None:

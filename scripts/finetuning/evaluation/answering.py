@@ -14,8 +14,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from finetuning.folder_lock import take_lock
+from finetuning.folder_lock import refuse_together, take_lock
 from finetuning.inference.generation import answer_rows
+from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.models.loading import load_for_inference
 from finetuning.run_folder import EvaluationFolder, changed_settings, set_aside
 
@@ -66,6 +67,8 @@ def start_evaluation(folder: EvaluationFolder, settings: dict[str, Any], *, over
             "ones to see it, or with --overwrite to make a new one (the old one is kept under another name)"
         )
     finished = not overwrite and bool(folder.metrics())
+    if finished and has_manifest(folder.folder):
+        refuse_together(lambda: describe_damage(folder.folder))
     state.wait_for_everyone()
     if state.is_main_process:
         if overwrite and folder.folder.exists():
@@ -74,6 +77,13 @@ def start_evaluation(folder: EvaluationFolder, settings: dict[str, Any], *, over
             folder.begin(settings)
     state.wait_for_everyone()
     return finished
+
+
+def describe_damage(folder: Path) -> str | None:
+    """A sentence that names what of a finished evaluation is not as it was written; None where all is."""
+    problems = manifest_problems(folder)
+    remedy = "--overwrite evaluates anew; the damaged evaluation is kept beside it"
+    return f"{folder}: damaged: {'; '.join(problems)}. {remedy}" if problems else None
 
 
 def answer_with_both(

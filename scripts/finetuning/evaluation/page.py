@@ -12,6 +12,7 @@ from finetuning import tracking
 from finetuning.evaluation.plots import loss_curves
 from finetuning.evaluation.report import Item, Plot, write_report
 from finetuning.evaluation.verdict import Verdict, describe, details, headline
+from finetuning.manifest import MANIFEST, write_manifest
 from finetuning.pages import Say, Table, speak
 from finetuning.run_folder import (
     EVALUATION,
@@ -58,10 +59,11 @@ def write_evaluation(
     is_headline: bool,
     warning: str = "",
 ) -> None:
-    """All files of an evaluation into `folder`, metrics.json last; and its tables and pictures to W&B.
+    """All files of an evaluation into `folder`, metrics.json and the manifest last; and its tables and pictures to W&B.
 
     With `is_headline` the page also becomes the run's own, `report.html`. A `warning` stands above the verdict.
     """
+    (folder.folder / MANIFEST).unlink(missing_ok=True)  # of another language's page
     say = speak(language)
     sentences = [describe(verdict, say) for verdict in findings.verdicts]
     plots = list(findings.plots)
@@ -105,6 +107,7 @@ def write_evaluation(
     }
     tables = [f"**{table.title}**\n\n{table.as_markdown()}" for table in findings.tables]
     folder.finish(metrics, findings.lines, "\n\n".join([*([warning] if warning else []), *sentences, *tables]))
+    write_manifest(folder.folder)
     items = [item for group in findings.item_groups.values() for item in group]
     name = folder.folder.relative_to(run / EVALUATION).as_posix()
     log_to_wandb(run, name, findings.numbers, findings.tables, plots, items)

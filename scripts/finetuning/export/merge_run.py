@@ -8,6 +8,7 @@ import psutil
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from finetuning.export.merging import (
@@ -25,6 +26,7 @@ from finetuning.export.merging import (
     write_merge_report,
 )
 from finetuning.export.model_card import write_model_card
+from finetuning.failures import writing
 from finetuning.folder_lock import one_at_a_time
 from finetuning.manifest import files_in, follow_umask, write_manifest
 from finetuning.models.loading import (
@@ -37,6 +39,7 @@ from finetuning.models.loading import (
     load_saved_processing_class,
 )
 from finetuning.run_folder import adapter_base, find_again
+from finetuning.training.origin import refuse_changed_run
 
 GIB = 2**30
 
@@ -54,14 +57,26 @@ def choose_device(num_bytes: int) -> str:
     return "cpu"
 
 
-def merge(run: Path, output: Path, arguments: dict, *, dtype_name: str | None, rows: int, max_shard_size: str) -> dict:
+def merge(
+    run: Path,
+    output: Path,
+    arguments: dict,
+    *,
+    dtype_name: str | None,
+    rows: int,
+    max_shard_size: str,
+    accept_changes: bool = False,
+) -> dict:
     """The merged model in `output`, its report and card; `arguments` are the run's. Returns the report.
 
-    Raises ValueError where it does not fit, where another process does it, or where the merge is not proven: nothing is
-    left behind then.
+    Raises ValueError where it does not fit, where another process does it, where run, base or data are not what was
+    trained, or where the merge is not proven: nothing is left behind then.
     """
-    with one_at_a_time(output, "a merge"):
-        return merge_alone(run, output, arguments, dtype_name, rows, max_shard_size)
+    with one_at_a_time(output, "a merge"), writing(output, SafetensorError):
+        data = find_again(run, arguments.get("dataset_name", "")) or None
+        changes = refuse_changed_run(run, arguments, adapter_base(run), data, accept_changes=accept_changes)
+        accepted = {"accepted_changes": changes} if changes else {}
+        return merge_alone(run, output, arguments, dtype_name, rows, max_shard_size, accepted)
 
 
 def answers_of(
@@ -80,8 +95,32 @@ def answers_of(
     ]
 
 
+def where_it_fits(output: Path, num_bytes: int) -> str:
+    """`choose_device`, after a look at the disk. Raises ValueError where memory or disk is too small."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(output.parent).free) < 1.05 * num_bytes:
+        raise ValueError(f"{output}: needs {num_bytes / GIB:.1f} GiB of disk, {free / GIB:.1f} GiB are free")
+    return choose_device(num_bytes)
+
+
+def load_with_adapter(run: Path, base: str, dtype: torch.dtype, device: str, revision: str) -> PeftModel:
+    """The base in the dtype of the merge, and the run's adapter on it."""
+    model = load_base_model(base, dtype=dtype, device_map={"": device}, revision=revision)
+    model = PeftModel.from_pretrained(model, run).eval()
+    for part in model.modules():
+        if isinstance(part, ModulesToSaveWrapper):  # saved as the fp32 masters of training; LoRA is computed in fp32
+            part.to(dtype)
+    return model
+
+
 def merge_alone(
-    run: Path, output: Path, arguments: dict, dtype_name: str | None, rows: int, max_shard_size: str
+    run: Path,
+    output: Path,
+    arguments: dict,
+    dtype_name: str | None,
+    rows: int,
+    max_shard_size: str,
+    accepted: dict[str, list[str]],
 ) -> dict:
     # Whether it can be merged: before any weights are loaded
     adapter = PeftConfig.from_pretrained(run)
@@ -91,21 +130,13 @@ def merge_alone(
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{base}: this base is stored quantised, and merging into it would lose what was trained")
     dtype = getattr(torch, dtype_name) if dtype_name else dtype_of_run(arguments)
-    num_bytes = num_weights(config) * dtype.itemsize
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(output.parent).free) < 1.05 * num_bytes:
-        raise ValueError(f"{output}: needs {num_bytes / GIB:.1f} GiB of disk, {free / GIB:.1f} GiB are free")
-    device = choose_device(num_bytes)
+    device = where_it_fits(output, num_weights(config) * dtype.itemsize)
     processing_class = load_saved_processing_class(run)
     probes = make_probes(is_vision(config), find_again(run, arguments.get("dataset_name", "")) or None, rows)
 
     # Base + adapter, as it should be; and the base alone
-    model = load_base_model(base, dtype=dtype, device_map={"": device}, revision=revision)
+    model = load_with_adapter(run, base, dtype, device, revision)
     follow_tiles(model.config, processing_class)
-    model = PeftModel.from_pretrained(model, run).eval()
-    for part in model.modules():
-        if isinstance(part, ModulesToSaveWrapper):  # saved as the fp32 masters of training; LoRA is computed in fp32
-            part.to(dtype)
     tuned = observe(model, processing_class, probes, description="Asking base + adapter")
     with model.disable_adapter():
         untuned = observe(model, processing_class, probes, description="Asking the base", follow=tuned)
@@ -139,6 +170,7 @@ def merge_alone(
             "base_revision": revision,
             "dtype": str(dtype).removeprefix("torch."),
             "device": device,
+            **accepted,
             **changes,
             "tolerance": {"mean_kl": TOLERANCE[str(dtype).removeprefix("torch.")], "share_of_training": LARGEST_SHARE},
             "base_against_tuned": compare_observations(tuned, untuned),

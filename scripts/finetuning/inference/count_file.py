@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from finetuning.data.count_tree import AnswerForm
+from finetuning.failures import writing
 from finetuning.inference.count_calibration import Calibration, read_out
 from finetuning.inference.count_distribution import CountReader, read_counts
 from finetuning.run_folder import digest_weights, read_count_settings
@@ -46,7 +47,7 @@ def write_counts(
 
     All are null where the question is none that training asked for a count.
     """
-    with output.open("a", encoding="utf-8") as file:
+    with writing(output), output.open("a", encoding="utf-8") as file:
         for start in range(0, len(items), ROWS_A_WRITE):
             places = range(start, min(start + ROWS_A_WRITE, len(items)))
             likelihoods = read_counts(reader, [rows[place] for place in places], batch_size=batch_size)

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from finetuning.data.pictures import PictureError, open_picture
+from finetuning.failures import writing
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.generation import answer_one, answer_rows
 from finetuning.inference.packed_decoder import reason_against
@@ -66,7 +67,7 @@ class Session:
             batch_size=self.batch_size,
         )
         done = 0
-        with output.open("a", encoding="utf-8") as file:
+        with writing(output), output.open("a", encoding="utf-8") as file:
             for window in windows:
                 answers = window["tuned"]
                 if state.is_main_process:

@@ -50,6 +50,7 @@ def refuse_what_cannot_work(
         *fp8_problems(script_args, training_args, model_args, capability, config),
         *option_problems(training_args, capability),
         *rate_problems(script_args, training_args),
+        *skip_problems(script_args, train_rows),
     ]
     try:
         placed = place_without_weights(config, script_args, training_args, model_args)
@@ -63,6 +64,13 @@ def refuse_what_cannot_work(
     problems += disk_problems(training_args, counts, len(train_rows))
     if problems:
         raise ValueError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def skip_problems(script_args: ScriptArguments, rows: Dataset) -> list[str]:
+    """`skip_bad_rows` of rows in which nothing can be bad."""
+    if not script_args.skip_bad_rows or "images" in rows.column_names:
+        return []
+    return [f"skip_bad_rows: {script_args.skip_bad_rows} has no effect: the rows hold no pictures. Remove it"]
 
 
 def row_problems(training_args: TrainingArguments, rows: Dataset) -> list[str]:

@@ -27,6 +27,7 @@ from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, 
 from finetuning.tasks.base import Asked
 from finetuning.tasks.count_reading import distribution_table, read_back, read_distributions
 from finetuning.tasks.exam import TASKS, Exam, make_exam
+from finetuning.training.origin import refuse_changed_run
 
 TAUGHT = (
     "THE RUN WAS TRAINED ON THESE VERY ROWS: right answers here are memory, and say nothing of new pictures. Evaluate a "
@@ -56,9 +57,10 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         "questions_sha256": digest_questions(exam),
         "weights_sha256": digest_weights(run),
     }
+    base = untuned_model(run)
+    settings |= accepted_changes(run, arguments, base, args)
     folder, is_headline = evaluation_folder(run, arguments, name, args.split)
     finished = start_evaluation(folder, settings, overwrite=args.overwrite)
-    base = untuned_model(run)
     if not finished:
         # Answers, of both models to the same prompts
         answers = answer_with_both(
@@ -96,6 +98,21 @@ def add_distribution(findings: Findings, run: Path, folder: EvaluationFolder, sa
         findings.metrics["distribution"] = scores
         findings.tables.append(distribution_table(scores, of_count["scores"]["tuned"], say))
         findings.numbers |= {f"tuned_median_{key}": scores[key] for key in ("mae", "rmse", "coverage", "width")}
+
+
+def accepted_changes(
+    run: Path, arguments: Mapping[str, Any], base: str, args: argparse.Namespace
+) -> dict[str, list[str]]:
+    """`{"accepted_changes": [...]}` where the run, its base or its own data are not what was trained, and that is accepted.
+
+    Raises ValueError where it is not. The run's data are asked for only where its rows are.
+    """
+    own = find_again(run, arguments["dataset_name"])
+    asks_own = args.dataset is None or is_own(run, arguments, args.dataset)
+    changes = refuse_changed_run(
+        run, dict(arguments), base, own if asks_own else None, accept_changes=args.accept_changes
+    )
+    return {"accepted_changes": changes} if changes else {}
 
 
 def train_rows_of(

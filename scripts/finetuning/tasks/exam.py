@@ -255,7 +255,11 @@ def make_exam(rows: Dataset, train_rows: Dataset | None, *, task: str | None = N
         facts, tasks, places = [facts[i] for i in kept], [tasks[i] for i in kept], [places[i] for i in kept]
     questions = rows.select(places)
     if facts:  # datasets cannot add a column to nothing
-        questions = questions.remove_columns("messages").add_column("messages", [fact["messages"] for fact in facts])
+        # To all rows, then chosen: of chosen rows the library would first write a copy, pictures and all, beside the data.
+        messages: list[list[dict[str, Any]]] = [[] for _ in range(len(rows))]
+        for place, fact in zip(places, facts, strict=True):
+            messages[place] = fact["messages"]
+        questions = rows.remove_columns("messages").add_column("messages", messages).select(places)
     return Exam(questions, facts, tasks, by_task, refused, assignment.evidence)
 
 

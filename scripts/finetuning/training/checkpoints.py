@@ -16,7 +16,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from finetuning import run_folder, upstream
-from finetuning.manifest import files_in, follow_umask, has_manifest, manifest_problems, write_manifest
+from finetuning.failures import writing
+from finetuning.manifest import (
+    files_in,
+    follow_umask,
+    has_manifest,
+    manifest_problems,
+    sync,
+    write_manifest_while_syncing,
+)
 from finetuning.strategy import Strategy
 
 # What names of weights begin with, one process's or all of them: adapters, whole models, shards of FSDP2.
@@ -46,7 +54,8 @@ class CheckpointingTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(run / run_folder.UNFINISHED, SafetensorError):
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
@@ -54,9 +63,10 @@ class CheckpointingTrainer(SFTTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            run_folder.copy_into_checkpoint(run, unfinished)
-            put_in_place(unfinished, final, needs_optimizer=not self.args.save_only_model)
+            with writing(unfinished):
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                run_folder.copy_into_checkpoint(run, unfinished)
+                put_in_place(unfinished, final, needs_optimizer=not self.args.save_only_model)
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=self.args.save_total_limit,
@@ -101,17 +111,11 @@ def put_in_place(unfinished: Path, final: Path, *, needs_optimizer: bool = True)
             f"{unfinished}: written, but cannot be read back: {'; '.join(problems)}. Is the disk full or failing?"
         )
     follow_umask(files_in(unfinished))
-    write_manifest(unfinished)
-    for path in [*unfinished.rglob("*"), unfinished]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    write_manifest_while_syncing(unfinished)
     if final.exists():  # one that a restart found unreadable, and whose step has come again
         final.rename(unfinished.parent / "replaced")
     unfinished.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync([final.parent])
     shutil.rmtree(unfinished.parent)
 
 

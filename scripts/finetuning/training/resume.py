@@ -4,14 +4,17 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from finetuning import run_folder, tracking
-from finetuning.folder_lock import give_back, take_lock
+from finetuning.failures import writing
+from finetuning.folder_lock import give_back, lock_inside, refuse_together, take_lock
 from finetuning.manifest import write_manifest
 from finetuning.strategy import Strategy
 from finetuning.training import origin
@@ -24,7 +27,7 @@ MAY_CHANGE = {
     "include_num_input_tokens_seen", "log_adapter", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "overwrite_completed_run", "per_device_eval_batch_size", "project", "report_to", "run_name",
     "early_stopping_patience", "greater_is_better", "load_best_model_at_end", "metric_for_best_model",
-    "save_steps", "save_strategy", "save_total_limit", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
+    "skip_bad_rows", "save_steps", "save_strategy", "save_total_limit", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "restore_callback_states_from_checkpoint",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo",
 }  # fmt: skip
@@ -57,6 +60,7 @@ def start_or_continue(
     *,
     overwrite_completed: bool = False,
     accept_changes: bool = False,
+    skipped_rows: Sequence[dict[str, Any]] = (),
 ) -> str | None:
     """Make the run's folder; the checkpoint to continue from, None for a fresh start.
 
@@ -71,6 +75,7 @@ def start_or_continue(
     if metrics.get("completed"):
         if not overwrite_completed:
             leave_complete(folder, metrics, arguments)
+        refuse_together(lambda: lock_inside(folder))
         with state.main_process_first():
             if state.is_main_process:
                 print(f"The completed run is kept as {run_folder.set_aside(folder)}")
@@ -93,6 +98,8 @@ def start_or_continue(
         folder.mkdir(parents=True, exist_ok=True)
         run_folder.write_arguments(folder, arguments)
         origin.note(folder, fingerprints, changes)
+        if skipped_rows:
+            run_folder.write_skipped_rows(folder, skipped_rows)
         run_folder.begin_attempt(folder, from_step)
         if checkpoint is not None:
             print(f"Continuing from {checkpoint}")
@@ -154,7 +161,7 @@ def leave_complete(folder: Path, metrics: dict[str, Any], arguments: dict[str, A
 
 def refuse_other_run(folder: Path, checkpoint: Path, arguments: dict[str, Any]) -> None:
     """Raise ValueError that lists why a checkpoint cannot be continued with these arguments and this launch."""
-    before = run_folder.read_arguments(folder)
+    before = run_folder.read_arguments(checkpoint)  # its copy, which was compared with the manifest
     if before is None:
         return
     problems = continuation_problems(checkpoint, arguments)
@@ -264,8 +271,9 @@ def describe_run(trainer: Any) -> str:
 def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     """Save the weights, the processor, the trainer's state and the metrics; the metrics last: they say `completed`."""
     folder, state = Path(trainer.args.output_dir), trainer.state
-    trainer.save_model()
-    trainer.save_state()
+    with writing(folder, SafetensorError):
+        trainer.save_model()
+        trainer.save_state()
     if trainer.is_world_process_zero():
         kept = kept_step(trainer.args, state)
         metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step, kept)

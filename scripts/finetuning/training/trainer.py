@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning import run_folder, tracking, upstream
 from finetuning.data.collator import CollateSupervisedRows
+from finetuning.data.dataset import describe_rows
 from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.deepspeed_zero import shorten_optimizer_step
 from finetuning.distributed.fsdp2 import keep_fp32_reductions
 from finetuning.distributed.full_weights import full_trained_weights, full_weights
+from finetuning.failures import sentence
 from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import use_supervised_rows
@@ -115,11 +119,9 @@ class FineTuningTrainer(LearningRatesTrainer):
         if self.pop_callback(WandbCallback):
             self.add_callback(tracking.WandbCallbackThatReturns())
         self.add_callback(StopTogether(self.stop_request))
-        if self.stop_early is not None:
-            self.add_callback(self.stop_early)
-        self.add_callback(ShowProgress(self.exam.headlines if self.exam else {}))
-        if self.layer_checkpointing is not None:
-            self.add_callback(self.layer_checkpointing)
+        shown = ShowProgress(self.exam.headlines if self.exam else {})
+        for callback in filter(None, (self.stop_early, shown, self.layer_checkpointing)):
+            self.add_callback(callback)
         if cuda_graphs:  # after the choice of the layers
             self.add_callback(CudaGraphs(self))
         self.add_callback(SpareTheHost(self))
@@ -152,7 +154,8 @@ class FineTuningTrainer(LearningRatesTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         started = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        with rows_named(self.train_dataset):
+            batches = super().get_batch_samples(*args, **kwargs)
         self.step_metrics.waited += time.perf_counter() - started
         return batches
 
@@ -257,7 +260,8 @@ class FineTuningTrainer(LearningRatesTrainer):
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         started = time.perf_counter()
         self.step_metrics.read_arrived(wait=True)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with rows_named(self.eval_dataset):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.exam is not None:
             scores, table = answers_scored(self)
             scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -306,6 +310,21 @@ class FineTuningTrainer(LearningRatesTrainer):
             follow_umask(folder.glob("*.safetensors"))
             # A pickle that nothing here reads: arguments.yaml says the same, to people too.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def rows_named(rows: Dataset) -> Iterator[None]:
+    """What the collator says of a row gets the dataset and the split that it is of; other errors are passed on."""
+    try:
+        yield
+    except ValueError as error:
+        said = sentence(error)
+        if not said.startswith("row "):
+            raise
+        raise ValueError(
+            f"{describe_rows(rows)}, {said.rstrip()}. Correct it and prepare again; a picture that does not decode is passed "
+            "over with --skip_bad_rows 1, and the same command continues from the last checkpoint"
+        ) from error
 
 
 def takes_over_checkpointing(training_args: Any, strategy: Strategy) -> bool:

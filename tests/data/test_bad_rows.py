@@ -1,0 +1,53 @@
+"""A picture that does not decode is named with its dataset, split and row, or passed over with the next row in its place."""
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+from finetuning.data.bad_rows import pass_over_bad_rows
+from finetuning.data.dataset import open_split, with_undecoded_pictures
+from finetuning.training.trainer import rows_named
+from support.raw_data import draw
+
+
+@pytest.fixture
+def splits(tmp_path) -> DatasetDict:
+    """Twelve rows to train on, of which 3, 4 and 11 hold no whole picture, and two to validate."""
+    whole = [draw(tmp_path / f"{number}.png", number).read_bytes() for number in range(14)]
+    pictures = [data[:60] if number in (3, 4, 11) else data for number, data in enumerate(whole)]
+    features = Features(
+        {"messages": List({"role": Value("string")}), "images": List(Image(decode=False)), "name": Value("string")}
+    )
+
+    def rows(numbers: range, split: str) -> Dataset:
+        values = [
+            {"messages": [], "images": [{"bytes": pictures[n], "path": f"{n}.png"}], "name": str(n)} for n in numbers
+        ]
+        return with_undecoded_pictures(Dataset.from_list(values, features=features, split=split))
+
+    return DatasetDict({"train": rows(range(12), "train"), "validation": rows(range(12, 14), "validation")})
+
+
+def test_at_most_so_many_rows_are_passed_over_and_the_next_stands_in(splits):
+    train, validation = (open_split(splits, name, "data/cctv") for name in ("train", "validation"))
+    kept, kept_validation, bad = pass_over_bad_rows(3, train, validation)
+    assert kept["name"] == ["0", "1", "2", "5", "5", "5", "6", "7", "8", "9", "10", "0"]
+    assert kept_validation["name"] == ["12", "13"] and len(kept) == len(train)
+    assert [(row["split"], row["row"], row["picture"]) for row in bad] == [
+        ("train", number, f"picture 1 ({number}.png)") for number in (3, 4, 11)
+    ]
+    assert kept._indices is None  # else adding a column would copy all pictures
+    with pytest.raises(
+        ValueError, match=r"(?s)data/cctv, split train: more rows than skip_bad_rows: 2.*row 11, picture 1"
+    ):
+        pass_over_bad_rows(2, train, validation)
+
+
+def test_an_error_of_a_row_gets_the_dataset_and_the_split(splits):
+    rows = open_split(splits, "train", "data/cctv")
+    with (
+        pytest.raises(ValueError, match=r"^data/cctv, split train, row 3, picture 1: bad\. .*--skip_bad_rows 1"),
+        rows_named(rows),
+    ):
+        raise ValueError("row 3, picture 1: bad")
+    with pytest.raises(ValueError, match=r"^something else$"), rows_named(rows):
+        raise ValueError("something else")
