@@ -26,7 +26,17 @@ from finetuning.training.resume import refuse_other_sharding
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
-LORA = {"language_model": "lora", "projector": "full", "vision_tower": "full", "lora_r": 4, "lora_alpha": 8}
+LORA = {
+    "language_model": "lora",
+    "projector": "full",
+    "vision_tower": "full",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    # Each part with a rate of its own: the optimizer's groups are divided, sharded and read again.
+    "learning_rate_projector": 5e-5,
+    "learning_rate_vision_tower": 2e-5,
+    "lora_plus_ratio": 4,
+}
 FULL = {"language_model": "full", "projector": "full", "vision_tower": "frozen"}
 RECIPE = {
     "global_batch_size": 4,
