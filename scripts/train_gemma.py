@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.data.dataset import open_dataset, open_split, open_validation
+from finetuning.data.dataset import open_dataset, open_split, open_validation, refuse_pictures
 from finetuning.data.label_audit import check_first_rows
 from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.kernels.packed_attention import register_packed_attention
@@ -43,6 +43,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=False)
     train_rows = open_split(dataset, script_args.dataset_train_split, script_args.dataset_name)
+    refuse_pictures(train_rows, script_args.dataset_name)
     validation_rows = open_validation(dataset, script_args, training_args)
     parts = open_mixed_in(script_args, vision=False, seed=training_args.seed)
     own_rows, train_rows = train_rows, mix(train_rows, parts, script_args)

@@ -286,6 +286,14 @@ class ModelArguments(ModelConfig):
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
+    init_lora_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "How LoRA begins. Unset: A random, B zero; gaussian, orthogonal: PEFT's other draws; pissa, "
+            "pissa_niter_16 (faster), olora: from the base's largest directions, saved as plain LoRA of twice the rank.",
+            "choices": ["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"],
+        },
+    )
 
 
 def parse_arguments(

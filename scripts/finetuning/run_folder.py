@@ -48,7 +48,7 @@ REPORT = "report.html"
 SKIPPED_ROWS = "skipped_rows.json"
 CHECKSUM = "crc32"  # of the other values
 COUNTS = "count_calibration.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kept in each checkpoint, so that a damaged file of the run can be read there.
 COPIED = (ARGUMENTS, PROGRESS)
 # Not part of the trained adapter, nor of its description.

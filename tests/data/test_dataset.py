@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from finetuning.data.collator import with_pictures
-from finetuning.data.dataset import open_dataset
+from finetuning.data.dataset import open_dataset, refuse_pictures
 
 MESSAGES = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "7"}]
 
@@ -30,3 +30,11 @@ def test_rows_of_json_lines_with_and_without_pictures(tmp_path):
         opened(tmp_path / "single", name)
     with pytest.raises(ValueError, match=r"row \(unnumbered\), picture 1: .*none\.png: no such file"):
         opened(tmp_path / "missing", [str(tmp_path / "none.png")])
+
+
+def test_pictures_are_not_left_out_of_a_training_on_text():
+    with_pictures, without = ([[{"bytes": b"x", "path": None}], []], [[], []])
+    rows = [Dataset.from_dict({"messages": ["a", "b"], "images": images}) for images in (with_pictures, without)]
+    with pytest.raises(ValueError, match=r"data/x: these rows have pictures, which train_gemma\.py does not show"):
+        refuse_pictures(rows[0], "data/x")
+    refuse_pictures(rows[1].select_columns(["messages"]), "data/x")

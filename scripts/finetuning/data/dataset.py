@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -136,6 +137,18 @@ def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:
 def describe_rows(rows: Dataset) -> str:
     """`data/cctv, split train`, as far as rows know where they are from."""
     return ", ".join(filter(None, (rows.info.dataset_name, f"split {rows.split}" if rows.split else "")))
+
+
+def refuse_pictures(rows: Dataset, name: str) -> None:
+    """Raise ValueError for rows with pictures, which a training on text would leave out."""
+    if (
+        "images" in rows.column_names
+        and pc.any(pc.greater(pc.list_value_length(rows.data.column("images")), 0)).as_py()
+    ):
+        raise ValueError(
+            f"{name}: these rows have pictures, which train_gemma.py does not show: train them with scripts/train_llava.py and a "
+            "model that sees, or prepare rows of text"
+        )
 
 
 def open_validation(

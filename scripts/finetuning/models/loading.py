@@ -33,7 +33,7 @@ from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of,
 from finetuning.model_files import config_of
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 from finetuning.models.parts import base_model_of
-from finetuning.run_folder import adapter_base, read_arguments
+from finetuning.run_folder import ADAPTER_WEIGHTS, adapter_base, read_arguments
 from finetuning.strategy import Strategy
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
@@ -320,7 +320,7 @@ def check_adapter_is_complete(folder: Path, modules_to_save: Sequence[str]) -> N
 
     PEFT would only warn, and use the base's own part.
     """
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         names = [name.split(".") for name in file.keys()]  # noqa: SIM118 - not a dict
     missing = [module for module in modules_to_save if not any(module in name for name in names)]
     if missing:

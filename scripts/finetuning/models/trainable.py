@@ -6,9 +6,9 @@ from contextlib import nullcontext
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from trl import ModelConfig
 
-from finetuning.arguments import ScriptArguments
+from finetuning.arguments import ModelArguments, ScriptArguments
+from finetuning.models.adapter_start import adapter_of, changes_base
 from finetuning.models.parts import MODULE_OF, count_parameters, part_of, parts_of
 from finetuning.strategy import Strategy
 
@@ -34,7 +34,7 @@ def gets_no_gradient(name: str, config: PreTrainedConfig) -> bool:
 
 
 def set_trainable(
-    model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelConfig
+    model: PreTrainedModel, script_args: ScriptArguments, model_args: ModelArguments
 ) -> PreTrainedModel | PeftModel:
     """Freeze each part, give it LoRA adapters or train it in full, as the recipe says. Trainable weights become fp32.
 
@@ -56,6 +56,8 @@ def set_trainable(
                 "language_model: full beside LoRA on another part would save the whole language model in the "
                 "adapter: set language_model to lora or frozen, or the other parts to full or frozen"
             )
+        # Without weights, where memory is planned, there is nothing to begin from.
+        start = None if model.device.type == "meta" else model_args.init_lora_weights
         lora = LoraConfig(
             task_type=model_args.lora_task_type,
             r=model_args.lora_r,
@@ -63,12 +65,15 @@ def set_trainable(
             lora_dropout=model_args.lora_dropout,
             use_rslora=model_args.use_rslora,
             use_dora=model_args.use_dora,
+            init_lora_weights=start or True,
             target_modules=lora_targets(model, wanted, model_args.lora_target_modules),
             modules_to_save=[MODULE_OF[part] for part in wanted if wanted[part] == "full"] or None,
         )
         # Where the base lies on a GPU the adapters are drawn there: of a 7B the CPU draws 320 million numbers in seconds.
         with model.device if model.device.type == "cuda" else nullcontext():
             model = get_peft_model(model, lora, autocast_adapter_dtype=not deepspeed)
+        if changes_base(start):
+            model.adapter_start = adapter_of(model)
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[part_of(name)] == "full")

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.device import compute_capability, smallest_gpu
 from finetuning.models.parts import count_parameters
-from finetuning.preflight.features import fp8_problems, graph_problems, option_problems, rate_problems
+from finetuning.preflight.features import fp8_problems, graph_problems, option_problems, rate_problems, start_problems
 from finetuning.preflight.memory import bytes_of_optimizer, describe_job, memory_problems, place_without_weights
 from finetuning.preflight.precision import precision_problems
 from finetuning.preflight.strategies import image_problems, strategy_problems
@@ -51,6 +51,7 @@ def refuse_what_cannot_work(
         *option_problems(training_args, capability),
         *rate_problems(script_args, training_args),
         *skip_problems(script_args, train_rows),
+        *start_problems(script_args, model_args),
     ]
     try:
         placed = place_without_weights(config, script_args, training_args, model_args)

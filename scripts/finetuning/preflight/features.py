@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
+from finetuning.models.adapter_start import changes_base
 from finetuning.strategy import CONFIGS, Strategy
 
 
@@ -44,6 +45,27 @@ def rate_problems(script_args: ScriptArguments, training_args: TrainingArguments
     ):
         problems.append(
             f"optim: {training_args.optim.value} has no groups of parameters for rates of parts: set adamw_torch"
+        )
+    return problems
+
+
+def start_problems(script_args: ScriptArguments, model_args: ModelArguments) -> list[str]:
+    """`init_lora_weights` against what it would change: a base that is quantised or sharded cannot give directions away."""
+    start, problems = model_args.init_lora_weights, []
+    if start is None:
+        return []
+    if "lora" not in script_args.placement.values():
+        problems.append(f"init_lora_weights: {start}, but no part has LoRA: remove it, or set a part to lora")
+    if changes_base(start) and (model_args.load_in_4bit or model_args.load_in_8bit):
+        problems.append(
+            f"init_lora_weights: {start} takes directions out of the base, which quantised weights would lose in rounding: set "
+            "load_in_4bit: false, or remove init_lora_weights"
+        )
+    launch = Strategy.from_environment()
+    if changes_base(start) and (launch.shards_weights or launch.is_deepspeed):
+        problems.append(
+            f"init_lora_weights: {start} decomposes whole weights and keeps adapters in fp32, which a launch by {launch} does not: "
+            f"launch with {CONFIGS}/ddp.yaml"
         )
     return problems
 

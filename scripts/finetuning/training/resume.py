@@ -16,6 +16,7 @@ from finetuning import run_folder, tracking
 from finetuning.failures import writing
 from finetuning.folder_lock import give_back, lock_inside, refuse_together, take_lock
 from finetuning.manifest import write_manifest
+from finetuning.models.adapter_start import write_against_base
 from finetuning.strategy import Strategy
 from finetuning.training import origin
 from finetuning.training.best_checkpoint import best_metric, kept_step
@@ -271,8 +272,11 @@ def describe_run(trainer: Any) -> str:
 def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     """Save the weights, the processor, the trainer's state and the metrics; the metrics last: they say `completed`."""
     folder, state = Path(trainer.args.output_dir), trainer.state
+    start = getattr(trainer.accelerator.unwrap_model(trainer.model), "adapter_start", None)
     with writing(folder, SafetensorError):
         trainer.save_model()
+        if start is not None and trainer.is_world_process_zero():
+            write_against_base(folder, start)
         trainer.save_state()
     if trainer.is_world_process_zero():
         kept = kept_step(trainer.args, state)
