@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from finetuning.data.collator import with_pictures
