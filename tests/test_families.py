@@ -29,6 +29,7 @@ from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.families import dialogue_form, family_of, largest_picture
 from finetuning.inference.generation import answer_batch, generate_answers
 from finetuning.inference.packed_decoder import reason_against
+from finetuning.inference.prompt_reader import bytes_of_fetch
 from finetuning.kernels.lora_layers import FusedDecoderLayer, fuse_lora
 from finetuning.kernels.model_patches import count_image_tokens_once, ignore_right_padding
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
@@ -124,6 +125,12 @@ def test_a_probe_of_memory_has_the_pictures_of_most_tokens(processor, config):
     others = LlavaDataCollator(processor, None, config)(rows)["attention_mask"].sum(1)
     assert [len(row["images"]) for row in probe] == [len(row["images"]) for row in rows]
     assert (tokens >= others).all() and (size is None or (tokens[:8] > others[:8]).any())
+
+
+def test_loader_processes_leave_room_for_all_tiles(processor, config):
+    size = largest_picture(config)
+    tiles = 0 if size is None else max(h * w for h, w in config.image_grid_pinpoints) // 32**2
+    assert bytes_of_fetch(processor) == 4 * (1 + tiles) * 3 * 32 * 32 * 4
 
 
 def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, config):

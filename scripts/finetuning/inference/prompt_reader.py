@@ -184,7 +184,7 @@ def read_prompts(
         batch_size=None,
         collate_fn=reader,
         num_workers=workers,
-        prefetch_factor=read_ahead(workers) if workers else None,
+        prefetch_factor=read_ahead(workers, bytes_of_fetch(reader.processing_class)) if workers else None,
         pin_memory=False,
     )
     fetched = iter(loader)  # the processes start here
@@ -213,10 +213,20 @@ def loader_processes(num_fetches: int, has_pictures: bool) -> int:
     return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1, num_fetches // 2))
 
 
-def read_ahead(workers: int, bytes_of_fetch: int = GROUPS_A_FETCH * 3 * 336 * 336 * 4) -> int:
-    """Fetches that each process keeps ready: enough for one large batch, within half of the shared memory."""
+def bytes_of_fetch(processor: ProcessorMixin) -> int:
+    """The most that a fetch with one picture a group takes, in fp32: its one view, and the tiles of the largest grid."""
+    pictures = processor.image_processor
+    size = pictures.size if isinstance(pictures.size, dict) else vars(pictures.size)
+    side = max(value for value in size.values() if value)
+    grids = getattr(pictures, "image_grid_pinpoints", None) or []
+    views = 1 + max((height * width // side**2 for height, width in grids), default=0)
+    return GROUPS_A_FETCH * views * 3 * side**2 * 4
+
+
+def read_ahead(workers: int, fetch: int) -> int:
+    """Fetches, of `fetch` bytes, that each process keeps ready: enough for one large batch, within half of the shared memory."""
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
         free = 2**30
-    return max(1, min(16, free // 2 // bytes_of_fetch // workers))
+    return max(1, min(16, free // 2 // fetch // workers))
