@@ -18,6 +18,7 @@ from transformers import (
     MistralConfig,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
+    Qwen2Config,
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -26,7 +27,7 @@ from finetuning.data.collator import LlavaDataCollator, with_pictures
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.distributed.empty_picture import see_an_empty_picture
-from finetuning.families import dialogue_form, family_of, largest_picture
+from finetuning.families import dialogue_form, family_of, largest_picture, template_of
 from finetuning.inference.generation import answer_batch, generate_answers
 from finetuning.inference.packed_decoder import reason_against
 from finetuning.inference.prompt_reader import bytes_of_fetch
@@ -336,6 +337,9 @@ def test_a_language_model_whose_dialogues_are_not_known_is_refused():
     config = LlavaNextConfig(vision_config=CLIP_L_336, text_config=LlamaConfig(vocab_size=64_064))
     with pytest.raises(ValueError, match=r"llama with 64,064 tokens: .* give its form with --chat_template_path"):
         dialogue_form(config)
+    config = LlavaConfig(vision_config=CLIP_L_336, text_config=Qwen2Config())
+    with pytest.raises(ValueError, match="llava around a language model of type qwen2 is not known here, only around"):
+        template_of(config)
     config = LlavaConfig(vision_config=PixtralVisionConfig(), text_config=MistralConfig())
     with pytest.raises(ValueError, match="llava with a vision tower of type pixtral is not known here"):
         family_of(config)

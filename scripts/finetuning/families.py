@@ -201,6 +201,17 @@ def largest_picture(config: Any) -> Size | None:
     return max(map(tuple, config.image_grid_pinpoints), key=lambda size: features_of_tiles(config, size, (0, 0)))
 
 
+def template_of(config: PreTrainedConfig) -> str:
+    """File of chat_templates/ for a model of a known family. Raises ValueError for a language model not tried in it."""
+    templates, form = FAMILIES[config.model_type].templates, dialogue_form(config)
+    if form not in templates:
+        raise ValueError(
+            f"{config.model_type} around a language model of type {config.get_text_config().model_type} is not known here, only "
+            f"around {', '.join(templates)}: give the form of its dialogues with --chat_template_path"
+        )
+    return templates[form]
+
+
 def dialogue_form(config: PreTrainedConfig) -> str:
     """How the language model inside writes a dialogue: `vicuna`, `mistral`, `llama3`, `chatml` or `gemma`.
 

@@ -29,7 +29,7 @@ from trl import ModelConfig
 from finetuning import upstream
 from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
-from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of, is_vision
+from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of, is_vision, template_of
 from finetuning.model_files import config_of
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 from finetuning.models.parts import base_model_of
@@ -104,7 +104,7 @@ def template_path(config: PreTrainedConfig, given: str | None) -> Path | None:
         return Path(given)
     if config.model_type not in FAMILIES:
         return None
-    return CHAT_TEMPLATES / FAMILIES[config.model_type].templates[dialogue_form(config)]
+    return CHAT_TEMPLATES / template_of(config)
 
 
 def load_processing_class(
