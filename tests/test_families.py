@@ -7,7 +7,7 @@ import pytest
 import torch
 import train_llava
 from datasets import load_from_disk
-from merge_adapter import main as merge
+from merge_adapter import check_inputs
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -27,6 +27,7 @@ from finetuning.data.collator import LlavaDataCollator, with_pictures
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.distributed.empty_picture import see_an_empty_picture
+from finetuning.export.merge_run import merge
 from finetuning.families import dialogue_form, family_of, largest_picture, template_of
 from finetuning.inference.generation import answer_batch, generate_answers
 from finetuning.inference.packed_decoder import reason_against
@@ -282,7 +283,14 @@ def test_an_interrupted_run_ends_at_the_same_bits_and_merges_with_proof(run, tra
     weights, expected = (load_file(each / "adapter_model.safetensors") for each in (interrupted, run))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
-    report = merge(run, tmp_path / "merged", "float32", 2, "5GB")
+    report = merge(
+        run,
+        tmp_path / "merged",
+        check_inputs(run, tmp_path / "merged"),
+        dtype_name="float32",
+        rows=2,
+        max_shard_size="5GB",
+    )
     assert report["merged_against_tuned"]["mean_kl"] < 1e-6
     assert report["merged_against_tuned"]["equal_answers"] == len(report["answers"])
 

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from merge_adapter import main as merge
+from merge_adapter import check_inputs
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from finetuning.arguments import ModelArguments, ScriptArguments
 from finetuning.data.collator import LlavaDataCollator
+from finetuning.export.merge_run import merge
 from finetuning.models.adapter_start import write_against_base
 from finetuning.models.loading import load_processing_class
 from finetuning.models.trainable import set_trainable
@@ -78,7 +79,14 @@ def test_a_run_from_pissa_resumes_to_the_same_bits_and_merges(tiny_llava, cctv_d
     train(tiny_llava, cctv_dataset, again, *flags)
     weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, run))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
-    report = merge(run, tmp_path / "merged", "float32", 2, "5GB")
+    report = merge(
+        run,
+        tmp_path / "merged",
+        check_inputs(run, tmp_path / "merged"),
+        dtype_name="float32",
+        rows=2,
+        max_shard_size="5GB",
+    )
     assert report["merged_against_tuned"]["equal_answers"] == len(report["answers"])
 
 
