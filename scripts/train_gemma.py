@@ -71,7 +71,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         chat_template_path=training_args.chat_template_path,
         revision=model_args.model_revision,
     )
-    for rows in (own_rows, *parts):
+    for rows in (train_rows, *parts):  # of a mixture its own first, then the first of each part
         check_first_rows(rows, tokenizer, config, max_length=training_args.max_length)
     register_packed_attention()
     model = load_base_for_training(

@@ -77,7 +77,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     if script_args.image_max_tiles is not None:
         follow_tiles(config, processor)
-    for rows in (own_rows, *parts):
+    for rows in (train_rows, *parts):  # of a mixture its own first, then the first of each part
         check_first_rows(rows, processor, config)
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
