@@ -140,8 +140,8 @@ class FusedLayer(Layer):
 
     @property
     def expands_kv(self) -> bool:
-        """Whether keys and values are copied for every query head of their group."""
-        return self.kv < self.query
+        """Whether keys and values are copied for every query head of their group, as packed and shared rows need it."""
+        return self.kv < self.query and (self.training.packs_rows or bool(self.batch.prefix))
 
     @property
     def attended_kv(self) -> int:

@@ -25,6 +25,7 @@ class Training:
     fused: bool = True  # `fused_lora`
     shares_prefix: bool = False
     packs_rows: bool = False  # rows side by side in one sequence
+    accumulates: bool = False  # gradients of several batches are added before a step
 
     @property
     def is_lora(self) -> bool:

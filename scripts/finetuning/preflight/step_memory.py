@@ -21,9 +21,8 @@ class Calibrated:
     """Bytes that no formula gives, measured on an H200 with torch 2.11."""
 
     workspace: int = 64 * 2**20  # of cuBLAS
-    context: int = 600 * 2**20  # CUDA context and the code of kernels; not of PyTorch's allocator
-    slack_share: float = 0.03  # of the peak: what the caching allocator holds in fragments
-    slack: int = 100 * 2**20
+    context: int = 770 * 2**20  # CUDA context and the code of kernels; not of PyTorch's allocator
+    slack: float = 0.02  # of the peak: what the caching allocator cannot give back of its blocks
 
 
 CALIBRATED = Calibrated()
@@ -48,7 +47,7 @@ def process_memory(training: Training, batch: Batch) -> dict[str, float]:
     """What the driver sees of one process: `peak_memory`, what the allocator holds beside it, and the CUDA context."""
     needs = peak_memory(training, batch)
     return needs | {
-        "allocator": CALIBRATED.slack_share * sum(needs.values()) + CALIBRATED.slack,
+        "allocator": CALIBRATED.slack * sum(needs.values()),
         "context": CALIBRATED.context,
     }
 
@@ -70,7 +69,7 @@ def standing_memory(training: Training) -> dict[str, float]:
         "optimizer": optimizer_memory(training),
         "gradients": 0.0,
     }
-    if not strategy.is_one_process:  # buckets, flat buffers, shards: held from step to step
+    if not strategy.is_one_process or training.accumulates:  # buckets, flat buffers, shards; or waiting for more rows
         needs["gradients"] = float((2 if deepspeed else 4) * training.trained)
     share = {what: 1 / strategy.num_processes for what in strategy.shards}
     for what in ("optimizer", "gradients"):
@@ -131,7 +130,11 @@ def optimizer_memory(training: Training) -> float:
         size = 2 + 2 * 4 / 256  # a scale for 256 numbers
     else:
         size = next((bytes_ for kind, bytes_ in {"4bit": 1.0, "anyprecision": 4.0}.items() if kind in name), 8.0)
-    return training.trained * (size + (4 if training.strategy.is_deepspeed else 0))
+    needs = training.trained * (size + (4 if training.strategy.is_deepspeed else 0))
+    if "8bit" in name and not name.startswith("paged") and training.placement["language_model"] == "full":
+        # The Trainer has bitsandbytes keep an embedding's state in 32 bits.
+        needs += training.shape.text.vocabulary * training.shape.text.width * (8 - size)
+    return needs
 
 
 def layers_of(training: Training, batch: Batch) -> list[Layer]:
@@ -215,7 +218,7 @@ def loss_and_final_norm(training: Training, batch: Batch, ledger: Ledger) -> Non
 
 def add_gradients(training: Training, ledger: Ledger, numbers: int) -> None:
     """fp32 gradients that a backward pass makes, where they are not held from step to step."""
-    if training.strategy.is_one_process:
+    if training.strategy.is_one_process and not training.accumulates:
         ledger.add("gradients", 4 * numbers)
 
 

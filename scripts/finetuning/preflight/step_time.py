@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from finetuning.preflight.planned_step import Batch, Training
-from finetuning.preflight.step_memory import VOCABULARY_CHUNK
 
 GPUS = Path(__file__).parents[2] / "gpus.yaml"
 
@@ -38,13 +37,22 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a chip's rates that a step reaches, and the host's part, measured on an H200."""
+    """Shares of a datasheet's rates that a step reaches, and what the host takes to launch it, in seconds, on an H200's machine."""
 
-    products: float = 0.72  # large products, of the datasheet's rate
+    products: float = 0.65
     attention: float = 0.35
-    bandwidth: float = 0.75
-    product_latency: float = 6e-6  # seconds that a product takes however small it is
-    launch: float = 7e-6  # seconds of the host for a kernel
+    bandwidth: float = 0.63
+    optimizer: float = 0.85  # of the bandwidth: a few large kernels
+    step: float = 0.013
+    tower: float = 0.019
+    fused_layer: float = 0.0044  # forward and backward
+    repeated_layer: float = 0.0021  # its forward pass once more
+    dropout: float = 0.0019  # of a fused layer, for each forward pass
+    plain_layer: float = 0.0055
+    repeated_plain_layer: float = 0.005
+    packed_layer: float = 0.0066  # more, of a plain layer over packed rows
+    # The host launches beside the GPU's work: the longer of both counts, and a little more where they are close.
+    norm: float = 4.0
 
 
 EFFICIENCY = Efficiency()
@@ -74,14 +82,15 @@ def step_seconds(training: Training, batch: Batch, gpu: Gpu, accumulation: int =
         "attention": attention_seconds(training, batch, gpu),
         "element-wise": elementwise_seconds(training, batch, gpu),
         "4-bit weights": unpacking_seconds(training, gpu),
+        "16-bit copies": casts_seconds(training, gpu),
         "vision tower": tower_seconds(training, batch, gpu),
         "loss": loss_seconds(training, batch, gpu),
     }
     parts = {name: seconds * accumulation for name, seconds in parts.items()}
     parts["optimizer"] = optimizer_seconds(training, gpu)
     parts["communication"] = communication_seconds(training, gpu, accumulation)
-    on_gpu = sum(parts.values())
-    parts["waiting for the host"] = max(host_seconds(training, accumulation) - on_gpu, 0.0)
+    on_gpu, host, norm = sum(parts.values()), host_seconds(training, accumulation), EFFICIENCY.norm
+    parts["waiting for the host"] = (on_gpu**norm + host**norm) ** (1 / norm) - on_gpu
     return {name: seconds for name, seconds in parts.items() if seconds > 0}
 
 
@@ -102,9 +111,7 @@ def products_seconds(training: Training, batch: Batch, gpu: Gpu) -> float:
     operations = 2 * batch.tokens * numbers * text.layers * fraction
     # Weights are read once a product, however few the tokens are.
     read = training.compute_bytes * text.linear_parameters * text.layers * (forward + backward)
-    count = text.layers * (forward * 8 + backward * 16 if training.layers_are_fused else forward * 21 + backward * 42)
-    busy = max(operations / (gpu.products * EFFICIENCY.products), read / (gpu.bandwidth * EFFICIENCY.bandwidth))
-    return busy + count * EFFICIENCY.product_latency
+    return max(operations / (gpu.products * EFFICIENCY.products), read / (gpu.bandwidth * EFFICIENCY.bandwidth))
 
 
 def skipped_share(training: Training, batch: Batch) -> float:
@@ -169,8 +176,7 @@ def tower_seconds(training: Training, batch: Batch, gpu: Gpu) -> float:
         operations, bytes_ = 3 * operations, 3 * bytes_
     projector = 2 * batch.pictures * vision.tokens * sum(a * b for a, b in training.shape.projector_layers.values())
     operations += projector * (1 if training.placement["projector"] == "frozen" else 3)
-    latency = vision.read * 6 * EFFICIENCY.product_latency
-    return operations / (gpu.products * EFFICIENCY.products) + bytes_ / (gpu.bandwidth * EFFICIENCY.bandwidth) + latency
+    return operations / (gpu.products * EFFICIENCY.products) + bytes_ / (gpu.bandwidth * EFFICIENCY.bandwidth)
 
 
 def loss_seconds(training: Training, batch: Batch, gpu: Gpu) -> float:
@@ -180,16 +186,23 @@ def loss_seconds(training: Training, batch: Batch, gpu: Gpu) -> float:
     operations = 2 * products * batch.supervised * text.vocabulary * text.width
     read = products * text.vocabulary * text.width * training.compute_bytes
     norms = 40 * batch.tokens * text.width
-    tiles = -(-text.vocabulary // VOCABULARY_CHUNK)
     busy = max(operations / (gpu.products * EFFICIENCY.products), read / (gpu.bandwidth * EFFICIENCY.bandwidth))
-    return busy + norms / (gpu.bandwidth * EFFICIENCY.bandwidth) + 5 * tiles * EFFICIENCY.product_latency
+    return busy + norms / (gpu.bandwidth * EFFICIENCY.bandwidth)
 
 
 def optimizer_seconds(training: Training, gpu: Gpu) -> float:
-    """AdamW reads and writes weight and both moments, reads the gradient, which is clipped before."""
+    """AdamW reads and writes weight and both moments, and reads the gradient."""
     share = 1 / training.strategy.num_processes if "optimizer" in training.strategy.shards else 1
     bytes_ = 16 if "8bit" in training.optimizer else 28
-    return share * training.trained * (bytes_ + 12) / (gpu.bandwidth * EFFICIENCY.bandwidth)
+    return share * training.trained * bytes_ / (gpu.bandwidth * EFFICIENCY.optimizer)
+
+
+def casts_seconds(training: Training, gpu: Gpu) -> float:
+    """16-bit copies of fp32 weights at each forward pass, and their gradients back in fp32."""
+    if training.placement["language_model"] != "full" or training.precision == "fp32":
+        return 0.0
+    forward, backward = passes(training)
+    return training.trained * 6 * (forward + backward) / (gpu.bandwidth * EFFICIENCY.bandwidth)
 
 
 def communication_seconds(training: Training, gpu: Gpu, accumulation: int) -> float:
@@ -208,9 +221,14 @@ def communication_seconds(training: Training, gpu: Gpu, accumulation: int) -> fl
 
 
 def host_seconds(training: Training, accumulation: int) -> float:
-    """Kernels that the host launches, one after the other."""
-    text, vision = training.shape.text, training.shape.vision
-    forward, backward = passes(training)
-    a_layer = (forward * 30 + backward * 60) if training.layers_are_fused else (forward * 90 + backward * 180)
-    tower = vision.read * 20 if vision is not None else 0
-    return (accumulation * (text.layers * a_layer + tower + 300) + 200) * EFFICIENCY.launch
+    """What the host takes to launch a step's kernels."""
+    layers, repeated = training.shape.text.layers, training.checkpointed
+    if training.layers_are_fused:
+        launches = layers * EFFICIENCY.fused_layer
+        launches += (layers + repeated) * EFFICIENCY.dropout if training.dropout else 0
+        launches += repeated * EFFICIENCY.repeated_layer
+    else:
+        launches = layers * (EFFICIENCY.plain_layer + (EFFICIENCY.packed_layer if training.packs_rows else 0))
+        launches += repeated * EFFICIENCY.repeated_plain_layer
+    tower = EFFICIENCY.tower if training.shape.vision is not None else 0
+    return EFFICIENCY.step + accumulation * (launches + tower)
