@@ -1,0 +1,226 @@
+"""Plans: sizes, lengths, memory and time against the real models, the real collator and what an H200 measured."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import plan
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_command
+from peft import LoraConfig, get_peft_model
+
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.data.collator import LlavaDataCollator
+from finetuning.data.dataset import open_dataset
+from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.model_shape import ModelShape
+from finetuning.models.loading import load_processing_class
+from finetuning.models.parts import count_parameters, decoder_layers
+from finetuning.preflight.layer_memory import FusedLayer
+from finetuning.preflight.planned_step import Batch, Training
+from finetuning.preflight.planner import TEMPLATES
+from finetuning.preflight.recipe_settings import DEFAULTS, read_settings
+from finetuning.preflight.row_lengths import RowCounter, lengths_of, read_split
+from finetuning.preflight.step_memory import fewest_checkpointed, peak_memory, process_memory
+from finetuning.preflight.step_time import known_gpus, step_seconds
+from support.tiny_models import DECODER, tiny_gemma, tiny_llava
+
+GIB = 2**30
+LLAVA = ModelShape.from_config(
+    {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama", "vocab_size": 32064},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+            "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+        },
+        "vision_feature_layer": -2,
+    }
+)  # fmt: skip
+GEMMA = ModelShape.from_config(
+    {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+    }
+)  # fmt: skip
+
+# Held-out settings of benchmarks/memory_grid.py on an H200: model, method, rank, checkpointed layers, dropout, optimizer,
+# packed rows, (rows, length, supervised, pictures, longest, prefix), GiB at the peak.
+MEASURED = [
+    (LLAVA, "lora", 16, 0, 0.0, "adamw_torch_fused", False, (2, 651, 60, 2, 651, 581), 17.63),
+    (LLAVA, "lora", 16, 16, 0.0, "adamw_torch_fused", False, (8, 645, 80, 8, 645, 0), 21.98),
+    (LLAVA, "lora", 64, 16, 0.05, "adamw_8bit", False, (8, 605, 80, 8, 605, 0), 22.39),
+    (LLAVA, "lora", 16, 0, 0.05, "adamw_torch_fused", False, (16, 605, 160, 16, 605, 0), 41.36),
+    (GEMMA, "lora", 8, 0, 0.0, "paged_adamw_8bit", True, (1, 1832, 1680, 0, 229, 0), 7.86),
+    (GEMMA, "lora", 32, 9, 0.05, "adamw_8bit", True, (1, 2152, 1680, 0, 269, 0), 7.07),
+    (GEMMA, "nf4", 8, 18, 0.05, "adamw_8bit", True, (1, 3664, 3360, 0, 229, 0), 3.19),
+    (GEMMA, "nf4", 32, 9, 0.0, "adamw_8bit", True, (1, 1554, 240, 0, 259, 0), 3.68),
+    (GEMMA, "full", 0, 0, 0.0, "adamw_torch_fused", True, (1, 7832, 6160, 0, 229, 0), 61.43),
+]
+
+
+def training_of(shape, method, rank, checkpointed, dropout, optimizer, packed=False) -> Training:
+    how = "full" if method == "full" else "lora"
+    placement = dict.fromkeys(shape.parameters, "frozen") | {"language_model": how}
+    return Training(
+        shape, placement, rank=rank, checkpointed=checkpointed, dropout=dropout, optimizer=optimizer, packs_rows=packed,
+        bits=4 if method == "nf4" else None, nested=True, weight_bytes=4 if method == "full" else 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "shape, method, rank, checkpointed, dropout, optimizer, packed, batch, gib", MEASURED, ids=range(len(MEASURED))
+)
+def test_peak_memory_is_what_was_measured(shape, method, rank, checkpointed, dropout, optimizer, packed, batch, gib):
+    training = training_of(shape, method, rank, checkpointed, dropout, optimizer, packed)
+    planned = sum(peak_memory(training, Batch(*batch)).values()) / GIB
+    assert planned == pytest.approx(gib, rel=0.02)
+
+
+def test_published_sizes():
+    assert sum(LLAVA.parameters.values()) == 7_063_427_072
+    assert sum(GEMMA.parameters.values()) == 2_506_172_416
+    with pytest.raises(ValueError, match="known are llava"):
+        ModelShape.from_config({"model_type": "t5"})
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_gemma])
+def test_sizes_of_real_models(make):
+    model = make()
+    shape = ModelShape.from_config(model.config.to_dict())
+    assert shape.parameters == {part: count["total"] for part, count in count_parameters(model).items()}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=DECODER))
+    placement = dict.fromkeys(shape.parameters, "frozen") | {"language_model": "lora"}
+    trained = sum(count["trainable"] for count in count_parameters(adapted).values())
+    assert Training(shape, placement, rank=4).trained == trained
+
+
+def test_a_fused_layer_keeps_what_is_planned():
+    # A GPU's attention keeps the same tensors; what a CPU's keeps beside them is left out by its shape.
+    model = get_peft_model(tiny_gemma(), LoraConfig(r=4, target_modules=DECODER))
+    shape = ModelShape.from_config(model.get_base_model().config.to_dict())
+    fuse_lora(model)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.dim() >= 2:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows, tokens = 2, 24
+    ids = torch.randint(3, 90, (rows, tokens))
+    layers = decoder_layers(model)
+    found = []
+    for layer in layers[:2]:
+        layer.register_forward_pre_hook(lambda *_: kept.clear())
+        layer.register_forward_hook(lambda *_: found.append(sum(kept.values())))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(input_ids=ids, use_cache=False)
+    training = Training(shape, {"language_model": "lora"}, rank=4, precision="fp32", weight_bytes=4)
+    batch = Batch(rows, tokens, 8)
+    layer = FusedLayer(training, batch, 1)
+    rotary = 2 * 4 * tokens * shape.text.head_width  # cosines and sines, which all layers share
+    assert found[1] == layer.keep() + layer.output + rotary
+
+
+def test_lengths_are_the_collators(cctv_dataset, tiny_llava):
+    processor = load_processing_class(str(tiny_llava))
+    shape = ModelShape.from_config(json.loads((tiny_llava / "config.json").read_text()))
+    counter = RowCounter(tiny_llava, (TEMPLATES / "llava.jinja").read_text(), shape.vision.tokens)
+    table = read_split(str(cctv_dataset), "train")
+    rows = open_dataset(str(cctv_dataset), vision=True)["train"]
+    for shares in (False, True):
+        lengths = lengths_of(table, counter, shares_prefix=shares)
+        collate = (SharedPrefixCollator if shares else LlavaDataCollator)(processor)
+        grouped = group_by_image(rows) if shares else rows
+        assert lengths.total == len(grouped)
+        for row, counted in zip(
+            grouped.select(range(5)) if not shares else map(grouped.__getitem__, range(5)),
+            lengths.counted,
+            strict=False,
+        ):
+            batch = collate([row])
+            assert counted.tokens == batch["input_ids"].shape[1]
+            assert counted.supervised == int((batch["labels"] != -100).sum())
+
+
+def test_fewest_layers_follow_the_room():
+    training, batch = training_of(LLAVA, "nf4", 64, 0, 0.05, "paged_adamw_8bit"), Batch(8, 620, 88, 8)
+    counts = [fewest_checkpointed(training, batch, gib * GIB) for gib in (40, 14, 11, 8)]
+    assert counts[0] == 0 and counts[-1] is None and counts == [*sorted(counts[:-1]), None]
+    enough = dataclasses.replace(training, checkpointed=counts[1])
+    assert sum(process_memory(enough, batch).values()) <= 14 * GIB
+
+
+def test_steps_take_what_was_measured():
+    gpu, batch = known_gpus()["h200"], Batch(8, 607, 72, 8)
+    planned = {
+        "lora": sum(step_seconds(training_of(LLAVA, "lora", 64, 0, 0.0, "adamw_torch_fused"), batch, gpu).values()),
+        "nf4": sum(step_seconds(training_of(LLAVA, "nf4", 64, 17, 0.0, "adamw_torch_fused"), batch, gpu).values()),
+    }
+    assert planned == {"lora": pytest.approx(0.238, rel=0.1), "nf4": pytest.approx(0.312, rel=0.1)}
+
+
+def test_defaults_are_the_training_commands():
+    fields = {
+        f.name: f for kind in (ScriptArguments, TrainingArguments, ModelArguments) for f in dataclasses.fields(kind)
+    }
+    assert DEFAULTS.keys() <= fields.keys()
+    for name, default in DEFAULTS.items():
+        theirs = fields[name].default
+        if theirs is not dataclasses.MISSING and default is not None:
+            assert getattr(theirs, "value", theirs) == default, name
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read(recipe):
+    assert read_settings(recipe, [])["output_dir"] == yaml.safe_load(recipe.read_text())["output_dir"]
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: models/x\nlora_rank: 8\n")
+    with pytest.raises(ValueError) as error:
+        read_settings(recipe, ["--lora_r", "many", "--gppu", "t4"])
+    assert all(
+        word in str(error.value) for word in ("did you mean lora_r", "lora_r: many", "gppu", "dataset_name is not set")
+    )
+
+
+def plan_in(monkeypatch, capsys, *words: str | Path) -> tuple[str, int]:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+    try:
+        plan.main()
+    except SystemExit as ended:
+        return capsys.readouterr().out + str(ended.code), 1
+    return capsys.readouterr().out, 0
+
+
+def test_a_plan_for_people_and_for_programs(cctv_dataset, tiny_llava, monkeypatch, capsys):
+    recipe = ROOT / "scripts" / "configs" / "llava_lora.yaml"
+    words = ["--config", recipe, "--model_name_or_path", tiny_llava, "--dataset_name", cctv_dataset]
+    shown, status = plan_in(monkeypatch, capsys, *words, "--gpu", "t4", "h100", "--gpus", "2", "--price", "t4=0.5")
+    assert status == 0
+    assert "Cheapest that fits (T4 16 GB" in shown and "--config_file accelerate_configs/ddp.yaml" in shown
+    korean, _ = plan_in(monkeypatch, capsys, *words, "--gpu", "t4", "--language", "ko")
+    assert "들어갑니다" in korean
+    plans, _ = plan_in(monkeypatch, capsys, *words, "--gpu", "t4", "--json")
+    first, *_ = json.loads(plans)
+    assert first["peak_bytes"] == pytest.approx(sum(first["memory_bytes"].values()), rel=1e-6)
+    assert first["seconds"] == pytest.approx(
+        first["steps"] * first["seconds_per_step"] + first["evaluations"] * first["evaluation_seconds"], rel=0.05
+    )
+    wrong, status = plan_in(monkeypatch, capsys, *words, "--price", "cheap")
+    assert status == 1 and "expected 2.50" in wrong
+
+
+def test_a_plan_imports_no_torch(cctv_dataset, tiny_llava):
+    recipe = ROOT / "scripts" / "configs" / "llava_lora.yaml"
+    words = f"--config {recipe} --model_name_or_path {tiny_llava} --dataset_name {cctv_dataset} --gpu t4".split()
+    code = f"import sys; sys.path.insert(0, 'scripts'); sys.argv = ['plan.py', *{words}]; import plan; plan.main(); print('torch' in sys.modules)"
+    done = run_command("-c", code)
+    assert done.stdout.rstrip().endswith("False"), done.stderr
