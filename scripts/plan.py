@@ -22,7 +22,7 @@ from finetuning.flags import LANGUAGES, positive
 from finetuning.preflight.planner import Plan, Workload, all_plans, read_workload
 from finetuning.preflight.recipe_settings import read_settings
 from finetuning.preflight.step_memory import GIB
-from finetuning.preflight.step_time import Gpu, known_gpus
+from finetuning.preflight.step_time import Gpu, gpu_named, known_gpus
 
 WORDS = {
     "en": {
@@ -95,7 +95,7 @@ def parse_prices(words: list[str], gpus: dict[str, Gpu]) -> dict[str, float]:
     return prices
 
 
-def gpu_of_this_machine(gpus: dict[str, Gpu]) -> Gpu | None:
+def gpu_of_this_machine() -> Gpu | None:
     """The kind that nvidia-smi shows first, with the memory that it says; None where there is none, or an unknown one."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -103,9 +103,7 @@ def gpu_of_this_machine(gpus: dict[str, Gpu]) -> Gpu | None:
     except (OSError, subprocess.SubprocessError):
         return None
     name, _, memory = shown[0].rpartition(", ") if shown else ("", "", "0")
-    kinds = [gpu for gpu in gpus.values() if gpu.title.rsplit(" ", 2)[0].replace("RTX ", "RTX ") in name]
-    # Of one name there may be two sizes: the one that is nearest.
-    return min(kinds, key=lambda gpu: abs(gpu.memory - float(memory) * 2**20), default=None)
+    return gpu_named(name, float(memory) * 2**20) if name else None
 
 
 def command_for(plan: Plan, recipe: Path, flags: list[str]) -> str:
@@ -258,7 +256,7 @@ def main() -> None:
         workload = read_workload(read_settings(args.config, flags))
     except ValueError as error:
         sys.exit(f"plan.py: {error}")
-    here = gpu_of_this_machine(gpus) if args.gpu is None else None
+    here = gpu_of_this_machine() if args.gpu is None else None
     chosen = (
         [here] if here else list(gpus.values()) if args.gpu in (None, ["all"]) else [gpus[name] for name in args.gpu]
     )

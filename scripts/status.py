@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from finetuning import command
+from finetuning.preflight.planned_step import beside_plan
 from finetuning.run_folder import PROGRESS, checkpoints, read_metrics, read_progress
 
 SILENT = 900  # seconds without a log after which a run deserves a look
@@ -86,6 +87,11 @@ def describe(run: Path) -> str:
     if "seconds_per_step" in progress:
         rows = f", {progress['samples_per_second']:.1f} rows/s" if "samples_per_second" in progress else ""
         lines.append(f"  speed: {progress['seconds_per_step']:.2f} s a step{rows}")
+    if planned := progress.get("planned"):
+        rate = progress.get("samples_per_second")
+        measured = {"seconds_per_step": planned["samples_per_step"] / rate} if rate else {}
+        measured |= {name: progress[name] for name in ("peak_memory_gib",) if name in progress}
+        lines.append(f"  {beside_plan(planned, measured)}")
     names = {"loss": "train", "eval_loss": "validation"}
     losses = [f"{label} {progress[name]:.4f}" for name, label in names.items() if name in progress]
     losses += [f"{label} {value:.4f}" for label, value in progress.get("scores", {}).items()]

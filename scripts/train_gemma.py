@@ -30,6 +30,7 @@ from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
 from finetuning.training.origin import fingerprints
+from finetuning.training.planned_run import note_plan, plan_run
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.training.stop_signals import end_with_launcher
@@ -49,6 +50,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     own_rows, train_rows = train_rows, mix(train_rows, parts, script_args)
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows)
+    plan = plan_run(script_args, training_args, model_args)
     wording = load_wording(script_args.dataset_name)
     if wording and script_args.task is None and script_args.eval_answers:
         exam = AnimeExam(FactReader(wording, own_rows), own_rows, script_args.eval_answers)
@@ -63,6 +65,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         overwrite_completed=script_args.overwrite_completed_run,
         accept_changes=script_args.accept_changes,
     )
+    note_plan(Path(training_args.output_dir), plan)
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 
     # Model

@@ -31,6 +31,7 @@ from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
 from finetuning.training.origin import fingerprints
+from finetuning.training.planned_run import note_plan, plan_run
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
 from finetuning.training.stop_signals import end_with_launcher
@@ -54,6 +55,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         )
     training_args.ddp_find_unused_parameters = searches_unused_parameters(script_args, training_args, train_rows)
     refuse_what_cannot_work(script_args, training_args, model_args, config, train_rows)
+    plan = plan_run(script_args, training_args, model_args)
     exam = open_exam(script_args, own_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
@@ -65,6 +67,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         accept_changes=script_args.accept_changes,
         skipped_rows=skipped,
     )
+    note_plan(Path(training_args.output_dir), plan)
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 
     # Model

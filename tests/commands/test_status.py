@@ -99,3 +99,22 @@ def test_a_folder_without_a_run_is_named_after_the_others_were_shown(tmp_path):
     result = run_command("scripts/status.py", tmp_path / "none", tmp_path)
     assert result.returncode == 1 and str(tmp_path) in result.stdout
     assert f"{tmp_path / 'none'}: no run here" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_is_shown_beside_its_plan(tmp_path):
+    begin_attempt(tmp_path, 0)
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    planned = {"seconds_per_step": 0.5, "peak_memory_gib": 20.0, "seconds": 500, "samples_per_step": 8}
+    for speed, said in ((15.5, "(+3%)"), (12.0, "more than 10% off")):
+        now = {
+            "step": 10,
+            "max_steps": 1000,
+            "logged_at": minutes_ago(1),
+            "samples_per_second": speed,
+            "peak_memory_gib": 20.2,
+        }
+        (tmp_path / "progress.json").write_text(json.dumps(progress | {"planned": planned} | now))
+        shown = run_command("scripts/status.py", tmp_path).stdout
+        assert (
+            "planned: 0.50 s a step, measured" in shown and said in shown and "20.00 GiB, measured 20.20 (+1%)" in shown
+        )

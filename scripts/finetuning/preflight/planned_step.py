@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from finetuning.model_shape import ModelShape
 from finetuning.strategy import Strategy
 
+OFF = 0.10  # a run that differs by more from its plan says so
+
 
 @dataclass(frozen=True)
 class Training:
@@ -88,3 +90,16 @@ class Batch:
     def tokens(self) -> int:
         """Of all rows."""
         return self.rows * self.length
+
+
+def beside_plan(planned: dict[str, float], measured: dict[str, float]) -> str:
+    """One sentence on `seconds_per_step` and `peak_memory_gib`, as far as they are measured; more than 10 % off is said."""
+    parts, is_off = [], False
+    for name, unit in {"seconds_per_step": "s a step", "peak_memory_gib": "GiB"}.items():
+        if name in measured:
+            share = measured[name] / planned[name] - 1
+            is_off |= abs(share) > OFF
+            parts.append(f"{planned[name]:.2f} {unit}, measured {measured[name]:.2f} ({share:+.0%})")
+        else:
+            parts.append(f"{planned[name]:.2f} {unit}")
+    return f"planned: {'; '.join(parts)}" + (f": more than {OFF:.0%} off" if is_off else "")

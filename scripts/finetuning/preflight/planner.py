@@ -82,6 +82,11 @@ class Plan:
         return self.steps * self.step_seconds + self.evaluations * self.evaluation_seconds
 
     @property
+    def allocated(self) -> float:
+        """Of the peak what PyTorch allocates: without the allocator's fragments and the CUDA context."""
+        return sum(size for part, size in self.memory.items() if part not in ("allocator", "context"))
+
+    @property
     def gpu_hours(self) -> float:
         """Hours times GPUs: what is paid for."""
         return self.seconds / 3600 * self.processes
@@ -196,10 +201,9 @@ def batch_of(sequences: list[Sequence], rows: int, side_by_side: bool) -> Batch:
     return Batch(rows, longest, supervised, pictures, longest, prefixes.pop() if len(prefixes) == 1 else 0)
 
 
-def make_plan(workload: Workload, gpu: Gpu, file: str, processes: int, *, bits: int | None) -> Plan:
-    """The recipe on `processes` GPUs of one kind under `accelerate_configs/<file>.yaml`. Raises ValueError where it cannot be."""
-    settings = workload.settings
-    strategy = replace(Strategy.from_file(file), num_processes=processes)
+def make_plan(workload: Workload, gpu: Gpu, strategy: Strategy, *, bits: int | None, file: str = "") -> Plan:
+    """The recipe under a strategy, of `accelerate_configs/<file>.yaml`. Raises ValueError where it cannot be."""
+    settings, processes = workload.settings, strategy.num_processes
     rows, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     if settings["global_batch_size"] is not None:
         rows, accumulation = divide_batch(settings["global_batch_size"], rows, processes)
@@ -275,6 +279,11 @@ def evaluation_seconds(workload: Workload, training: Training, gpu: Gpu) -> floa
     return batches * forward + decoding
 
 
+def bits_of(settings: dict[str, Any]) -> int | None:
+    """Of the base's linear layers, where they are quantised."""
+    return 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else None
+
+
 def strategies_for(processes: int, *, bits: int | None) -> list[str]:
     """Files of accelerate_configs/ that can be launched so: 4-bit weights are sharded by FSDP2 alone."""
     if processes == 1:
@@ -285,12 +294,13 @@ def strategies_for(processes: int, *, bits: int | None) -> list[str]:
 def all_plans(workload: Workload, gpus: list[Gpu], processes: int) -> Iterator[Plan | tuple[Gpu, str, str]]:
     """The recipe on every GPU under every strategy, in 4 bits too where it has adapters; (gpu, strategy, why not) where it cannot be."""
     settings = workload.settings
-    own = 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else None
+    own = bits_of(settings)
     kinds = [own, *([4] if own is None and settings["language_model"] == "lora" else [])]
     for gpu in gpus:
         for bits in kinds:
             for file in strategies_for(processes, bits=bits):
                 try:
-                    yield make_plan(workload, gpu, file, processes, bits=bits)
+                    strategy = replace(Strategy.from_file(file), num_processes=processes)
+                    yield make_plan(workload, gpu, strategy, bits=bits, file=file)
                 except ValueError as error:
                     yield gpu, file, str(error)

@@ -6,7 +6,7 @@ A part takes the longer of both, and the host's launches where they take longer 
 calibration half of `benchmarks/memory_grid.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,14 @@ def known_gpus() -> dict[str, Gpu]:
         )
         for name, row in table.items()
     }
+
+
+def gpu_named(name: str, memory: float) -> Gpu | None:
+    """The kind of a GPU by the driver's name and bytes, with those bytes; None for one that the table lacks."""
+    kinds = [gpu for gpu in known_gpus().values() if gpu.title.rsplit(" ", 2)[0] in name]
+    # Of one name there may be two sizes, and one may be the start of another (L4, L40S).
+    nearest = min(kinds, key=lambda gpu: (-len(gpu.title.split(" ")[0]), abs(gpu.memory - memory)), default=None)
+    return None if nearest is None else replace(nearest, memory=memory)
 
 
 def step_seconds(training: Training, batch: Batch, gpu: Gpu, accumulation: int = 1) -> dict[str, float]:

@@ -162,6 +162,7 @@ class LayerCheckpointing(TrainerCallback):
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]), trainer.compute_loss_context_manager():
             count = fewest_that_fit(partial(peak_of_a_step, model, batch), self.num_layers, budget)
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # of the tries
         return count
 
     def take_more(self) -> None:

@@ -17,10 +17,12 @@ from finetuning.failures import writing
 from finetuning.folder_lock import give_back, lock_inside, refuse_together, take_lock
 from finetuning.manifest import write_manifest
 from finetuning.models.adapter_start import write_against_base
+from finetuning.preflight.planned_step import beside_plan
 from finetuning.strategy import Strategy
 from finetuning.training import origin
 from finetuning.training.best_checkpoint import best_metric, kept_step
 from finetuning.training.checkpoints import last_whole_checkpoint
+from finetuning.training.planned_run import measured_of
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
@@ -281,6 +283,10 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
     if trainer.is_world_process_zero():
         kept = kept_step(trainer.args, state)
         metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step, kept)
+        planned = run_folder.read_progress(folder).get("planned")
+        measured = measured_of(planned, state.log_history)
+        if measured:
+            metrics |= {"planned": planned, "measured": measured}
         write_manifest(folder, run_folder.files_of_result(folder))
         run_folder.write_metrics(folder, metrics)
         run_folder.end_attempt(folder, state.global_step, "completed")
@@ -292,5 +298,7 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
                 f"kept step {kept} of {state.global_step}, the best by {name} ({state.best_metric:.4f}); {measured}"
             )
         print(verdict[:1].upper() + verdict[1:])
+        if measured:
+            print("  " + beside_plan(planned, measured))
         tracking.close(trainer.args, state, 0, metrics | {"verdict": verdict})
         give_back(folder)

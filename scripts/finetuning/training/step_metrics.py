@@ -19,6 +19,8 @@ from transformers.trainer_callback import ExportableState
 
 from finetuning import run_folder, tracking
 
+SHOWN = ("loss", "eval_loss", "samples_per_second", "peak_memory_gib")  # of a log, in `progress.json`
+
 
 @dataclass
 class Watched:
@@ -160,7 +162,7 @@ class ShowProgress(TrainerCallback):
         steps = state.global_step - self._from_step
         if steps:
             known["seconds_per_step"] = round((time.monotonic() - self._began) / steps, 4)
-        known |= {name: logs[name] for name in ("loss", "eval_loss", "samples_per_second") if name in logs}
+        known |= {name: logs[name] for name in SHOWN if name in logs}
         scores = {label: logs[f"eval_{name}"] for name, label in self.headlines.items() if f"eval_{name}" in logs}
         if scores:
             known["scores"] = known.get("scores", {}) | scores
