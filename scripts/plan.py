@@ -23,7 +23,9 @@ from finetuning.preflight.planner import Plan, Workload, all_plans, read_workloa
 from finetuning.preflight.recipe_settings import read_settings
 from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import Gpu, gpu_named, known_gpus
+from finetuning.strategy import STRATEGIES
 
+STRATEGY_FILES = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
 WORDS = {
     "en": {
         "rows": "{rows:,} rows, {mean:.0f} tokens on average, {longest:,} at most",
@@ -247,6 +249,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="recipe, as in training")
     parser.add_argument("--gpu", nargs="+", choices=[*gpus, "all"], help="kinds of GPU to plan for")
     parser.add_argument("--gpus", type=positive, default=1, help="how many of them (default %(default)s)")
+    parser.add_argument("--strategy", choices=STRATEGY_FILES, help="only this file of accelerate_configs/")
     parser.add_argument("--price", nargs="+", default=[], help="of a GPU and hour: 2.50, or h100=2.50 t4=0.35")
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of what is printed (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print every plan as JSON, in bytes and seconds")
@@ -260,7 +263,7 @@ def main() -> None:
     chosen = (
         [here] if here else list(gpus.values()) if args.gpu in (None, ["all"]) else [gpus[name] for name in args.gpu]
     )
-    found = list(all_plans(workload, chosen, args.gpus))
+    found = list(all_plans(workload, chosen, args.gpus, args.strategy))
     if args.json:
         print(json.dumps([
             as_json(plan, prices, command_for(plan, args.config, flags)) if isinstance(plan, Plan)

@@ -27,3 +27,7 @@ fi
 # Compute nodes without internet: models and datasets come from the cache, W&B writes files that you upload later.
 # export HF_HUB_OFFLINE=1
 # export WANDB_MODE=offline
+
+# The kind of your nodes' GPUs, by its name in scripts/gpus.yaml: submit.sh then prints memory and time of a job before it
+# queues, and refuses one that does not fit.
+# PLAN_GPU=h100

@@ -21,7 +21,19 @@ while [[ $# -gt 0 && $1 != *.slurm ]]; do
     shift
 done
 case ${1:-} in
-    */train.slurm) "${PREFIX[@]}" python scripts/check_recipe.py "${@:2:2}" --config "${@:4}" >&2 ;;
+    */train.slurm)
+        "${PREFIX[@]}" python scripts/check_recipe.py "${@:2:2}" --config "${@:4}" >&2
+        if [[ -n ${PLAN_GPU:-} ]]; then # a job that does not fit ends here
+            nodes=1 gpus=1
+            for option in "${options[@]}"; do
+                case $option in
+                    --nodes=*) nodes=${option#*=} ;;
+                    --gpus-per-node=*) gpus=${option##*[=:]} ;;
+                esac
+            done
+            "${PREFIX[@]}" python scripts/plan.py --gpu "$PLAN_GPU" --gpus "$((nodes * gpus))" --strategy "$3" --config "${@:4}" >&2
+        fi
+        ;;
     */sweep.slurm)
         points=$("${PREFIX[@]}" python scripts/sweep.py "${@:2}" --count | tail -n 1) # libraries print before it
         [[ -n $array ]] || options+=("--array=0-$((points - 1))")

@@ -291,14 +291,19 @@ def strategies_for(processes: int, *, bits: int | None) -> list[str]:
     return ["ddp", "fsdp2"] if bits else ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
 
 
-def all_plans(workload: Workload, gpus: list[Gpu], processes: int) -> Iterator[Plan | tuple[Gpu, str, str]]:
-    """The recipe on every GPU under every strategy, in 4 bits too where it has adapters; (gpu, strategy, why not) where it cannot be."""
+def all_plans(
+    workload: Workload, gpus: list[Gpu], processes: int, only: str | None = None
+) -> Iterator[Plan | tuple[Gpu, str, str]]:
+    """The recipe on every GPU under every strategy, in 4 bits too where it has adapters; (gpu, strategy, why not) where it cannot be.
+
+    `only` is a file of accelerate_configs/: that launch, as the recipe says it.
+    """
     settings = workload.settings
     own = bits_of(settings)
-    kinds = [own, *([4] if own is None and settings["language_model"] == "lora" else [])]
+    kinds = [own, *([4] if own is None and settings["language_model"] == "lora" and only is None else [])]
     for gpu in gpus:
         for bits in kinds:
-            for file in strategies_for(processes, bits=bits):
+            for file in [only] if only else strategies_for(processes, bits=bits):
                 try:
                     strategy = replace(Strategy.from_file(file), num_processes=processes)
                     yield make_plan(workload, gpu, strategy, bits=bits, file=file)
