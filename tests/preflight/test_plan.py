@@ -27,6 +27,7 @@ from finetuning.preflight.recipe_settings import DEFAULTS, read_settings
 from finetuning.preflight.row_lengths import RowCounter, lengths_of, read_split
 from finetuning.preflight.step_memory import fewest_checkpointed, peak_memory, process_memory
 from finetuning.preflight.step_time import known_gpus, step_seconds
+from finetuning.strategy import Strategy
 from support.tiny_models import DECODER, tiny_gemma, tiny_llava
 
 GIB = 2**30
@@ -79,6 +80,24 @@ def test_peak_memory_is_what_was_measured(shape, method, rank, checkpointed, dro
     training = training_of(shape, method, rank, checkpointed, dropout, optimizer, packed)
     planned = sum(peak_memory(training, Batch(*batch)).values()) / GIB
     assert planned == pytest.approx(gib, rel=0.02)
+
+
+# LLaVA-1.5-7B, batch 8 of 607 tokens on each of two H200s, GiB at the peak (benchmarks/README.md, Several GPUs).
+ON_TWO = [
+    ("ddp", "lora", None, 30.1), ("deepspeed_zero2", "lora", None, 29.7), ("deepspeed_zero3", "lora", None, 24.4),
+    ("deepspeed_zero3_offload", "lora", None, 17.7), ("fsdp2", "lora", None, 22.7), ("ddp", "lora", 4, 21.3),
+    ("fsdp2", "lora", 4, 17.9), ("deepspeed_zero3", "full", None, 57.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, how, bits, gib", ON_TWO)
+def test_peak_memory_of_strategies_is_what_was_measured(file, how, bits, gib):
+    placement = {"language_model": how, "projector": "full" if how == "full" else "frozen", "vision_tower": "frozen"}
+    strategy = dataclasses.replace(Strategy.from_file(file), num_processes=2)
+    training = Training(
+        LLAVA, placement, rank=64, strategy=strategy, bits=bits, checkpointed=32 if how == "full" else 0
+    )
+    assert sum(peak_memory(training, Batch(8, 607, 72, 8)).values()) / GIB == pytest.approx(gib, rel=0.025)
 
 
 def test_published_sizes():

@@ -122,7 +122,7 @@ class FusedLayer(Layer):
         # After its attention the last layer computes the rows alone that the loss reads.
         self.rows = batch.supervised if self.is_last else self.tokens
         self.drops = training.dropout > 0
-        self.is_dense = training.bits is None and training.compute_bytes == training.weight_bytes
+        self.is_dense = training.joins_weights
 
     @property
     def stacks(self) -> list[Stack]:

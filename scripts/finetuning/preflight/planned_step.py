@@ -40,6 +40,18 @@ class Training:
         return self.fused and self.placement["language_model"] == "lora" and self.targets is None and self.bits != 8
 
     @property
+    def shards_own_layers(self) -> bool:
+        """ZeRO-3 of fused layers: `distributed.sharded_layers`, and all else whole on every process."""
+        zero_3 = self.strategy.is_deepspeed and self.strategy.shards_weights and not self.strategy.offloads
+        return zero_3 and self.layers_are_fused
+
+    @property
+    def joins_weights(self) -> bool:
+        """Whether W lies beside B and s A in memory, so that no product copies it."""
+        whole = self.strategy.replicates or self.shards_own_layers or not self.strategy.shards_weights
+        return self.layers_are_fused and self.bits is None and self.compute_bytes == self.weight_bytes and whole
+
+    @property
     def compute_bytes(self) -> int:
         """Of a number in a product."""
         return 4 if self.precision == "fp32" else 2

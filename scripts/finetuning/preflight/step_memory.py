@@ -22,6 +22,9 @@ class Calibrated:
 
     workspace: int = 64 * 2**20  # of cuBLAS
     context: int = 770 * 2**20  # CUDA context and the code of kernels; not of PyTorch's allocator
+    deepspeed: float = (
+        4  # for each trained number of LoRA: flat copies of weights and gradients (two H200s, one setting)
+    )
     slack: float = 0.02  # of the peak: what the caching allocator cannot give back of its blocks
 
 
@@ -63,9 +66,11 @@ def standing_memory(training: Training) -> dict[str, float]:
     """Bytes by part that are there from the first step's end on, whatever the batch."""
     strategy = training.strategy
     deepspeed = strategy.is_deepspeed
+    adapters = (2 if deepspeed else 4) * training.adapters
     needs = {
         "weights": weights_memory(training),
-        "adapters": (2 if deepspeed else 4) * training.adapters + adapter_copies(training),
+        "gathered layers": gathered_memory(training),
+        "adapters": adapters / (strategy.num_processes if strategy.is_fsdp else 1) + adapter_copies(training),
         "optimizer": optimizer_memory(training),
         "gradients": 0.0,
     }
@@ -75,6 +80,8 @@ def standing_memory(training: Training) -> dict[str, float]:
     for what in ("optimizer", "gradients"):
         needs[what] *= share.get(what, 1)
         needs[what] *= 0 if "optimizer" in strategy.offloads else 1
+    if deepspeed and training.is_lora:
+        needs["gradients"] += CALIBRATED.deepspeed * training.trained
     return needs
 
 
@@ -91,9 +98,23 @@ def weights_memory(training: Training) -> float:
             trained = shape.parameters[part] * (2 if training.strategy.is_deepspeed else 4)
             # PEFT keeps the frozen original of what it trains beside adapters.
             sizes[part] = trained + (sizes[part] if training.is_lora else 0)
-    if training.strategy.shards_weights:
-        return 0.0 if "weights" in training.strategy.offloads else sum(sizes.values()) / training.strategy.num_processes
-    return float(sum(sizes.values()))
+    if not training.strategy.shards_weights:
+        return float(sum(sizes.values()))
+    if "weights" in training.strategy.offloads:
+        return 0.0
+    whole = sum(sizes.values()) - layers if training.shards_own_layers else 0.0
+    return whole + (sum(sizes.values()) - whole) / training.strategy.num_processes
+
+
+def gathered_memory(training: Training) -> float:
+    """Bytes of what a strategy that shards the weights has whole for the moment: two decoder layers; DeepSpeed's own more."""
+    if not training.strategy.shards_weights:
+        return 0.0
+    layer = linear_weights(training)
+    if not training.strategy.is_deepspeed or training.shards_own_layers:
+        return 2 * layer
+    vision = training.shape.vision.parameters if training.shape.vision is not None else 0
+    return 4 * layer + training.weight_bytes * (vision + training.shape.text.head_parameters)
 
 
 def linear_weights(training: Training) -> float:
@@ -104,7 +125,7 @@ def linear_weights(training: Training) -> float:
         return numbers / 2 + numbers / 64 * ((1 + 4 / 256) if training.nested else 4)
     if training.bits == 8:
         return numbers + 4 * sum(outer for _, outer in training.shape.text.projections.values())
-    if not training.layers_are_fused or training.compute_bytes != training.weight_bytes:
+    if not training.joins_weights:
         return numbers * training.weight_bytes
     return sum(stack.joined for stack in FusedLayer(training, Batch(1, 1, 1), 0).stacks) * training.weight_bytes
 
@@ -114,7 +135,7 @@ def adapter_copies(training: Training) -> float:
     if not training.layers_are_fused:
         return 0.0
     stacks = FusedLayer(training, Batch(1, 1, 1), 0).stacks
-    b_is_apart = training.bits == 4 or training.compute_bytes != training.weight_bytes
+    b_is_apart = not training.joins_weights
     copies = sum(stack.rank * stack.inner + (stack.outer * stack.rank if b_is_apart else 0) for stack in stacks)
     return training.shape.text.layers * copies * training.compute_bytes
 
@@ -168,7 +189,7 @@ def forward(training: Training, batch: Batch, layers: list[Layer], ledger: Ledge
 def cast_weights(training: Training) -> float:
     """Bytes of the 16-bit copies that autocast makes of fp32 weights; each lives until its layer's backward pass."""
     shape = training.shape
-    if training.precision == "fp32" or training.placement["language_model"] != "full":
+    if training.weight_bytes == 2 or training.precision == "fp32" or training.placement["language_model"] != "full":
         return 0.0
     numbers = shape.text.layers * shape.text.linear_parameters
     if shape.vision is not None:

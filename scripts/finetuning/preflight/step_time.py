@@ -14,6 +14,7 @@ import yaml
 
 from finetuning.preflight.planned_step import Batch, Training
 
+HOST_LINK = 25e9  # bytes a second from main memory to a GPU, over PCI Express
 GPUS = Path(__file__).parents[2] / "gpus.yaml"
 
 
@@ -225,7 +226,10 @@ def communication_seconds(training: Training, gpu: Gpu, accumulation: int) -> fl
         forward, backward = passes(training)
         weights = sum(training.shape.parameters.values()) * training.weight_bytes
         sent += (processes - 1) / processes * weights * (forward + backward) * accumulation
-    return sent / gpu.link
+    seconds = sent / gpu.link
+    if "weights" in strategy.offloads:  # from main memory and not from each other
+        seconds += sum(training.shape.parameters.values()) * training.weight_bytes * sum(passes(training)) / HOST_LINK
+    return seconds
 
 
 def host_seconds(training: Training, accumulation: int) -> float:
