@@ -57,6 +57,15 @@ DECODER_LAYER = tuple(
 
 ENTRIES = [
     # Overridden in training/
+    Entry(
+        TRAINER,
+        "_run_epoch",
+        "trains no step behind the last one",
+        (
+            "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, "
+            "start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
+        ),
+    ),
     Entry(TRAINER, "get_batch_samples", "times the wait for data", ("epoch_iterator, num_batches, device",)),
     Entry(TRAINER, "_get_num_items_in_batch", "counts supervised tokens on the GPU", ("batch_samples, device",)),
     Entry(TRAINER, "_clip_grad_norm", "leaves DeepSpeed's norm on the GPU", ("model",)),

@@ -22,21 +22,24 @@ from support.training import train
 REBUILT = (METRICS, PROGRESS)
 
 
+# The rate stays as it is, so that a step too many would show.
+FLAGS = [
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    "2",
+    "--load_best_model_at_end",
+    "false",
+    "--lr_scheduler_type",
+    "constant",
+]
+
+
 @pytest.fixture(scope="module")
 def run(tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
     """A finished run with checkpoints of steps 2 and 4, and an evaluation."""
     folder = tmp_path_factory.mktemp("damage") / "run"
-    train(
-        tiny_llava,
-        cctv_dataset,
-        folder,
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "2",
-        "--load_best_model_at_end",
-        "false",
-    )
+    train(tiny_llava, cctv_dataset, folder, *FLAGS)
     must_run("scripts/evaluate_llava.py", "--run", folder, "--limit", "4")
     return folder
 
@@ -68,6 +71,20 @@ def test_where_no_checkpoint_is_whole_the_run_is_not_begun_anew_in_silence(run):
         last_whole_checkpoint(run)
     assert "checkpoint-4: adapter_model.safetensors: missing" in str(error.value)
     assert "checkpoint-2: adapter_model.safetensors: 0 bytes" in str(error.value)
+
+
+def test_a_run_that_was_killed_behind_its_last_checkpoint_trains_no_further_step(
+    run, tiny_llava, cctv_dataset, tmp_path
+):
+    again = shutil.copytree(run, tmp_path / "run")
+    (again / METRICS).unlink()
+    (again / "adapter_model.safetensors").write_bytes(b"half")
+    train(tiny_llava, cctv_dataset, again, *FLAGS)
+    weights = [folder / "adapter_model.safetensors" for folder in (run, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    ends = [run_folder.read_metrics(folder) for folder in (run, again)]
+    assert [end["global_step"] for end in ends] == [4, 4]
+    assert ends[0]["train_loss"] == pytest.approx(ends[1]["train_loss"], rel=1e-6)
 
 
 def test_a_damaged_run_is_refused_by_the_name_of_its_file_or_rebuilt(run, tiny_llava, cctv_dataset):

@@ -6,10 +6,12 @@ FAULTS=whole (make test-faults) tries all commands at 200 moments and on all kin
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -18,7 +20,7 @@ import psutil
 import pytest
 from conftest import ROOT, must_run, run_command
 
-from support.cases_of_faults import Case, contents, of_training, size_of, train_words
+from support.cases_of_faults import Case, contents, of_training, rows_of, size_of, train_words
 from support.fork_server import Commands
 from support.training import SAMPLE
 
@@ -38,8 +40,8 @@ ON_DISKS += (
 )
 TIMES = {"full": 6, "quota": 2, "inodes": 4, "readonly": 1} if WHOLE else {"full": 1, "readonly": 1}
 WORDS = {
-    "full": "no space left",
-    "quota": "quota exceeded",
+    "full": "no space left|disk full",
+    "quota": "quota exceeded|disk full",
     "inodes": "no space left",
     "readonly": "read-only file system",
 }
@@ -102,10 +104,10 @@ def case(request) -> Callable[[str], Case]:
             raw = get("raw_cctv")
             words = ["data_prep/prepare_cctv.py", "--frames", raw / "frames", "--labels", raw / "labels.csv"]
             words += ["--messages", raw / "messages.txt", "--gap", "3", "--output"]
-            return Case(lambda folder: [*words, folder / name], contents(f"{name}/*/*.arrow", f"{name}/rejects.csv"))
+            return Case(lambda folder: [*words, folder / name], rows_of(name))
         if name == "prepare_anime":
             words = ["data_prep/prepare_anime.py", "--csv", get("anime_dataset").parent / "table.csv", "--output"]
-            return Case(lambda folder: [*words, folder / name], contents(f"{name}/*/*.arrow"))
+            return Case(lambda folder: [*words, folder / name], rows_of(name))
         if name == "prepare_conversations":
             source = get("tmp_path_factory").mktemp("conversations") / "rows.jsonl"
             turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Three."}]
@@ -115,7 +117,7 @@ def case(request) -> Callable[[str], Case]:
             ]
             source.write_text("\n".join(lines), encoding="utf-8")
             words = ["data_prep/prepare_conversations.py", "--input", source, "--output"]
-            return Case(lambda folder: [*words, folder / name], contents(f"{name}/*/*.arrow"))
+            return Case(lambda folder: [*words, folder / name], rows_of(name))
         if name == "train_llava":
             model, data = get("tiny_llava"), get("cctv_dataset")
             return Case(lambda folder: train_words("llava", model, data, folder / "run"), of_training)
@@ -182,15 +184,16 @@ def test_killed_at_random_moments_a_command_ends_as_if_nothing_had_been(
         time.sleep(draw.uniform(0, seconds))
         job.kill(workers_too=number % 2 == 0)
         result = job.wait()
-        assert result.code in (0, -9), result.log
+        done = result.code == 0 or "never overwritten" in result.log  # this start, or one whose end was killed
+        assert done or result.code == -9, result.log
         killed += result.code == -9
-        if result.code == 0:  # faster than the kill
+        if done:
             ended += 1
             assert command.result(folder) == expected
             shutil.rmtree(folder)
             command.before(folder)
     result = commands.run(*command.words(folder))
-    assert result.code == 0, result.log
+    assert result.code == 0 or "never overwritten" in result.log, result.log
     assert command.result(folder) == expected
     left = [path.name for path in folder.iterdir() if path.name.startswith(".") or "unfinished" in path.name]
     assert not left
@@ -214,7 +217,8 @@ def test_a_killed_loader_process_ends_the_training_in_a_sentence_and_it_goes_on(
             time.sleep(0.01)
         time.sleep(wait)
         for worker in workers:
-            worker.kill()
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
         result = job.wait()
         assert "Traceback" not in result.log, result.log
         if result.code:
@@ -252,7 +256,9 @@ def test_a_failing_disk_is_a_sentence_with_a_name_and_the_same_command_then_ends
         assert "Traceback" not in result.log, (kind, limit, result.log)
         if result.code:
             refused += 1
-            said = [line for line in result.log.replace("\r", "\n").splitlines() if WORDS[kind] in line.lower()]
+            said = [
+                line for line in result.log.replace("\r", "\n").splitlines() if re.search(WORDS[kind], line.lower())
+            ]
             assert result.code == 1 and any(str(folder) in line for line in said), (kind, limit, result.log)
             result = commands.run(*command.words(folder))
         assert result.code == 0, (kind, limit, result.log)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ROOT
+from datasets import load_from_disk
 
+from finetuning.data.dataset import describe_damage
 from support.training import SAMPLE
 
 
@@ -42,11 +44,25 @@ def contents(*names: str) -> Callable[[Path], dict[str, object]]:
     return read
 
 
+def rows_of(name: str) -> Callable[[Path], dict[str, object]]:
+    """`Case.result`: all rows of a prepared dataset, which its manifest finds whole, and its rejects.
+
+    Not the files themselves: the library writes a number of its own into those of some datasets.
+    """
+
+    def read(folder: Path) -> dict[str, object]:
+        assert describe_damage(folder / name) is None
+        rows = {split: of_split.to_list() for split, of_split in load_from_disk(str(folder / name)).items()}
+        return rows | {"rejects": (folder / name / "rejects.csv").read_bytes()}
+
+    return read
+
+
 def of_training(folder: Path) -> dict[str, object]:
     """Weights, and the true numbers of the whole training."""
     metrics = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert not list(folder.glob("run/unfinished")) and metrics["global_step"] == 4
-    return contents("run/adapter_model.safetensors")(folder) | {"train_loss": metrics["train_loss"]}
+    return contents("run/adapter_model.safetensors")(folder) | {"train_loss": round(metrics["train_loss"], 5)}
 
 
 def size_of(folder: Path) -> int:

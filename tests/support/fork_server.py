@@ -44,7 +44,7 @@ class Job:
 
     def wait(self) -> Result:
         """The end of the command."""
-        code = self.commands.answer()["code"]
+        code, self.commands.running = self.commands.answer()["code"], None
         return Result(code, self.log.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -53,6 +53,7 @@ class Commands:
 
     def __init__(self, folder: Path, **environment: str):
         self.folder, self.number = folder, 0
+        self.running: Job | None = None
         path = os.pathsep.join(str(ROOT / name) for name in ("scripts", "data_prep", "tests"))
         self.server = subprocess.Popen(
             [sys.executable, __file__],
@@ -71,12 +72,16 @@ class Commands:
 
     def start(self, *words: str | Path, **environment: str) -> Job:
         """Begin a command, such as `scripts/generate.py`, with its flags."""
+        if self.running is not None:  # of a test that failed before it waited
+            self.running.kill(workers_too=True)
+            self.running.wait()
         self.number += 1
         log = self.folder / f"{self.number:03}.log"
         job = {"words": [str(word) for word in words], "environment": environment, "log": str(log)}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        return Job(self, self.answer()["process"], log)
+        self.running = Job(self, self.answer()["process"], log)
+        return self.running
 
     def run(self, *words: str | Path, **environment: str) -> Result:
         """A command from its start to its end."""

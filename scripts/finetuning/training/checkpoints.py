@@ -75,6 +75,13 @@ class CheckpointingTrainer(SFTTrainer):
             )
         self.accelerator.wait_for_everyone()
 
+    def _run_epoch(self, *args, **kwargs):
+        # Killed between its last checkpoint and its end, a run would be resumed with one more step (transformers 5.23, 5.24).
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self._holds_full_model():
             load_saved_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
