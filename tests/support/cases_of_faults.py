@@ -62,7 +62,7 @@ def of_training(folder: Path) -> dict[str, object]:
     """Weights, and the true numbers of the whole training."""
     metrics = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert not list(folder.glob("run/unfinished")) and metrics["global_step"] == 4
-    return contents("run/adapter_model.safetensors")(folder) | {"train_loss": round(metrics["train_loss"], 5)}
+    return contents("run/*model.safetensors")(folder) | {"train_loss": round(metrics["train_loss"], 5)}
 
 
 def size_of(folder: Path) -> int:
