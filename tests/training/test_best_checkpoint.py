@@ -72,6 +72,11 @@ def test_training_stops_early_by_the_answers_score(planted, tiny_llava, cctv_dat
     metrics = json.loads((run / "metrics.json").read_text())
     assert (metrics["kept_step"], metrics["global_step"], metrics["completed"]) == (2, 3, True)
     assert "Stopping early at step 3: 1 evaluations without a better eval_score" in capsys.readouterr().out
+    # Killed before it could write its end, it stays where it stopped.
+    end = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").unlink()
+    train(tiny_llava, cctv_dataset, run, *FLAGS, "--early_stopping_patience", "1")
+    assert json.loads((run / "metrics.json").read_text())["global_step"] == end["global_step"] == 3
 
 
 def test_without_evaluations_or_answers_it_is_said_what_is_kept(tiny_llava, cctv_dataset, tmp_path, capsys):

@@ -70,6 +70,8 @@ class StopEarly(EarlyStoppingCallback):
         before = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if before:
             self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
+            # Killed behind the evaluation that stopped it, a run is at its end.
+            control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs) -> None:
         pass

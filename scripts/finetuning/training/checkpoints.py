@@ -77,7 +77,7 @@ class CheckpointingTrainer(SFTTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         # Killed between its last checkpoint and its end, a run would be resumed with one more step (transformers 5.23, 5.24).
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
