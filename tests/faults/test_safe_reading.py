@@ -4,10 +4,11 @@ import os
 
 import pytest
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from finetuning.distributed.deepspeed_zero import load_tensors_only
+from finetuning.distributed.deepspeed_zero import load_tensors_only, read_tensors_only
 
 
 class Runs:
@@ -32,3 +33,10 @@ def test_deepspeeds_reader_builds_tensors_and_runs_nothing(tmp_path):
     ):
         load_tensors_only(None, str(path))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reader_can_be_replaced_again_in_one_process(monkeypatch):
+    monkeypatch.setattr(TorchCheckpointEngine, "load", TorchCheckpointEngine.load)
+    for _ in range(2):
+        read_tensors_only()
+    assert TorchCheckpointEngine.load is load_tensors_only

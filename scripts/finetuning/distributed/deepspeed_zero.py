@@ -66,7 +66,7 @@ def read_tensors_only() -> None:
     upstream.replace(TorchCheckpointEngine, "load", load_tensors_only)
 
 
-def load_tensors_only(engine: Any, path: str, map_location: Any = None) -> Any:
+def load_tensors_only(self: Any, path: str, map_location: Any = None) -> Any:
     """`TorchCheckpointEngine.load` that builds tensors, plain values, and what DeepSpeed itself keeps beside them.
 
     Raises ValueError that names the file and what else is in it.
