@@ -29,6 +29,7 @@ from finetuning.tasks.anime_facts import AnimeExam, FactReader, load_wording
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
+from finetuning.training.number_loss import make_number_loss
 from finetuning.training.origin import fingerprints
 from finetuning.training.planned_run import note_plan, plan_run
 from finetuning.training.prepare_model import prepare_model
@@ -95,6 +96,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
         cuda_graphs=script_args.cuda_graphs,
+        number_loss=make_number_loss(script_args, tokenizer),
     )
     trainer.accelerator.print(describe_trainable(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))

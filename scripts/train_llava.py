@@ -27,9 +27,10 @@ from finetuning.models.loading import follow_tiles, load_base_for_training, load
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import rows_without_image, searches_unused_parameters
-from finetuning.tasks.exam import open_exam
+from finetuning.tasks.exam import counting_questions, open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
+from finetuning.training.number_loss import make_number_loss
 from finetuning.training.origin import fingerprints
 from finetuning.training.planned_run import note_plan, plan_run
 from finetuning.training.prepare_model import prepare_model
@@ -94,6 +95,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     speed = prepare_model(model, script_args, training_args, shares_prefix=shares_prefix, lacks_pictures=lacks_pictures)
 
     # Train
+    counting = counting_questions(train_rows, script_args.task) if script_args.number_loss == "crps" else []
     training_args.remove_unused_columns = False  # the collator takes what it needs, and keeps the row's number
     trainer = FineTuningTrainer(
         model=model,
@@ -107,6 +109,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         exam=exam,
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
+        number_loss=make_number_loss(script_args, processor, counting),
     )
     trainer.accelerator.print(describe_trainable(model), speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))

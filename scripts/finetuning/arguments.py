@@ -79,6 +79,15 @@ class ScriptArguments:
             "help": "LLaVA-NeXT, OneVision: tiles of a picture at most; fewer cost less and see less. Unset: all."
         },
     )
+    number_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Added to cross entropy where answers are counts: crps, the ranked probability score of the model's "
+            "distribution over all counts, in people; ntl, the number token loss, of digits one by one. Unset: none.",
+            "choices": ["crps", "ntl"],
+        },
+    )
+    number_loss_weight: float = field(default=0.3, metadata={"help": "What number_loss is multiplied by."})
     eval_answers: int = field(
         default=64, metadata={"help": "Validation rows that are answered and scored at each evaluation; 0 for none."}
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -215,6 +216,16 @@ def test_a_4bit_base_keeps_fp32_adapters_and_sees_in_full_precision(tiny_llava, 
     }
     assert {kind for name, kind in kinds.items() if "vision_tower" in name} == {"Linear"}
     assert {kind for name, kind in kinds.items() if name.endswith("base_layer")} == {"Linear4bit"}
+
+
+@pytest.mark.parametrize(("name", "least"), [("crps", 1.0), ("ntl", 0.5)])
+def test_a_loss_over_numbers_is_added_and_logged(tiny_llava, cctv_dataset, tmp_path, capsys, name, least):
+    # An untrained model is off by more people, or digits, than this.
+    flags = ("--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "2", "--number_loss", name)
+    train(tiny_llava, cctv_dataset, tmp_path / name, *flags)
+    logged = [float(value) for value in re.findall(r"'number_loss': '?([0-9.e-]+)", capsys.readouterr().out)]
+    assert len(logged) == 2
+    assert min(logged) > least
 
 
 def test_a_full_run_saves_a_model_of_its_own(tiny_llava, cctv_dataset, tmp_path):

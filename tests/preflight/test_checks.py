@@ -360,6 +360,33 @@ def test_cuda_graphs_against_all_that_they_cannot_do(
     assert features.graph_problems(script_arguments(**script), *given[1:], rows(1), capability) == []
 
 
+@pytest.mark.parametrize(
+    ("script", "training", "model", "images", "message"),
+    [
+        ({"number_loss": "crps"}, {}, {}, 2, None),
+        ({"number_loss": "ntl"}, {}, {}, 0, None),
+        ({"number_loss": "ntl", "share_image_prefix": True}, {}, {}, 2, None),
+        ({"number_loss": "crps"}, {}, {}, 0, "rows of text alone (ntl would do)"),
+        ({"number_loss": "crps", "share_image_prefix": True}, {}, {}, 2, "dialogues that share an image"),
+        (
+            {"number_loss": "crps"},
+            {},
+            {"attn_implementation": "eager"},
+            2,
+            "attn_implementation: eager (sdpa would do)",
+        ),
+        ({"number_loss": "crps"}, {"loss_type": "dft"}, {}, 2, "loss_type: dft (nll would do)"),
+        ({"number_loss": "ntl"}, {"label_smoothing_factor": 0.1}, {}, 2, "label_smoothing_factor"),
+        ({"number_loss": "ntl", "cuda_graphs": True}, {}, {}, 0, "cuda_graphs: true"),
+    ],
+)
+def test_number_loss_against_all_that_would_ignore_it(tmp_path, script, training, model, images, message):
+    given = script_arguments(**script), training_arguments(tmp_path, **training), ModelArguments(**model)
+    data = rows(images) if images else Dataset.from_dict({"messages": ["a"]})
+    found = features.number_loss_problems(*given, LlavaConfig(), data)
+    assert ([message in problem for problem in found] == [True]) if message else found == []
+
+
 # Rows
 
 

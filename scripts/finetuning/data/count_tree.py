@@ -25,6 +25,12 @@ class AnswerForm:
         """The answer that says `count`."""
         return f"{self.before}{count}{self.after}"
 
+    def read(self, answer: str) -> int | None:
+        """The count that an answer of this form says; None for any other answer."""
+        digits = answer.removeprefix(self.before).removesuffix(self.after)
+        stated = digits.isascii() and digits.isdigit() and answer == self.fill_in(int(digits))
+        return int(digits) if stated else None
+
 
 def answer_form(answer: str, count: int) -> AnswerForm | None:
     """How an answer states `count` in digits; None when it does not, or not exactly once."""
@@ -133,3 +139,37 @@ def _end_of_number(tokenizer: PreTrainedTokenizerBase, answer: list[int], length
         if len(tokenizer.decode(answer[:end]).strip()) > length or answer[end - 1] == tokenizer.eos_token_id:
             return end
     return len(answer)
+
+
+def sum_over_paths(logits: Tensor, places: Tensor, targets: Tensor, real: Tensor) -> Tensor:
+    """(rows, 1 + nodes, vocabulary) logits behind the prompt and each node -> (rows, counts) log-likelihoods, in fp32.
+
+    `places`, `targets` and `real` are (rows, counts, steps), as `CountTree` says.
+    """
+    logits = logits.float()
+    row = torch.arange(len(logits), device=logits.device)[:, None, None]
+    log_probs = logits[row, places, targets] - logits.logsumexp(-1)[row, places]
+    return log_probs.masked_fill(~real, 0.0).sum(-1)
+
+
+class TreeCache:
+    """The tree of all counts behind each question with a known form of answer, made once."""
+
+    def __init__(
+        self,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        forms: dict[str, AnswerForm],
+        largest: int,
+    ):
+        self.processing_class, self.forms, self.largest = processing_class, forms, largest
+        self.trees: dict[str, CountTree] = {}
+
+    def tree(self, question: str) -> CountTree | None:
+        """The tree behind a question; None where the form of its answers is not known."""
+        form = self.forms.get(question)
+        if form is None:
+            return None
+        if question not in self.trees:
+            messages = [{"role": "user", "content": question}]
+            self.trees[question] = build_tree(count_sequences(self.processing_class, messages, form, self.largest))
+        return self.trees[question]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.data.collator import leading_marks, prompt_batch
-from finetuning.data.count_tree import AnswerForm, CountTree, build_tree, count_sequences
+from finetuning.data.count_tree import AnswerForm, CountTree, TreeCache, sum_over_paths
 
 SMALLEST_RANGE = 20
 ROWS_AT_ONCE = 16  # where the batch size is `auto`
@@ -61,10 +61,10 @@ def tree_log_likelihoods(model: PreTrainedModel, inputs: dict[str, Tensor], tree
 
 def sum_over_tree(logits: Tensor, tree: CountTree) -> Tensor:
     """(rows, 1 + nodes, vocabulary) logits behind the prompt and each node -> (rows, counts) log-likelihoods, in fp32."""
-    logits = logits.float()
-    places, targets = tree.places.to(logits.device), tree.targets.to(logits.device)
-    log_probs = logits[:, places, targets] - logits.logsumexp(-1)[:, places]
-    return log_probs.masked_fill(~tree.real.to(logits.device), 0.0).sum(-1)
+    rows = len(logits)
+    return sum_over_paths(
+        logits, *(part.to(logits.device).expand(rows, -1, -1) for part in (tree.places, tree.targets, tree.real))
+    )
 
 
 class CountReader:
@@ -80,19 +80,8 @@ class CountReader:
         forms: dict[str, AnswerForm],
         largest: int,
     ):
-        self.model, self.processing_class, self.forms, self.largest = model, processing_class, forms, largest
-        self.trees: dict[tuple[str, AnswerForm], CountTree] = {}
-
-    def tree(self, question: str) -> CountTree | None:
-        """The tree of all counts behind a question, made once; None where the form of its answers is not known."""
-        form = self.forms.get(question)
-        if form is None:
-            return None
-        key = (question, form)
-        if key not in self.trees:
-            messages = [{"role": "user", "content": question}]
-            self.trees[key] = build_tree(count_sequences(self.processing_class, messages, form, self.largest))
-        return self.trees[key]
+        self.model, self.processing_class = model, processing_class
+        self.trees = TreeCache(processing_class, forms, largest)
 
     @torch.no_grad()
     def read_batch(self, rows: Sequence[dict[str, Any]]) -> list[list[float] | None]:
@@ -100,7 +89,7 @@ class CountReader:
         results: list[list[float] | None] = [None] * len(rows)
         by_tree: dict[int, tuple[CountTree, list[int]]] = {}
         for index, row in enumerate(rows):
-            tree = self.tree(leading_marks(row["messages"][-1])[1])
+            tree = self.trees.tree(leading_marks(row["messages"][-1])[1])
             if tree is not None:
                 by_tree.setdefault(id(tree), (tree, []))[1].append(index)
         for tree, indices in by_tree.values():

@@ -11,7 +11,14 @@ from transformers import PreTrainedConfig
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.device import compute_capability, smallest_gpu
 from finetuning.models.parts import count_parameters
-from finetuning.preflight.features import fp8_problems, graph_problems, option_problems, rate_problems, start_problems
+from finetuning.preflight.features import (
+    fp8_problems,
+    graph_problems,
+    number_loss_problems,
+    option_problems,
+    rate_problems,
+    start_problems,
+)
 from finetuning.preflight.memory import bytes_of_optimizer, describe_job, memory_problems, place_without_weights
 from finetuning.preflight.precision import precision_problems
 from finetuning.preflight.strategies import image_problems, strategy_problems
@@ -48,6 +55,7 @@ def refuse_what_cannot_work(
         *image_problems(script_args, training_args, train_rows),
         *graph_problems(script_args, training_args, model_args, train_rows, capability),
         *fp8_problems(script_args, training_args, model_args, capability, config),
+        *number_loss_problems(script_args, training_args, model_args, config, train_rows),
         *option_problems(training_args, capability),
         *rate_problems(script_args, training_args),
         *skip_problems(script_args, train_rows),

@@ -4,6 +4,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.data.shared_prefix import uses_shared_prefix
 from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
 from finetuning.models.adapter_start import changes_base
 from finetuning.strategy import CONFIGS, Strategy
@@ -98,6 +99,36 @@ def graph_problems(
     }
     found = [reason for reason, holds in cannot.items() if holds]
     return [f"cuda_graphs cannot go with {'; '.join(found)}: set cuda_graphs: false, or change that"] if found else []
+
+
+def number_loss_problems(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    config: PreTrainedConfig,
+    rows: Dataset,
+) -> list[str]:
+    """`number_loss` against all that would ignore it, or lay the rows out otherwise."""
+    name, attention = script_args.number_loss, model_args.attn_implementation or "sdpa"
+    if name is None:
+        return []
+    cannot = {
+        f"loss_type: {training_args.loss_type} (nll would do)": training_args.loss_type != "nll",
+        "label_smoothing_factor": bool(training_args.label_smoothing_factor),
+        "cuda_graphs: true": script_args.cuda_graphs,
+    }
+    if name == "crps":
+        cannot |= {
+            "rows of text alone (ntl would do)": "images" not in rows.column_names,
+            "dialogues that share an image (share_image_prefix: false, or one question an image, would do)": (
+                "images" in rows.column_names and uses_shared_prefix(script_args, rows, config)
+            ),
+            f"attn_implementation: {attention} (sdpa would do)": attention != "sdpa",
+        }
+    found = [reason for reason, holds in cannot.items() if holds]
+    return (
+        [f"number_loss: {name} cannot go with {'; '.join(found)}: change that, or remove number_loss"] if found else []
+    )
 
 
 def fp8_problems(

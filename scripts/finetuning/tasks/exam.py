@@ -263,6 +263,13 @@ def make_exam(rows: Dataset, train_rows: Dataset | None, *, task: str | None = N
     return Exam(questions, facts, tasks, by_task, refused, assignment.evidence)
 
 
+def counting_questions(train_rows: Dataset, task: str | None = None) -> list[Question]:
+    """The counting questions among the train split's rows, an even choice of them where there are many."""
+    plain = rows_without_pictures(spread(train_rows, MAX_TRAIN_ROWS))
+    facts, tasks, _ = find_questions(plain, assign(plain, task))
+    return [fact for fact, name in zip(facts, tasks, strict=True) if name == "count"]
+
+
 def scoring_of(
     splits: Mapping[str, Dataset], train: str, task: str | None
 ) -> tuple[str, dict[str, tuple[int, list[tuple[int, str]]]]]:

@@ -32,6 +32,7 @@ from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
 from finetuning.training.learning_rates import LearningRatesTrainer
+from finetuning.training.number_loss import NumberLoss
 from finetuning.training.read_ahead import read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
@@ -71,6 +72,7 @@ class FineTuningTrainer(LearningRatesTrainer):
             progress.json) and `describe(metrics)` (one sentence on the last evaluation).
         checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
         cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.kernels.cuda_graphs`).
+        number_loss: added to the loss of training (`finetuning.training.number_loss`), and logged under its name.
 
     Logged beside TRL's metrics: `restarts` of the run, `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
     the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
@@ -84,6 +86,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         eval_max_new_tokens: int = 32,
         checkpoint_layers: str = "all",
         cuda_graphs: bool = False,
+        number_loss: NumberLoss | None = None,
         **kwargs,
     ):
         model, training_args = kwargs["model"], kwargs["args"]
@@ -103,6 +106,9 @@ class FineTuningTrainer(LearningRatesTrainer):
             keep_fp32_reductions(self.accelerator.state.fsdp_plugin, quantised=quantised)
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
+        self.number_loss = number_loss
+        if number_loss is not None:
+            self.data_collator = number_loss.collate(self.data_collator)
         use_supervised_rows(base_model_of(model))
         self.step_metrics = StepMetrics(self._refuse_bad_loss)
         self.run_sums = RunSums()
@@ -203,10 +209,11 @@ class FineTuningTrainer(LearningRatesTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows, num_supervised = inputs.pop("rows", None), inputs.pop("num_supervised")
+        targets = inputs.pop("numbers", None)
         self.step_metrics.num_rows += len(inputs["input_ids"])
         plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.model.training and plain and not return_outputs:
-            return self._loss_without_waiting(model, inputs, rows, num_items_in_batch)
+            return self._loss_without_waiting(model, inputs, rows, num_items_in_batch, targets)
         if self.model.training or return_outputs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
@@ -215,17 +222,23 @@ class FineTuningTrainer(LearningRatesTrainer):
         self._refuse_bad_loss(loss.item(), Watched(self.state.global_step + 1, rows, inputs["input_ids"]))
         return result
 
-    def _loss_without_waiting(self, model, inputs, rows: list[int] | None, num_items_in_batch) -> torch.Tensor:
+    def _loss_without_waiting(self, model, inputs, rows: list[int] | None, num_items_in_batch, targets) -> torch.Tensor:
         """TRL's loss; its metrics, and whether it is finite, are looked at when the GPU has come so far."""
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        if targets is None:
+            outputs, of_numbers = model(**inputs, use_cache=False, fused_lm_head=True), None
+        else:
+            outputs, of_numbers = self.number_loss.forward(model, inputs, targets)
         supervised = outputs.label_mask.sum()
         average_over = supervised if num_items_in_batch is None else num_items_in_batch
         loss = -outputs.log_probs.sum() / average_over.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients
+        if of_numbers is not None:  # a mean over the batch, of which a step may have several
+            loss = loss + self.number_loss.weight * of_numbers / self.current_gradient_accumulation_steps
         with torch.no_grad():
             real = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["position_ids"])
             numbers = [loss, supervised, outputs.entropy.sum(), outputs.is_top1.sum(), real.sum()]
+            numbers.append(torch.zeros_like(loss) if of_numbers is None else of_numbers)
             numbers = torch.stack([number.double() for number in numbers])
             self.step_metrics.watch(self.state.global_step + 1, rows, inputs["input_ids"], numbers)
         return loss
@@ -239,6 +252,8 @@ class FineTuningTrainer(LearningRatesTrainer):
         metrics = self._metrics["train"]
         metrics["entropy"] += (sums[:, 1] / supervised).tolist()
         metrics["mean_token_accuracy"] += (sums[:, 2] / supervised).tolist()
+        if self.number_loss is not None:
+            metrics["number_loss"] += (sums[:, 4] / self.accelerator.num_processes).tolist()
         upstream.replace(self, "_total_train_tokens", self._total_train_tokens + int(sums[:, 3].sum()))
         metrics["num_tokens"] = [self._total_train_tokens]
 
