@@ -117,21 +117,9 @@ class FineTuningTrainer(LearningRatesTrainer):
         self._resumed_at = 0
         self.eval_max_new_tokens = eval_max_new_tokens
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
-        self._add_callbacks(cuda_graphs)
+        add_callbacks(self, cuda_graphs=cuda_graphs)
         self._num_weights: int | None = None
         switch_mode_only_on_change(model)
-
-    def _add_callbacks(self, cuda_graphs: bool) -> None:
-        if self.pop_callback(WandbCallback):
-            self.add_callback(tracking.WandbCallbackThatReturns())
-        self.add_callback(StopTogether(self.stop_request))
-        shown = ShowProgress(self.exam.headlines if self.exam else {})
-        for callback in filter(None, (self.stop_early, shown, self.layer_checkpointing)):
-            self.add_callback(callback)
-        if cuda_graphs:  # after the choice of the layers
-            self.add_callback(CudaGraphs(self))
-        self.add_callback(SpareTheHost(self))
-        self.add_callback(self.run_sums)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train; after a stop signal, save and leave the process with code 75: the same command continues."""
@@ -340,6 +328,20 @@ def rows_named(rows: Dataset) -> Iterator[None]:
             f"{describe_rows(rows)}, {said.rstrip()}. Correct it and prepare again; a picture that does not decode is passed "
             "over with --skip_bad_rows 1, and the same command continues from the last checkpoint"
         ) from error
+
+
+def add_callbacks(trainer: FineTuningTrainer, *, cuda_graphs: bool) -> None:
+    """What happens at logs, steps and evaluations beside TRL's own, in this order."""
+    if trainer.pop_callback(WandbCallback):
+        trainer.add_callback(tracking.WandbCallbackThatReturns())
+    trainer.add_callback(StopTogether(trainer.stop_request))
+    shown = ShowProgress(trainer.exam.headlines if trainer.exam else {})
+    for callback in filter(None, (trainer.stop_early, shown, trainer.layer_checkpointing)):
+        trainer.add_callback(callback)
+    if cuda_graphs:  # after the choice of the layers
+        trainer.add_callback(CudaGraphs(trainer))
+    trainer.add_callback(SpareTheHost(trainer))
+    trainer.add_callback(trainer.run_sums)
 
 
 def takes_over_checkpointing(training_args: Any, strategy: Strategy) -> bool:
