@@ -68,6 +68,16 @@ class NumberLoss:
         return outputs, number_token_loss(outputs.logits[:, self.tokens], self.numbers, targets["values"])
 
 
+def outputs_and_number_loss(
+    model: torch.nn.Module, inputs: dict[str, Tensor], loss: NumberLoss | None, targets: dict[str, Tensor] | None
+) -> tuple[Any, Tensor]:
+    """The model's outputs for a training batch, and the loss over numbers: 0 where none is asked for or none is stated."""
+    if loss is not None and targets is not None:
+        return loss.forward(model, inputs, targets)
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    return outputs, torch.zeros_like(outputs.loss)
+
+
 def make_number_loss(
     script_args: ScriptArguments,
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,

@@ -32,7 +32,7 @@ from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
 from finetuning.training.learning_rates import LearningRatesTrainer
-from finetuning.training.number_loss import NumberLoss
+from finetuning.training.number_loss import NumberLoss, outputs_and_number_loss
 from finetuning.training.read_ahead import read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
@@ -212,21 +212,17 @@ class FineTuningTrainer(LearningRatesTrainer):
 
     def _loss_without_waiting(self, model, inputs, rows: list[int] | None, num_items_in_batch, targets) -> torch.Tensor:
         """TRL's loss; its metrics, and whether it is finite, are looked at when the GPU has come so far."""
-        if targets is None:
-            outputs, of_numbers = model(**inputs, use_cache=False, fused_lm_head=True), None
-        else:
-            outputs, of_numbers = self.number_loss.forward(model, inputs, targets)
+        outputs, of_numbers = outputs_and_number_loss(model, inputs, self.number_loss, targets)
         supervised = outputs.label_mask.sum()
         average_over = supervised if num_items_in_batch is None else num_items_in_batch
         loss = -outputs.log_probs.sum() / average_over.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients
-        if of_numbers is not None:  # a mean over the batch, of which a step may have several
+        if self.number_loss is not None:  # a mean over the batch, of which a step may have several
             loss = loss + self.number_loss.weight * of_numbers / self.current_gradient_accumulation_steps
         with torch.no_grad():
             real = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["position_ids"])
-            numbers = [loss, supervised, outputs.entropy.sum(), outputs.is_top1.sum(), real.sum()]
-            numbers.append(torch.zeros_like(loss) if of_numbers is None else of_numbers)
+            numbers = [loss, supervised, outputs.entropy.sum(), outputs.is_top1.sum(), real.sum(), of_numbers]
             numbers = torch.stack([number.double() for number in numbers])
             self.step_metrics.watch(self.state.global_step + 1, rows, inputs["input_ids"], numbers)
         return loss
