@@ -290,12 +290,12 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         write_manifest(folder, run_folder.files_of_result(folder))
         run_folder.write_metrics(folder, metrics)
         run_folder.end_attempt(folder, state.global_step, "completed")
-        measured = trainer.exam.describe(metrics) if trainer.exam else "no answer was scored while training"
-        verdict = f"trained for {state.global_step} steps; {measured}"
+        said = trainer.exam.describe(metrics) if trainer.exam else "no answer was scored while training"
+        verdict = f"trained for {state.global_step} steps; {said}"
         if kept is not None:
             name = best_metric(trainer.args)
             verdict = (
-                f"kept step {kept} of {state.global_step}, the best by {name} ({state.best_metric:.4f}); {measured}"
+                f"kept step {kept} of {state.global_step}, the best by {name} ({state.best_metric:.4f}); {said}"
             )
         print(verdict[:1].upper() + verdict[1:])
         if measured:
