@@ -294,9 +294,7 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         verdict = f"trained for {state.global_step} steps; {said}"
         if kept is not None:
             name = best_metric(trainer.args)
-            verdict = (
-                f"kept step {kept} of {state.global_step}, the best by {name} ({state.best_metric:.4f}); {said}"
-            )
+            verdict = f"kept step {kept} of {state.global_step}, the best by {name} ({state.best_metric:.4f}); {said}"
         print(verdict[:1].upper() + verdict[1:])
         if measured:
             print("  " + beside_plan(planned, measured))
