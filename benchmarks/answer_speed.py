@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from train_speed import peak_rate, quantize
 
+from finetuning.families import is_vision
 from finetuning.inference import generation
 from finetuning.inference.answer_stream import AnswerStream
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.generation import answer_batch, answer_one, generate_answers
-from finetuning.models.loading import is_vision, load_config, load_processing_class
+from finetuning.models.processing import load_config, load_processing_class
 
 GIB = 2**30
 QUESTIONS = [
@@ -408,6 +409,7 @@ def write_report(results: list[dict], options: argparse.Namespace) -> str:
 
 
 def main() -> None:
+    """Measure every case in turn and write its rows as JSON and Markdown to --output."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -16,6 +16,7 @@ class Clock(TrainerCallback):
         self.warmup, self.step_done = warmup, step_done
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Start the clock when the warm-up is over."""
         self.step_done()
         if state.global_step == self.warmup:
             if torch.cuda.is_available():
@@ -24,6 +25,7 @@ class Clock(TrainerCallback):
             self.started = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Stop the clock when the GPU has finished."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.started

@@ -125,6 +125,7 @@ def draw(number: int, scene: np.ndarray, hidden: np.ndarray, most: int, folder: 
 
 
 def main() -> None:
+    """Draw the crowds, and write frames, labels and questions to --output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=Path, required=True, help="folder of the camera's frames, in order by name")
     parser.add_argument("--first", type=int, required=True, help="how many of them belong to the training split")

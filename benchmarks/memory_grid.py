@@ -39,9 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.families import is_vision
 from finetuning.kernels.packed_attention import register_packed_attention
-from finetuning.models.loading import is_vision, keep_residual_stream_in_fp32, load_config, load_processing_class
+from finetuning.models.loading import keep_residual_stream_in_fp32
 from finetuning.models.parts import decoder_layers
+from finetuning.models.processing import load_config, load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer
@@ -158,6 +160,7 @@ class StepClock(TrainerCallback):
         self.marks: list[Any] = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Mark the end of the step, on the GPU where there is one."""
         if not torch.cuda.is_available():
             self.marks.append(time.perf_counter())
             return
@@ -349,6 +352,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure each setting of the grid, a line of JSON each in --output."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -255,6 +255,7 @@ def table(results: dict[str, dict[str, object]]) -> str:
 
 
 def main() -> None:
+    """Train under each strategy in turn, and write what each step took and held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model whose config and processor are taken")
     parser.add_argument("--work", type=Path, required=True, help="new folder for weights, rows and runs (35 GB for 7B)")

@@ -267,6 +267,7 @@ def write_all(shared: Camera, number: int) -> None:
 
 
 def main() -> None:
+    """Cut people out of the frames, paste them, and write pictures and labels to --output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=Path, required=True, help="folder of the camera's frames, in order by name")
     parser.add_argument("--first", type=int, required=True, help="how many of them belong to the training split")

@@ -41,6 +41,7 @@ from fp8_base import hold_base_in_fp8
 from finetuning.arguments import TrainingArguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.families import is_vision
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import (
@@ -50,8 +51,8 @@ from finetuning.kernels.model_patches import (
 )
 from finetuning.kernels.packed_attention import register_packed_attention
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
-from finetuning.models.loading import is_vision, load_config, load_processing_class
 from finetuning.models.parts import decoder_layers
+from finetuning.models.processing import load_config, load_processing_class
 from finetuning.training.trainer import FineTuningTrainer
 
 
@@ -215,7 +216,7 @@ def arguments_of(variant: Variant, options: argparse.Namespace, folder: Path, *,
         "max_length": variant.packed or None,
         "bf16": cuda,
         "use_cpu": not cuda,
-        "logging_steps": options.logging_steps,
+        "logging_steps": min(options.logging_steps, options.warmup + options.steps),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -488,6 +489,7 @@ def environment_of_unsloth() -> dict[str, str]:
 
 
 def main() -> None:
+    """Train each variant in turn, round by round, and write tables and the plot of losses to --output."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

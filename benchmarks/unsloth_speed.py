@@ -36,6 +36,7 @@ def collate(rows: list[dict], image_processor, pad: int) -> dict[str, torch.Tens
 
 
 def main() -> None:
+    """Train with Unsloth on the rows in `folder`, and write what was measured beside them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -84,6 +84,7 @@ PLACES = ["in a town without clocks", "on the night train", "under the old light
 
 
 def main(output: Path, num_titles: int, seed: int) -> None:
+    """Write a table of `num_titles` invented titles. Raises ValueError where `output` exists."""
     refuse_existing_output(output)
     rows = draw_rows(num_titles, random.Random(seed))
     text = io.StringIO(newline="")

@@ -165,6 +165,7 @@ def parse_num_frames(text: str) -> int:
 
 
 def main() -> None:
+    """Draw the frames, and write labels.csv and messages.txt beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--frames", type=parse_num_frames, default=400, help="how many (default %(default)s)")

@@ -46,6 +46,7 @@ FEATURES = datasets.Features(
 
 
 def main(arguments: argparse.Namespace) -> None:
+    """Table -> dataset, manifest and ledger. Raises ValueError with all that is wrong with table or flags."""
     refuse_existing_output(arguments.output)
     wording_file = WORDINGS / f"{arguments.language}.yaml"
     wording = load_wording(wording_file)

@@ -317,6 +317,7 @@ def make_features(extra_columns: list[str]) -> datasets.Features:
 
 
 def main() -> None:
+    """Frames, labels and dialogues -> dataset, manifest and ledger; a mistake ends it with one message."""
     args = parse_arguments()
     refuse_existing_output(args.output)
 

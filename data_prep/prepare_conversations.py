@@ -60,6 +60,7 @@ from preparing.images import (
 from preparing.ledger import Ledger
 from preparing.record_keys import (
     CONVERSATION_KEYS,
+    TASK_NAMES,
     name_pictures,
     obey_other_keys,
     read_conversation_of,
@@ -71,8 +72,6 @@ from preparing.splits import connected_groups, split_groups
 from preparing.tables import read_table
 from preparing.text_files import RepeatedKeys, json_items, keep_repeated, read_text
 
-# The tasks of scripts/finetuning/tasks, which this command does not import: they need the libraries of training.
-TASK_NAMES = ("count", "yes_no", "choice", "short_answer", "number", "free_text")
 SCORING_FEATURES = {"task": datasets.Value("string"), "answers": datasets.List(datasets.Value("string"))}
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 # Keys whose names in braces or brackets are words of a text more often than they are placeholders.
@@ -522,6 +521,7 @@ def note_records(records: list[Record]) -> Ledger:
 
 
 def main() -> None:
+    """Records and pictures -> dataset, manifest and ledger; a mistake ends it with one message."""
     args = parse_arguments()
     refuse_existing_output(args.output)
     columns = dict(column.split(":") for column in args.columns)

@@ -21,42 +21,36 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.data.dataset import open_dataset, open_split, spread
-from finetuning.data.label_audit import (
-    Auditor,
-    RowAudit,
-    describe_faults,
-    labels_of,
-    report_differing_labels,
-    undecoded,
-)
-from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
-from finetuning.data.pictures import open_picture
+from finetuning.command_line import read_command
 from finetuning.failures import LOST_LOADER, harmless
+from finetuning.flags import positive
 from finetuning.folder_lock import one_at_a_time
-from finetuning.models.loading import follow_tiles, is_vision, load_config, load_processing_class
+from finetuning.model_files import config_of, refuse_missing_dataset
 from finetuning.run_folder import write_atomically, write_json
-from finetuning.tasks.anime_facts import load_wording
-from finetuning.tasks.exam import reasons, scoring_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from finetuning.data.label_audit import Auditor, RowAudit
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 BATCH_SIZE = 16
 
 
-def audit_batch(auditor: Auditor, rows: Dataset, indices: list[int]) -> list[RowAudit]:
+def audit_batch(auditor: "Auditor", rows: "Dataset", indices: list[int]) -> "list[RowAudit]":
     """Audit the rows at `indices`, for a pool of processes."""
+    from finetuning.data.label_audit import undecoded
+
     return auditor(undecoded(rows, indices))
 
 
-def audit_rows(auditor: Auditor, rows: Dataset, num_processes: int) -> list[RowAudit]:
+def audit_rows(auditor: "Auditor", rows: "Dataset", num_processes: int) -> "list[RowAudit]":
     """All rows through the auditor, on `num_processes` processes; in the order of the rows."""
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
     audits = []
     batches = DataLoader(
         range(len(rows)),
@@ -81,9 +75,9 @@ def audit_rows(auditor: Auditor, rows: Dataset, num_processes: int) -> list[RowA
     return audits
 
 
-def rows_to_show(audits: Sequence[RowAudit], number: int) -> list[RowAudit]:
+def rows_to_show(audits: "Sequence[RowAudit]", number: int) -> "list[RowAudit]":
     """At most `number`: faulty rows on up to half of the page, each kind once before any twice; then good ones, spread."""
-    turns: list[tuple[int, RowAudit]] = []
+    turns: list[tuple[int, Any]] = []
     seen: dict[tuple[str, ...], int] = {}
     for audit in audits:
         if audit.faults:
@@ -96,38 +90,43 @@ def rows_to_show(audits: Sequence[RowAudit], number: int) -> list[RowAudit]:
     return faulty + [good[place * len(good) // wanted] for place in range(wanted)]
 
 
-def main(
-    script_args: ScriptArguments,
-    training_args: TrainingArguments,
-    model_args: ModelArguments,
-    options: argparse.Namespace,
-) -> list[RowAudit]:
+def main(recipe: argparse.Namespace, options: argparse.Namespace) -> "list[RowAudit]":
     """Audits the dataset, prints and keeps what was found, and returns the audit of each row."""
+    # PyTorch comes with these, once there are a dataset and a model to look at. The Trainer does not.
+    config = config_of(recipe.model_name_or_path)
+    refuse_missing_dataset(recipe.dataset_name, vision=config is None or "vision_config" in config)
+    from finetuning.data.dataset import open_dataset, open_split, spread
+    from finetuning.data.label_audit import Auditor, describe_faults, labels_of, report_differing_labels, undecoded
+    from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
+    from finetuning.data.pictures import open_picture
+    from finetuning.families import is_vision
+    from finetuning.models.processing import follow_tiles, load_config, load_processing_class
+
     # What training would load, without weights
-    config = load_config(model_args.model_name_or_path, model_args.model_revision)
+    config = load_config(recipe.model_name_or_path, recipe.model_revision)
     vision = is_vision(config)
     processing_class = load_processing_class(
-        model_args.model_name_or_path,
-        image_aspect_ratio=script_args.image_aspect_ratio,
-        image_max_tiles=script_args.image_max_tiles,
-        chat_template_path=training_args.chat_template_path,
-        revision=model_args.model_revision,
+        recipe.model_name_or_path,
+        image_aspect_ratio=recipe.image_aspect_ratio,
+        image_max_tiles=recipe.image_max_tiles,
+        chat_template_path=recipe.chat_template_path,
+        revision=recipe.model_revision,
     )
-    if script_args.image_max_tiles is not None:
+    if recipe.image_max_tiles is not None:
         follow_tiles(config, processing_class)
-    dataset = open_dataset(script_args.dataset_name, vision=vision)
+    dataset = open_dataset(recipe.dataset_name, vision=vision)
     columns = ["messages", "images", "row"] if vision else ["messages", "row"]
-    splits = {name: open_split(dataset, name, script_args.dataset_name) for name in dataset if dataset[name]}
+    splits = {name: open_split(dataset, name, recipe.dataset_name) for name in dataset if dataset[name]}
 
     # Which rows can be scored
-    scoring = check_scoring(script_args, splits)
+    scoring = check_scoring(recipe, splits)
 
     # Every row, or a sample, each on its own; then what they say of pictures that look the same
     audits: list[RowAudit] = []
     labels: list[dict[str, str]] = []
     for name, rows in splits.items():
         rows = rows if options.sample is None else spread(rows, options.sample)
-        auditor = Auditor(processing_class, config, training_args.max_length, name)
+        auditor = Auditor(processing_class, config, recipe.max_length, name)
         audits += audit_rows(auditor, rows.select_columns(columns), options.processes)
         labels += labels_of(rows) if vision else []
     if vision:
@@ -137,7 +136,7 @@ def main(
 
     # What was found
     faulty = [audit for audit in audits if audit.faults]
-    folder = options.output or Path("outputs/data-check") / Path(script_args.dataset_name).name
+    folder = options.output or Path("outputs/data-check") / Path(recipe.dataset_name).name
     folder.mkdir(parents=True, exist_ok=True)
     table = [LENGTH_COLUMNS, *length_table(audits)]
     print("\n".join("".join(f"{cell:>12}" for cell in line) for line in table) + "   (lengths in tokens)")
@@ -147,8 +146,8 @@ def main(
         for reason, detail in audit.faults
     ]
     found = {
-        "dataset": script_args.dataset_name,
-        "model": model_args.model_name_or_path,
+        "dataset": recipe.dataset_name,
+        "model": recipe.model_name_or_path,
         "rows": len(audits),
         "sample": options.sample,
         "faulty_rows": len(faulty),
@@ -164,7 +163,7 @@ def main(
             row = undecoded(splits[audit.split], [audit.row])[0]
             row["images"] = row.get("images") or []
             shown.append((audit, row))
-        title = f"{script_args.dataset_name}, as {model_args.model_name_or_path} sees it"
+        title = f"{recipe.dataset_name}, as {recipe.model_name_or_path} sees it"
         page = preview_page(title, audits, shown, processing_class)
         with one_at_a_time(folder / "preview.html", "a data check"):
             write_atomically(folder / "preview.html", page)
@@ -174,24 +173,19 @@ def main(
     return audits
 
 
-def positive(text: str) -> int:
-    """A flag's value as a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return number
-
-
-def check_scoring(script_args: ScriptArguments, splits: dict[str, Dataset]) -> dict[str, Any]:
+def check_scoring(recipe: argparse.Namespace, splits: "dict[str, Dataset]") -> dict[str, Any]:
     """Says how many rows of each split can be scored, and why others cannot; `problem` where none can that is asked.
 
     What is asked while training is the validation split, if there is one: none of its rows scorable is an error, unless
     no answers are wanted (`eval_answers: 0`).
     """
-    if load_wording(script_args.dataset_name) is not None and script_args.task is None:
+    from finetuning.data.dataset import load_wording
+    from finetuning.tasks.exam import reasons, scoring_of
+
+    if load_wording(recipe.dataset_name) is not None and recipe.task is None:
         print("Scoring: facts about titles, read back by the wording in manifest.json")
         return {"task": "anime_facts"}
-    evidence, found = scoring_of(splits, script_args.dataset_train_split, script_args.task)
+    evidence, found = scoring_of(splits, recipe.dataset_train_split, recipe.task)
     print(f"Scoring: {evidence}")
     for name, (number, refused) in found.items():
         print(f"  {name}: {number:,} of {number + len(refused):,} rows can be scored")
@@ -204,10 +198,10 @@ def check_scoring(script_args: ScriptArguments, splits: dict[str, Dataset]) -> d
             for name, (number, refused) in found.items()
         },
     }
-    asked = found.get(script_args.dataset_validation_split)
-    if asked is not None and not asked[0] and script_args.eval_answers:
+    asked = found.get(recipe.dataset_validation_split)
+    if asked is not None and not asked[0] and recipe.eval_answers:
         scoring["problem"] = (
-            f"not one row of split {script_args.dataset_validation_split} can be scored ({evidence}): {reasons(asked[1])}. "
+            f"not one row of split {recipe.dataset_validation_split} can be scored ({evidence}): {reasons(asked[1])}. "
             "Correct the rows, name their task (--task, or a column task), or train without asking: --eval_answers 0"
         )
     return scoring
@@ -231,8 +225,10 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def check(argv: list[str]) -> None:
     """The whole command: `main`, and what its audits mean. Raises ValueError where a row has a fault."""
     options, recipe_flags = parse_options(argv)
-    audits = main(*parse_arguments(RECIPE, recipe_flags), options)
+    audits = main(read_command(RECIPE, recipe_flags)[1], options)
     if num_faulty := sum(bool(audit.faults) for audit in audits):
+        from finetuning.data.label_audit import describe_faults
+
         raise ValueError(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{harmless(describe_faults(audits))}")
     checked = f"All {len(audits):,} rows" if options.sample is None else f"{len(audits):,} rows, a sample,"
     print(f"{checked} are good: every picture, prompt and answer is what the model will be asked with.")

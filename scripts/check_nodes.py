@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset
-from finetuning.models.loading import is_vision, load_config
+from finetuning.families import is_vision
+from finetuning.models.processing import load_config
 from finetuning.strategy import launch_problems
 
 PATIENCE = datetime.timedelta(seconds=20)
@@ -95,6 +96,7 @@ def sum_over_nodes(store: dist.Store, rank: int, world: int) -> str | None:
 
 
 def main() -> None:
+    """Check this node and the others, as slurm/train.slurm asks; exit status 1 and every problem of any node otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")

@@ -10,14 +10,19 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.models.loading import load_config
-from finetuning.preflight.memory import GIB, describe_job, least_memory, place_without_weights
+from finetuning.command_line import read_command
 from finetuning.strategy import Strategy, launch_problems
+
+if TYPE_CHECKING:
+    from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+
+RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 
 
 def main() -> None:
+    """Print what the job will do, or end with status 1 and all that is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
@@ -25,26 +30,29 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     problems = launch_problems(args.script, args.strategy)
     try:
-        recipe = parse_arguments(Path(__file__).parent / "configs" / "llava_qlora.yaml", flags)
+        words, _ = read_command(RECIPE, flags)
     except ValueError as error:
         problems.append(str(error))
     if problems:
         sys.exit("check_recipe.py: " + "\n".join(problems))
-    script_args, training_args, _ = recipe
-    if args.quiet:
-        print(f"{script_args.dataset_name}\n{training_args.output_dir}")
-        return
-    print(f"{args.script} under {args.strategy}: {script_args.dataset_name} -> {training_args.output_dir}")
+    from finetuning.arguments import parse_arguments  # PyTorch comes with it, once the words are right
+
     try:
-        print(memory_line(args.strategy, *recipe))
+        recipe = parse_arguments(RECIPE, words)
+        memory = "" if args.quiet else memory_line(args.strategy, *recipe)
     except ValueError as error:
         sys.exit(f"check_recipe.py: {error}")
+    dataset, run = recipe[0].dataset_name, recipe[1].output_dir
+    print(f"{dataset}\n{run}" if args.quiet else f"{args.script} under {args.strategy}: {dataset} -> {run}\n{memory}")
 
 
 def memory_line(
-    name: str, script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments
+    name: str, script_args: "ScriptArguments", training_args: "TrainingArguments", model_args: "ModelArguments"
 ) -> str:
     """What each GPU must hold under the strategy `name`. Raises ValueError where the placement cannot be had."""
+    from finetuning.models.processing import load_config
+    from finetuning.preflight.memory import GIB, describe_job, least_memory, place_without_weights
+
     try:
         config = load_config(model_args.model_name_or_path, model_args.model_revision)
     except ValueError as error:

@@ -16,7 +16,8 @@ from finetuning.evaluation.answering import digest, read_answers
 from finetuning.evaluation.page import Findings
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.verdict import describe, details, headline
-from finetuning.models.loading import is_vision, load_config
+from finetuning.families import is_vision
+from finetuning.models.processing import load_config
 from finetuning.pages import LANGUAGES, Say, speak
 from finetuning.run_folder import EvaluationFolder, find_again, open_run, untuned_model
 from finetuning.tasks import anime_facts
@@ -25,6 +26,7 @@ from finetuning.tasks.exam import TASKS, make_exam
 
 
 def main(args: argparse.Namespace) -> Path:
+    """Compare two evaluated runs on the questions that both answered, and write the page; its path is returned."""
     say = speak(args.language)
     runs = [open_run(name) for name in args.runs]
     first, arguments = runs[0]
@@ -81,6 +83,7 @@ def same_settings(folders: list[EvaluationFolder]) -> dict:
 def write_page(
     output: Path, findings: Findings, labels: dict[str, str], settings: dict, language: str, say: Say
 ) -> None:
+    """The comparison as one HTML page at `output`, in `language`."""
     sentences = [describe(verdict, say) for verdict in findings.verdicts]
     write_report(
         output,
@@ -105,6 +108,7 @@ def write_page(
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `argv` is sys.argv's where it is None."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -21,6 +21,7 @@ LOSS_BATCH = 16  # rows whose loss is computed at once where --batch_size is aut
 
 
 def main(args: argparse.Namespace) -> None:
+    """Ask base and tuned model the titles' questions, score them and write the evaluation into the run."""
     run, arguments = open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=False)
     # PyTorch comes with these: once there is something to evaluate.

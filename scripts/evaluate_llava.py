@@ -18,6 +18,7 @@ from finetuning.run_folder import open_run
 
 
 def main(args: argparse.Namespace) -> None:
+    """Evaluate the run. Raises ValueError where run or dataset is missing, before PyTorch is imported."""
     open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=True)
     from finetuning.tasks.evaluate import evaluate  # PyTorch comes with it: once there is something to evaluate

@@ -113,6 +113,7 @@ def begin_or_mend(output: Path, settings: dict[str, Any]) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    """Check what is asked, then ask. Raises ValueError with all that is wrong, before PyTorch is imported."""
     # What is asked, and whether it can be: before PyTorch is imported
     problems: list[str] = []
     questions = read_questions(options.question, problems)

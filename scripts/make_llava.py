@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from finetuning.families import dialogue_form
-from finetuning.models.loading import SAFE, load_config, template_path
+from finetuning.models.processing import SAFE, load_config, template_path
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding, as published
 

@@ -59,8 +59,8 @@ from transformers import (
 )
 
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.models.loading import CHAT_TEMPLATES
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
+from finetuning.models.processing import CHAT_TEMPLATES
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?
@@ -397,6 +397,7 @@ MAKERS = {
 
 
 def main() -> None:
+    """Make the model, train it if asked, and save it with its processor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=list(MAKERS), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/tiny-llava")

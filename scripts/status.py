@@ -131,6 +131,7 @@ def how_it_is(progress: dict[str, Any], last: dict[str, Any]) -> tuple[list[str]
 
 
 def main() -> None:
+    """Print the state of each run; exit status 1 where one cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="outputs/RUN")
     runs, problems, others = parser.parse_args().runs, [], []

@@ -61,6 +61,7 @@ def folder_problems(points: list[list[str]]) -> list[str]:
 
 
 def main() -> None:
+    """Print one point of the grid as words of a training command, or check every point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")

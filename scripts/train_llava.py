@@ -13,6 +13,13 @@ from finetuning import command  # first: see there
 
 from pathlib import Path
 
+from finetuning.command_line import refuse_wrong_command
+
+RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
+if __name__ == "__main__":
+    # Before PyTorch is imported, which takes seconds
+    command.run(lambda: refuse_wrong_command(RECIPE, __doc__, vision=True))
+
 from transformers import set_seed
 
 from finetuning import tracking
@@ -23,7 +30,8 @@ from finetuning.data.dataset import open_dataset, open_split, open_validation
 from finetuning.data.label_audit import check_first_rows
 from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
-from finetuning.models.loading import follow_tiles, load_base_for_training, load_config, load_processing_class
+from finetuning.models.loading import load_base_for_training
+from finetuning.models.processing import follow_tiles, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import rows_without_image, searches_unused_parameters
@@ -38,10 +46,9 @@ from finetuning.training.resume import describe_run, finish, resolved_arguments,
 from finetuning.training.stop_signals import end_with_launcher
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
-RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
-
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
+    """One training from its recipe to its saved weights. Raises ValueError where it cannot work, TrainingDiverged."""
     # Run: a fresh start, or the checkpoint of an interrupted one
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=True)

@@ -36,6 +36,7 @@ def describe(folder: Path) -> tuple[bool, str]:
 
 
 def main() -> None:
+    """Compare every file of the folders with their manifests; exit status 1 where one differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

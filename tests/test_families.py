@@ -35,14 +35,9 @@ from finetuning.inference.prompt_reader import bytes_of_fetch
 from finetuning.kernels.lora_layers import FusedDecoderLayer, fuse_lora
 from finetuning.kernels.model_patches import count_image_tokens_once, ignore_right_padding
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
-from finetuning.models.loading import (
-    follow_tiles,
-    load_base_model,
-    load_config,
-    load_for_inference,
-    load_processing_class,
-)
+from finetuning.models.loading import load_base_model, load_for_inference
 from finetuning.models.parts import count_parameters
+from finetuning.models.processing import follow_tiles, load_config, load_processing_class
 from finetuning.training.activation_checkpointing import with_largest_pictures
 from support.families import FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
 from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora

@@ -1,13 +1,18 @@
 """Flags that are checked before PyTorch is imported name what the modules behind them know."""
 
+import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
 
+from finetuning.arguments import dataclass_parser
+from finetuning.command_line import FLAGS, list_flags
 from finetuning.flags import TASK_NAMES, evaluation_parser
 from finetuning.tasks.exam import TASKS
+from finetuning.upstream import TESTED
 
 
 def test_every_task_can_be_named():
@@ -31,6 +36,10 @@ def test_a_batch_size_is_auto_or_a_number(capsys):
         ("evaluate_gemma.py", ["--run", "outputs/none"]),
         ("merge_adapter.py", ["--run", "outputs/none", "--output", "models/new"]),
         ("status.py", ["outputs/none"]),
+        ("train_llava.py", ["--dataset_name", "./outputs/none"]),
+        ("train_gemma.py", ["--model_name_or_path", "outputs/none"]),
+        ("check_data.py", ["--config", "outputs/none"]),
+        ("check_recipe.py", ["outputs/none", "ddp"]),
     ],
 )
 def test_a_wrong_path_is_refused_before_pytorch_is_imported(command, flags):
@@ -40,4 +49,36 @@ def test_a_wrong_path_is_refused_before_pytorch_is_imported(command, flags):
         [sys.executable, "-c", f"import sys; sys.path.insert(0, 'scripts')\n{code}"],
         cwd=ROOT, text=True, capture_output=True, check=True,
     )  # fmt: skip
-    assert "outputs/none" in result.stdout and result.stdout.rstrip().endswith("False")
+    assert "outputs/none" in result.stdout + result.stderr and result.stdout.rstrip().endswith("False")
+
+
+def test_flags_known_without_pytorch_are_those_of_the_dataclasses():
+    versions = json.loads(FLAGS.read_text(encoding="utf-8"))["versions"]
+    assert versions == {name: TESTED[name][0] for name in versions}
+    if any(version(name) != pinned for name, pinned in versions.items()):
+        pytest.skip("the flags are those of the pinned versions; with others the dataclasses are asked")
+    known = list_flags(dataclass_parser(), versions)
+    assert FLAGS.read_text("utf-8") == known, "a field has changed: PYTHONPATH=scripts python -m finetuning.arguments"
+
+
+@pytest.mark.parametrize("command", ["train_llava.py", "train_gemma.py"])
+def test_all_wrong_words_are_told_before_pytorch_is_imported(command):
+    words = ["--lerning_rate", "1", "--use_peft", "true", "--seed=3", "--max_steps", "4", "--num_train_epochs", "2"]
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", f"scripts/{command}", *words],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    (said,) = [line for line in result.stderr.splitlines() if not line.startswith("import time")]
+    for part in ("--lerning_rate is no flag; did you mean --learning_rate?", "use_peft has no effect", "max_steps: 4"):
+        assert part in said
+    assert result.returncode == 1 and " torch\n" not in result.stderr
+
+
+def test_help_names_every_flag_and_imports_no_pytorch():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "scripts/train_llava.py", "--help"],
+        cwd=ROOT, text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    assert " torch\n" not in result.stderr
+    assert "accelerate launch scripts/train_llava.py" in result.stdout
+    assert all(name in result.stdout for name in ("--global_batch_size", "--learning_rate", "--lora_target_modules"))

@@ -3,11 +3,10 @@
 import ast
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from conftest import ROOT
-
-from finetuning.upstream import ENTRIES
 
 LONGEST = {ast.FunctionDef: 80, ast.ClassDef: 250}  # lines
 LEAST_DOCUMENTED = 0.95
@@ -27,21 +26,22 @@ def project_files(suffix: str) -> list[Path]:
     return [ROOT / name for name in listed.stdout.split() if (ROOT / name).is_file()]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
-def public_functions(body: list[ast.stmt], bases: tuple[str, ...] = ()) -> Iterator[tuple[ast.FunctionDef, tuple]]:
-    """Functions and methods without an underscore in front, each with the bases of its class by name.
-
-    What a command's `main` does is said at the top of its file.
-    """
+def public_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions and methods without an underscore in front."""
     for node in body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
-            yield node, bases
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
         elif isinstance(node, ast.ClassDef):
-            yield from public_functions(node.body, tuple(ast.unparse(base).rpartition(".")[2] for base in node.bases))
+            yield from public_functions(node.body)
 
 
 def test_functions_and_classes_are_short():
@@ -55,28 +55,13 @@ def test_functions_and_classes_are_short():
 
 
 def test_public_functions_have_docstrings():
-    trees = {
-        path: ast.parse(path.read_text(encoding="utf-8"))
+    functions = [
+        (path, node)
         for path in project_files(".py")
         if not path.is_relative_to(ROOT / "tests")
-    }
-    described = {  # methods that a class of ours describes, for those that override them
-        (node.name, method.name)
-        for tree in trees.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-        for method in node.body
-        if isinstance(method, ast.FunctionDef) and ast.get_docstring(method)
-    }
-    functions = [(path, *found) for path, tree in trees.items() for found in public_functions(tree.body)]
-    missing = [
-        f"{path.relative_to(ROOT)}: {node.name}"
-        for path, node, bases in functions
-        if ast.get_docstring(node) is None
-        and not any((base, node.name) in described for base in bases)
-        # A library says what its callbacks and its trainer's methods are.
-        and not (bases and (node.name.startswith("on_") or node.name in {entry.name for entry in ENTRIES}))
+        for node in public_functions(tree_of(path).body)
     ]
+    missing = [f"{path.relative_to(ROOT)}: {node.name}" for path, node in functions if ast.get_docstring(node) is None]
     assert 1 - len(missing) / len(functions) >= LEAST_DOCUMENTED, missing
 
 

@@ -24,7 +24,7 @@ MISTAKES = {
     "learning_rate: 1.0e-4\n\tseed: 3": "R:5 begins with a tab, which YAML does not allow: use spaces",
     "lora_target_modules: [q_proj": "R:5 is not YAML: expected",
     "lora_r: 64.0": "R:4: lora_r: 64.0 is not a whole number: write 64",
-    "max_length: 700.0": "R:4: max_length: 700.0 is not a number: write 700",
+    "max_length: 700.0": "R:4: max_length: 700.0 is not a whole number: write 700",
     "max_steps: 1.5": "R:4: max_steps: 1.5 is not a whole number",
     "eval_strategy: no": 'R:4: eval_strategy: no means false in YAML, expected one of no, steps, epoch: write "no" in quotes',
     "save_strategy: off": 'R:4: save_strategy: off means false in YAML, expected one of no, steps, epoch, best: write "no"',

@@ -2,18 +2,36 @@
 
 import json
 import os
+import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import ROOT, run_command
+from deepspeed.runtime import engine
+from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BitsAndBytesConfig
+from trl import SFTTrainer
 
 from finetuning import upstream
+from finetuning.arguments import parse_arguments
+from finetuning.distributed.fsdp2 import keep_fp32_reductions, set_wrap_classes
+from finetuning.distributed.sharded_layers import FrozenLayerShards, frozen_weights
+from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.manifest import has_manifest
+from finetuning.models import loading
+from finetuning.models.parts import decoder_layers
+from finetuning.strategy import Strategy
+from finetuning.training.trainer import takes_over_checkpointing
 from finetuning.upstream import ENTRIES, TESTED, Entry, UpstreamChanged
-from support.step_costs import sample_trainer
+from support.step_costs import SAMPLE, sample_trainer, without
+from support.tiny_models import LANGUAGE_MODEL, tiny_llava, with_lora
 
 PINS = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if "==" in line)
 
@@ -102,6 +120,7 @@ SAVED = [
     },
     {"_clip_grad_norm": WAITS, "named_parameters": "_named_members"},
     {"_get_grad_norm": WAITS, "floating_point_ops": "num_parameters"},
+    {"forward": "aten.nonzero", "get_placeholder_mask": WAITS},
 ]
 
 
@@ -177,3 +196,164 @@ def test_ddp_keeps_gradients_where_it_averages_them(trainer):
     finally:
         dist.destroy_process_group()
     assert len({parameter.grad.untyped_storage().data_ptr() for parameter in layers.parameters()}) == 1
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def with_and_without(*names: str):
+    """Runs what follows twice: with all entries, and without those named."""
+    yield True
+    with without(*names):
+        yield False
+
+
+def test_fsdp2_reduces_in_16_bits_without_our_policy():
+    for ours in with_and_without("mixed_precision_policy"):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+        keep_fp32_reductions(plugin, quantised=False)
+        assert (plugin.mixed_precision_policy.reduce_dtype == torch.float32) is ours
+
+
+def test_fsdp2_wraps_a_frozen_tower_layer_by_layer_without_our_names():
+    for ours in with_and_without("_no_split_modules"):
+        model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+        set_wrap_classes(model)
+        assert ("CLIPEncoder" in model.base_model.model._no_split_modules) is ours
+
+
+def test_deepspeed_sends_the_buffers_of_frozen_layers_without_our_mark(one_process_group, monkeypatch):
+    sent: set[int] = set()
+    monkeypatch.setattr(engine.dist, "broadcast", lambda data, *args, **kwargs: sent.add(data.data_ptr()))
+    monkeypatch.setattr(engine.groups, "_get_broadcast_src_rank", lambda: 0)
+    for ours in with_and_without("ds_optim_param"):
+        model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+        fuse_lora(model)
+        layers = decoder_layers(model)
+        FrozenLayerShards(layers)
+        frozen = {weight.data_ptr() for layer in layers for weight in frozen_weights(layer)}
+        sent.clear()
+        started = SimpleNamespace(dist_backend="gloo", module=model, seq_data_parallel_group=None)
+        engine.DeepSpeedEngine._broadcast_model(started)
+        assert sent and frozen.isdisjoint(sent) is ours
+
+
+def test_a_checkpoint_under_zero_3_has_names_that_no_class_has_without_ours(tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+    for ours in with_and_without("_weight_conversions"):
+        model = loading.load_base_model(str(tiny_llava), dtype=torch.float32)
+        model.save_pretrained(tmp_path / str(ours))
+        with safe_open(tmp_path / str(ours) / "model.safetensors", framework="pt") as file:
+            assert (set(file.keys()) <= set(model.state_dict())) is ours
+
+
+def test_4_bit_weights_would_be_repacked_for_a_cpu_at_the_first_answer(tiny_llava, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=loading.NOT_QUANTISED)
+    for ours in with_and_without("support_avx512bf16_for_cpu"):
+        model = loading.load_base_model(str(tiny_llava), dtype=torch.float32, quantization=quantization)
+        layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+        assert layers and any(layer.support_avx512bf16_for_cpu for layer in layers) is not ours
+
+
+def test_transformers_would_checkpoint_as_well_without_the_two_switches(tmp_path):
+    for ours in with_and_without("gradient_checkpointing", "activation_checkpointing"):
+        args = parse_arguments(SAMPLE, ["--gradient_checkpointing", "true", "--output_dir", str(tmp_path)])[1]
+        takes_over_checkpointing(args, Strategy("one process"))
+        assert (args.gradient_checkpointing or args.activation_checkpointing) is not ours
+
+
+@pytest.fixture(scope="module")
+def trained(trainer) -> object:
+    """`trainer` after its three steps."""
+    if not trainer.state.global_step:
+        trainer.train()
+    return trainer
+
+
+def test_a_checkpoint_that_fails_half_way_lies_where_a_restart_looks_without_our_folder(trained, monkeypatch):
+    run = Path(trained.args.output_dir)
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(trained, "_save_optimizer_and_scheduler", fail)
+    for ours in with_and_without("_get_output_dir"):
+        with pytest.raises(OSError, match="no space left"):
+            trained._save_checkpoint(trained.model, None)
+        assert (not list(run.glob("checkpoint-*"))) is ours
+
+
+def test_a_checkpoint_is_not_proven_whole_without_ours(trained, tmp_path, monkeypatch):
+    for ours in with_and_without("_save_checkpoint"):
+        monkeypatch.setattr(trained.args, "output_dir", str(tmp_path / str(ours)))
+        (tmp_path / str(ours)).mkdir()
+        trained._save_checkpoint(trained.model, None)
+        (checkpoint,) = (tmp_path / str(ours)).glob("checkpoint-*")
+        assert has_manifest(checkpoint) is ours
+
+
+def test_tokens_are_counted_from_zero_after_a_restart_without_ours(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained.args, "output_dir", str(tmp_path))
+    trained._save_checkpoint(trained.model, None)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    begun_with = []
+    monkeypatch.setattr(SFTTrainer, "train", lambda self, *args, **kwargs: begun_with.append(self._total_train_tokens))
+    for _ in with_and_without("_total_train_tokens"):
+        trained._total_train_tokens = 0
+        trained.train(str(checkpoint))
+    assert begun_with[0] > 0 == begun_with[1]
+
+
+@pytest.mark.parametrize("name", ["_get_dataloader", "worker_init_fn"])
+def test_loader_workers_die_of_slurms_signal_without_ours(name, trained, monkeypatch):
+    monkeypatch.setattr(trained.args, "dataloader_num_workers", 1)
+    monkeypatch.setattr(trained.args, "dataloader_prefetch_factor", None)
+    for ours in with_and_without(name):
+        with trained.stop_request:
+            batches = iter(trained.get_train_dataloader().base_dataloader)
+            (worker,) = batches._workers
+            next(batches)
+            try:
+                os.kill(worker.pid, signal.SIGUSR1)
+                worker.join(1 if ours else 10)
+            except RuntimeError as error:  # PyTorch says so from a signal handler
+                assert "killed by signal" in str(error)
+            assert worker.is_alive() is ours
+            del batches
+
+
+def test_a_log_has_no_speed_without_ours(trained):
+    for ours in with_and_without("log"):
+        trained.state.log_history.clear()
+        trained.model.train()
+        trained.log({"loss": 1.0})
+        assert ("samples_per_second" in trained.state.log_history[-1]) is ours
+
+
+def test_a_pickle_and_the_card_of_a_model_named_none_lie_beside_the_weights_without_ours(trained, tmp_path):
+    for ours in with_and_without("save_model"):
+        trained.save_model(str(tmp_path / str(ours)))
+        assert (tmp_path / str(ours) / "training_args.bin").is_file() is not ours
+    for ours in with_and_without("create_model_card"):
+        (tmp_path / "README.md").unlink(missing_ok=True)
+        trained.args.output_dir, before = str(tmp_path), trained.args.output_dir
+        trained.create_model_card(model_name="sample")
+        trained.args.output_dir = before
+        assert (tmp_path / "README.md").is_file() is not ours
+
+
+def test_the_numbers_of_rows_reach_the_model_without_our_loss(trained):
+    trained.model.train()
+    batch = next(iter(trained.get_train_dataloader()))
+    for ours in with_and_without("compute_loss"):
+        inputs = dict(batch)
+        try:
+            trained.compute_loss(trained.model, inputs)
+        except (TypeError, ValueError):
+            assert not ours
+        assert ("rows" in inputs) is not ours

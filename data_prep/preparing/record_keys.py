@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from finetuning.flags import TASK_NAMES as TASK_NAMES  # what rows can be
 from preparing.conversations import (
     CONTENT_KEYS,
     ROLE_KEYS,

@@ -4,35 +4,22 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
-import yaml
 from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from finetuning.command_line import FLAGS, list_flags, read_command
 from finetuning.device import (
     choose_precision,
     compute_capability,
     launched_precision,
     refuse_more_processes_than_gpus,
 )
-from finetuning.recipe_file import refuse_bad_recipe
 from finetuning.strategy import divide_batch
 
 PLACEMENTS = ["frozen", "lora", "full"]
-# Fields of TRL's dataclasses that these scripts decide elsewhere: set, they would be ignored, which is worse than an error.
-DECIDED_ELSEWHERE = {
-    "use_peft": "language_model, projector and vision_tower say what is lora",
-    "lora_modules_to_save": "set the part to full instead",
-    "lora_target_parameters": "lora_target_modules names the layers",
-    "model_init_kwargs": "model_name_or_path, dtype and attn_implementation are flags of their own",
-    "trust_remote_code": "only model classes that transformers ships are loaded",
-    "resume_from_checkpoint": "the same command continues a run from its newest whole checkpoint",
-    "deepspeed": "accelerate launch --config_file accelerate_configs/... says how the work is divided",
-    "fsdp": "accelerate launch --config_file accelerate_configs/... says how the work is divided",
-    "eos_token": "the model's own is used",
-    "pad_token": "the model's own is used",
-}
 
 
 @dataclass
@@ -305,52 +292,21 @@ class ModelArguments(ModelConfig):
     )
 
 
+def dataclass_parser() -> TrlParser:
+    """TRL's parser of the three dataclasses, for recipes and flags."""
+    return TrlParser((ScriptArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
+
+
 def parse_arguments(
     default_recipe: Path, argv: list[str] | None = None
 ) -> tuple[ScriptArguments, TrainingArguments, ModelArguments]:
-    """Recipe (`--config FILE`, `default_recipe` when none is named) overridden by the command line."""
-    argv = [part for word in (sys.argv[1:] if argv is None else argv) for part in split_config_flag(word)]
-    if "--config" not in argv:
-        argv = ["--config", str(default_recipe), *argv]
-    recipe = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else None
-    if recipe is None or not recipe.is_file():
-        recipes = ", ".join(sorted(str(path) for path in default_recipe.parent.glob("*.yaml")))
-        raise ValueError(f"--config {recipe or ''}: no such file. Recipes that come with the project: {recipes}")
-    parser = TrlParser((ScriptArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
-    refuse_bad_recipe(recipe, parser)
-    groups = parser.parse_args_and_config(argv)
-    refused = [
-        f"{key} has no effect here: {reason}"
-        for key, reason in DECIDED_ELSEWHERE.items()
-        if any(getattr(group, key, None) for group in groups)
-    ]
-    if getattr(groups[1], "hub_token", None):
-        refused.append(
-            "hub_token: others can read command lines, recipes and job files. Set HF_TOKEN in the environment, or log in "
-            "once with hf auth login"
-        )
-    if both_asked_for(argv, recipe, groups[1]):
-        refused.append(
-            f"max_steps: {groups[1].max_steps} and num_train_epochs: {groups[1].num_train_epochs} say both how long to train, "
-            "and the epochs would be ignored: remove num_train_epochs, or set max_steps: -1"
-        )
-    if refused:
-        raise ValueError("; ".join(refused))
-    return groups
+    """Recipe (`--config FILE`, `default_recipe` when none is named) overridden by the command line.
 
-
-def both_asked_for(argv: list[str], recipe: Path, training_args: TrainingArguments) -> bool:
-    """Whether steps and epochs are given at once: both as flags, both in the recipe, or epochs as a flag over its steps.
-
-    Steps as a flag override the epochs of a recipe, as every flag does.
+    Raises ValueError with all that is wrong.
     """
-    flags = {word.partition("=")[0] for word in argv}
-    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    epochs = "--num_train_epochs" in flags or ("num_train_epochs" in written and "--max_steps" not in flags)
-    return training_args.max_steps > 0 and epochs
+    argv, _ = read_command(default_recipe, sys.argv[1:] if argv is None else argv)
+    return dataclass_parser().parse_args_and_config(argv)
 
 
-def split_config_flag(word: str) -> list[str]:
-    """`--config=FILE` -> `--config`, `FILE`; any other word as it is."""
-    # TrlParser knows `--config FILE` only, and would otherwise ignore the recipe without a word.
-    return word.split("=", 1) if word.startswith("--config=") else [word]
+if __name__ == "__main__":  # PYTHONPATH=scripts python -m finetuning.arguments: a pin or a field has changed
+    FLAGS.write_text(list_flags(dataclass_parser(), {name: version(name) for name in ("transformers", "trl")}), "utf-8")

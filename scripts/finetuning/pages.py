@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -54,6 +54,14 @@ class Table:
         """The table as Markdown, its note below it."""
         text = markdown_table(self.columns, self.rows, numbers=True)
         return f"{text}\n\n{self.note}\n" if self.note else f"{text}\n"
+
+
+class AnswerTable(NamedTuple):
+    """Answers of an evaluation: columns of equal length (`image` holds pictures), and for each answer a caption and
+    whether it is right."""
+
+    columns: dict[str, list[Any]]
+    captions: list[tuple[str, bool]]
 
 
 def render_page(template: str, *, title: str, language: str = "en", **values: Any) -> str:

@@ -32,6 +32,7 @@ class Strategy:
     @classmethod
     def from_environment(cls) -> "Strategy":
         """The strategy of this launch, from the variables that `accelerate launch` sets: known before anything is loaded."""
+
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if is_set("ACCELERATE_USE_DEEPSPEED"):
             keys = {"optimizer": "OPTIMIZER", "weights": "PARAM"}
@@ -72,7 +73,7 @@ class Strategy:
 
     @property
     def is_ddp(self) -> bool:
-        """DistributedDataParallel: a whole model in each process."""
+        """DistributedDataParallel: the full model in each process."""
         return self.kind == "DDP"
 
     @property
@@ -87,7 +88,7 @@ class Strategy:
 
     @property
     def replicates(self) -> bool:
-        """Whether each process holds a whole, plain model, optimizer and all: one process, or DDP."""
+        """Whether each process holds a full, plain model, optimizer and all: one process, or DDP."""
         return self.is_one_process or self.is_ddp
 
     @property
@@ -98,7 +99,7 @@ class Strategy:
 
     @property
     def shards_weights(self) -> bool:
-        """Whether no process holds the whole model: every forward pass is then one of all processes together."""
+        """Whether no process holds the full model: every forward pass is then one of all processes together."""
         return "weights" in self.shards
 
     @property

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from finetuning.pages import markdown_table
+from finetuning.pages import AnswerTable, markdown_table
 from finetuning.run_folder import BOOKKEEPING, TENSORBOARD, read_arguments, read_progress, wandb_id
 
 PROJECT = "llava-gemma-finetuning"
@@ -103,6 +103,7 @@ class WandbCallbackThatReturns(WandbCallback):
     """transformers' callback, with a W&B process that may end before the training does."""
 
     def on_log(self, args, state, control, **kwargs):
+        """As transformers does, unless the W&B process has ended; main process only."""
         if state.is_world_process_zero:
             tell_wandb(args, state, partial(super().on_log, args, state, control, **kwargs))
 
@@ -173,14 +174,6 @@ def _close(args: TrainingArguments, exit_code: int, metrics: dict[str, Any] | No
     address = wandb_address(args)
     wandb.finish(exit_code=exit_code)
     print(f"W&B: {address}")
-
-
-class AnswerTable(NamedTuple):
-    """Answers of an evaluation: columns of equal length (`image` holds pictures), and for each answer a caption and
-    whether it is right."""
-
-    columns: dict[str, list[Any]]
-    captions: list[tuple[str, bool]]
 
 
 def log_answers(trainer: Trainer, table: AnswerTable) -> None:

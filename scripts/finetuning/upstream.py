@@ -83,7 +83,7 @@ ENTRIES = [
     Entry(TRAINER, "_finalize_training", "tells of the whole run after a restart", ("trial, num_train_samples, start_time",)),
     Entry(TRAINER, "training_step", "repeats a step that ran out of memory with more layers checkpointed"),
     Entry(TRAINER, "compute_loss", "reads loss and metrics when the GPU has come so far"),
-    Entry(TRAINER, "log", "adds speed, waiting and memory"),
+    Entry(TRAINER, "log", "adds speed, data wait and memory"),
     Entry(TRAINER, "evaluate", "asks questions"),
     Entry("trl.trainer.sft_trainer.SFTTrainer", "_prepare_dataset", "refuses rows that would be cut", (
         "dataset, processing_class, args, packing, formatting_func, dataset_name",
@@ -164,10 +164,11 @@ def replace(owner: Any, name: str, new: Any) -> Any:
     return before
 
 
-def check_read(owner: str, name: str) -> None:
-    """Raise UpstreamChanged unless the module `owner` still reads the attribute `name`, which we set on its objects."""
+def set_read(thing: Any, owner: str, name: str, value: Any) -> None:
+    """Set `thing.name`, an attribute that the module `owner` looks for. Raises UpstreamChanged if it no longer does."""
     entry = next(entry for entry in ENTRIES if entry[:2] == (owner, name))
     check(entry, resolve(owner))
+    setattr(thing, name, value)
 
 
 def overrides(cls: type) -> type:

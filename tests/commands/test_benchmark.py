@@ -14,7 +14,7 @@ from datasets import load_from_disk
 from PIL import Image, ImageChops
 
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 
 ROOT = Path(__file__).parents[2]
 

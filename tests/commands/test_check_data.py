@@ -12,11 +12,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
 from trl.data_utils import prepare_multimodal_messages
 
-from finetuning.arguments import parse_arguments
+from finetuning.command_line import read_command
 from finetuning.data.collator import LlavaDataCollator, place_images, prompt_batch, tokenize, until_the_question
 from finetuning.data.label_audit import REASONS, Auditor, check_first_rows
 from finetuning.data.label_preview import picture_as_seen, token_pieces
-from finetuning.models.loading import load_config, load_processing_class
+from finetuning.models.processing import load_config, load_processing_class
 
 # A template for both models that does three things wrong, to the rows that ask for them.
 FAULTY_TEMPLATE = """
@@ -117,7 +117,7 @@ def save(rows: list[dict], folder) -> None:
 def check(folder, model, *flags: str) -> list:
     words = ["--dataset_name", str(folder), "--model_name_or_path", str(model), "--output", str(folder / "check")]
     options, recipe_flags = parse_options([*words, "--processes", "1", *flags])
-    return check_data(*parse_arguments(RECIPE, recipe_flags), options)
+    return check_data(read_command(RECIPE, recipe_flags)[1], options)
 
 
 def test_rows_without_pictures_first_and_last(tiny_llava, tmp_path):
@@ -217,7 +217,7 @@ def test_rows_of_which_only_the_text_is_tokenised_are_what_the_collator_makes(ti
 def test_clean_data_passes(tiny_llava, cctv_dataset, tmp_path):
     flags = ["--dataset_name", str(cctv_dataset), "--model_name_or_path", str(tiny_llava)]
     options, recipe_flags = parse_options([*flags, "--output", str(tmp_path), "--processes", "2"])
-    audits = check_data(*parse_arguments(RECIPE, recipe_flags), options)
+    audits = check_data(read_command(RECIPE, recipe_flags)[1], options)
     assert len(audits) > 40 and not any(audit.faults for audit in audits)
     found = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
     assert found["rows"] == len(audits) and found["faults"] == []
@@ -325,7 +325,7 @@ def save_splits(folder, rows):
 def check_scored(tiny_llava, folder, *flags):
     words = ["--dataset_name", folder, "--model_name_or_path", tiny_llava, *flags]
     options, recipe = parse_options(["--output", str(folder / "check"), "--processes", "1", *map(str, words)])
-    return check_data(*parse_arguments(RECIPE, recipe), options)
+    return check_data(read_command(RECIPE, recipe)[1], options)
 
 
 def test_it_says_which_rows_can_be_scored_before_anything_is_trained(tiny_llava, tmp_path, capsys):

@@ -13,7 +13,8 @@ from conftest import ROOT, SHARED, must_run
 
 from finetuning.arguments import parse_arguments
 from finetuning.evaluation.perplexity import AnswerLoss, answer_losses, perplexity
-from finetuning.models.loading import load_base_model, load_processing_class
+from finetuning.models.loading import load_base_model
+from finetuning.models.processing import load_processing_class
 from finetuning.tasks.anime_facts import (
     FactReader,
     compile_clause,

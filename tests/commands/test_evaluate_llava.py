@@ -23,7 +23,7 @@ from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
 from finetuning.inference.count_file import settings_of
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 from finetuning.run_folder import EvaluationFolder, open_run
 from finetuning.tasks.exam import make_exam
 

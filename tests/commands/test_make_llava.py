@@ -11,7 +11,7 @@ from transformers import (
     LlavaImageProcessor,
 )
 
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 from support.training import train
 
 

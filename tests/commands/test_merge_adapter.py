@@ -12,12 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.export import merge_run
 from finetuning.export.merging import check_proof, compare_observations, make_probes, observe
-from finetuning.models.loading import (
-    check_adapter_is_complete,
-    load_base_model,
-    load_for_inference,
-    load_processing_class,
-)
+from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
+from finetuning.models.processing import load_processing_class
 from finetuning.run_folder import write_metrics
 
 DTYPE = torch.float32

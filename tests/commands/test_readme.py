@@ -5,6 +5,7 @@ import io
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from functools import cache
 
@@ -60,20 +61,44 @@ def test_the_readme_is_one_screenful_in_short_sentences():
     assert sum(len(sentence.split()) for sentence in found) / len(found) <= 16
 
 
-@pytest.mark.parametrize("name", ["architecture.md", "architecture.ko.md"])
-def test_the_tree_of_the_architecture_names_every_file(name):
-    root = ROOT / "scripts" / "finetuning"
-    folder, listed = "", []
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for line in re.search(r"```\nscripts/finetuning/\n(.*?)```", text, re.S).group(1).splitlines():
-        if line.endswith("/"):
-            folder = line.strip()
+def listed_files(tree: str) -> list[str]:
+    """Paths in a tree of the architecture page, as `scripts/finetuning/data/pictures.py`; each has a phrase."""
+    above, folder, listed = "", "", []
+    for line in tree.splitlines():
+        indent, name, *phrase = len(line) - len(line.lstrip()), *line.split(maxsplit=1)
+        if indent == 0:
+            above, folder = name, ""
+        elif indent == 2:
+            folder = name
+            listed += [above + name] * bool(phrase)
         else:
-            file, phrase = line.split(maxsplit=1)
-            assert phrase
-            listed.append(folder + file)
-    files = {str(path.relative_to(root)) for path in root.rglob("*.py") if path.name != "__init__.py"}
-    assert len(listed) == len(set(listed)) and set(listed) == files
+            assert phrase, line
+            listed.append(above + folder + name)
+    return listed
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "architecture.ko.md"])
+def test_the_trees_of_the_architecture_name_every_file(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    trees = re.findall(r"```\n(scripts/.*?)```", text, re.S)
+    listed = [path for tree in trees for path in listed_files(tree)]
+    folders = {path for path in listed if path.endswith("/")}
+    tracked = subprocess.run(
+        ["git", "ls-files", "scripts", "data_prep", "slurm", "benchmarks"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    files = {
+        path
+        for path in tracked.stdout.split()
+        if (path.endswith((".py", ".sh", ".slurm", ".yaml")) and not path.endswith("__init__.py")) or path in listed
+    }
+    files = {
+        path for path in files if (ROOT / path).is_file() and not any(path.startswith(folder) for folder in folders)
+    }
+    assert len(listed) == len(set(listed)) and set(listed) - folders == files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import stop_tokens
 from finetuning.evaluation.perplexity import answer_losses
-from finetuning.models.loading import CHAT_TEMPLATES, load_base_model, load_for_inference, load_processing_class
+from finetuning.models.loading import load_base_model, load_for_inference
+from finetuning.models.processing import CHAT_TEMPLATES, load_processing_class
 from finetuning.training.trainer import FineTuningTrainer
 
 CONFIGS = ROOT / "scripts" / "configs"

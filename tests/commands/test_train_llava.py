@@ -25,8 +25,9 @@ from transformers import AutoProcessor
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.device import choose_precision
-from finetuning.models.loading import load_for_inference, load_processing_class
+from finetuning.models.loading import load_for_inference
 from finetuning.models.parts import base_model_of, decoder_layers
+from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 from support.training import SAMPLE, build, train

@@ -14,7 +14,7 @@ from finetuning.data.dataset import open_dataset
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
 from finetuning.inference.session import open_image
-from finetuning.models.loading import load_config, load_processing_class
+from finetuning.models.processing import load_config, load_processing_class
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +161,13 @@ def test_texts_tokenized_once_make_the_batch_that_trl_makes(processor, multiple)
         {"messages": [turn("user", "Hello"), turn("assistant", "사람이 없습니다.")], "images": [], "row": 6},
     ]
     collate = LlavaDataCollator(processor, pad_to_multiple_of=multiple)
-    ours = collate(rows)
-    trls = DataCollatorForVisionLanguageModeling.torch_call(collate, [with_pictures(row) for row in rows])
-    assert ours.pop("rows") == [4, 5, 6]
-    assert set(ours) == set(trls)
-    for name, values in trls.items():
-        assert torch.equal(ours[name], values), name
+    trls = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True, pad_to_multiple_of=multiple)
+    opened = [with_pictures(row) for row in rows]
+    expected, once, by_any_processor = trls(opened), collate(rows), collate.read_texts(opened)
+    assert once.pop("rows") == [4, 5, 6]
+    assert set(once) == set(by_any_processor) == set(expected)
+    for name, values in expected.items():
+        assert torch.equal(once[name], values) and torch.equal(by_any_processor[name], values), name
 
 
 def test_answers_are_found_in_lists_as_in_tensors(processor):

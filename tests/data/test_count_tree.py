@@ -3,7 +3,7 @@
 import pytest
 
 from finetuning.data.count_tree import AnswerForm, answer_form, build_tree, count_sequences, learn_forms
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 from support.tokenizers_of_tests import TEMPLATE, merging_tokenizer
 
 QUESTION = [{"role": "user", "content": "How many people are in view?"}]

@@ -7,7 +7,7 @@ from PIL import Image as Picture
 
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.shared_prefix import PREFIX, SharedPrefixCollator, group_by_image
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 
 
 def questions(*image_ids: str) -> Dataset:

@@ -152,6 +152,7 @@ CELLS = st.tuples(st.none() | st.integers(0, NUM_PICTURES - 1), WORDS, LINES)
 @given(
     st.lists(CELLS, min_size=1, max_size=6), st.sampled_from(["utf-8", "utf-8-sig"]), st.sampled_from([".csv", ".CSV"])
 )
+@pytest.mark.slow
 def test_what_is_accepted_of_a_table_is_what_was_written(images, cells, encoding, suffix):
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / f"data{suffix}"

@@ -426,6 +426,7 @@ def test_an_existing_output_is_left_as_it_is(raw, prepare, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "mall").is_dir(), reason="the mall frames are not at ../shared/data/mall")
 def test_the_real_mall_frames_go_through_whole(raw, prepare, tmp_path):
     mall = tmp_path / "mall"

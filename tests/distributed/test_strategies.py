@@ -1,7 +1,8 @@
 """The same recipe by one process and by two, under each strategy, through `accelerate launch` with the shipped files.
 
 A CPU trains in fp32, so that numbers can be compared to 1e-5. What a CPU cannot do is left to benchmarks/multi_gpu.py:
-16-bit types, NCCL, and models of a real size. Thirteen launches of two processes, most of their time imports.
+16-bit types, NCCL, and models of a real size. Five launches; the others are forked (`support/forked_launch.py`), since most
+of a launch's time is imports.
 """
 
 import json
@@ -23,6 +24,7 @@ from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
 from finetuning.training.resume import refuse_other_sharding
+from support.fork_server import Commands
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -96,7 +98,7 @@ def train_alone(words):
 
 @pytest.fixture(scope="module")
 def train(words):
-    """`train(strategy, run, **flags)`: the command by two processes; its output when it ends well."""
+    """`train(strategy, run, **flags)`: the command by two processes, launched; its output when it ends well."""
 
     def launch(strategy: str, run: Path, **flags) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "support" / "on_cpu")}
@@ -120,6 +122,23 @@ def train(words):
         return result.stdout
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def fork(words, tmp_path_factory):
+    """`fork(strategy, run, **flags)`: as `train`, by forked processes."""
+    commands = Commands(tmp_path_factory.mktemp("logs"))
+
+    def launch(strategy: str, run: Path, processes: int = 2, **flags) -> str:
+        result = commands.run(
+            *("tests/support/forked_launch.py", "--config_file", f"accelerate_configs/{strategy}.yaml"),
+            *("--num_processes", processes, "scripts/train_llava.py", "--config", SAMPLE, *words(run, **flags)),
+        )
+        assert result.code == 0, result.log
+        return result.log
+
+    yield launch
+    commands.close()
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +203,7 @@ def test_two_processes_save_and_answer_as_one_does(one, trained, strategy):
     assert logged(two, "eval_count_n") == [3, 3]
 
 
-def test_lora_of_layers_that_deepspeed_shards_is_saved_in_full(one, train, tmp_path):
+def test_lora_of_layers_that_deepspeed_shards_is_saved_in_full(one, fork, tmp_path):
     """peft#2450, accelerate#3508: saved as `Size([0])`. Without fused LoRA DeepSpeed shards the layers, not we."""
     flags = LORA | {
         "fused_lora": "false",
@@ -192,7 +211,7 @@ def test_lora_of_layers_that_deepspeed_shards_is_saved_in_full(one, train, tmp_p
         "eval_strategy": "no",
         "save_strategy": "no",
     }
-    train("deepspeed_zero3", tmp_path / "run", **flags, max_steps=2)
+    fork("deepspeed_zero3", tmp_path / "run", **flags, max_steps=2)
     assert_same_weights(tmp_path / "run", one / "checkpoint-2", "adapter_model.safetensors", tolerance=2e-5)
 
 
@@ -205,10 +224,10 @@ def interrupt(finished: Path, run: Path, last: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
-def test_sharded_run_continues_where_it_stopped(train, trained, tmp_path, strategy):
+def test_sharded_run_continues_where_it_stopped(fork, trained, tmp_path, strategy):
     run = tmp_path / "run"
     interrupt(trained(strategy), run, "checkpoint-4")
-    assert "checkpoint-2" in train(strategy, run, **LORA)
+    assert "checkpoint-2" in fork(strategy, run, **LORA)
     assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-6)
     for name in (".", "checkpoint-4"):
         assert_same_weights(run / name, trained(strategy) / name, "adapter_model.safetensors", tolerance=1e-6)
@@ -217,17 +236,26 @@ def test_sharded_run_continues_where_it_stopped(train, trained, tmp_path, strate
 def test_a_checkpoint_of_replicated_weights_is_not_read_as_one_of_sharded_weights(trained):
     checkpoint = trained("deepspeed_zero3") / "checkpoint-4"
     refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 2}})
-    with pytest.raises(ValueError, match="are whole, in this launch they are divided"):
+    with pytest.raises(ValueError, match="are full, in this launch they are sharded"):
         refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 3}})
 
 
-def test_fsdp2_shards_a_4bit_base(train, train_alone, tmp_path):
+def test_fsdp2_shards_a_4bit_base(fork, train_alone, tmp_path):
     flags = LORA | {"vision_tower": "frozen", "load_in_4bit": "true"}
     flags |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
     train_alone(tmp_path / "one", **flags)
-    train("fsdp2", tmp_path / "two", **flags, bnb_4bit_quant_storage="float32")
+    fork("fsdp2", tmp_path / "two", **flags, bnb_4bit_quant_storage="float32")
     assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-5)
     assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
+
+
+def test_an_fsdp2_run_of_two_processes_continues_with_four(fork, trained, tmp_path):
+    """The same rows a step, by `global_batch_size`; PyTorch lays the shards out anew."""
+    run = tmp_path / "run"
+    interrupt(trained("fsdp2"), run, "checkpoint-4")
+    assert "checkpoint-2" in fork("fsdp2", run, processes=4, **LORA)
+    assert logged(run, "loss") == pytest.approx(logged(trained("fsdp2"), "loss"), abs=1e-5)
+    assert_same_weights(run, trained("fsdp2"), "adapter_model.safetensors", tolerance=2e-5)
 
 
 def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_path):
@@ -240,15 +268,15 @@ def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
-def test_full_fine_tune_is_saved_as_one_model_and_continues(train, train_alone, tmp_path, strategy):
+def test_full_fine_tune_is_saved_as_one_model_and_continues(fork, train_alone, tmp_path, strategy):
     # Plain descent: Adam's first steps would make sign flips of numbers near zero as large as any step.
     flags = FULL | {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "eval_answers": 0}
     flags |= {"optim": "sgd", "learning_rate": 0.1}
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     train_alone(one, **flags)
-    train(strategy, two, **flags)
+    fork(strategy, two, **flags)
     interrupt(two, again, "checkpoint-2")
-    assert "checkpoint-1" in train(strategy, again, **flags)
+    assert "checkpoint-1" in fork(strategy, again, **flags)
     for run in (two, again):
         # After the second step the model is what one process made of it; the run ends with the weights of the first.
         assert logged(run, "eval_loss") == pytest.approx(logged(one, "eval_loss"), abs=1e-5)

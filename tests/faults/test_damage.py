@@ -11,7 +11,7 @@ from datasets import DatasetDict
 from finetuning import run_folder
 from finetuning.data.dataset import open_dataset, unreadable_files
 from finetuning.manifest import MANIFEST, manifest_problems
-from finetuning.models.loading import load_config
+from finetuning.models.processing import load_config
 from finetuning.run_folder import CHANGING, COUNTS, METRICS, PROGRESS, EvaluationFolder
 from finetuning.training.checkpoints import last_whole_checkpoint
 from finetuning.training.origin import of_base, refuse_changed_run

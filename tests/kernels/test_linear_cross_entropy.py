@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import CollateSupervisedRows, LlavaDataCollator
 from finetuning.kernels.linear_cross_entropy import use_supervised_rows
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer

@@ -13,7 +13,7 @@ from finetuning.arguments import ModelArguments, ScriptArguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.export.merge_run import merge
 from finetuning.models.adapter_start import write_against_base
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.preflight.features import start_problems
 from support.families import rows_of_all_shapes

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
 
-from finetuning.models.loading import load_base_model, load_config, load_processing_class
+from finetuning.models.loading import load_base_model
+from finetuning.models.processing import load_config, load_processing_class
 
 
 def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):

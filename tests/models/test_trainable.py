@@ -8,8 +8,8 @@ from transformers import AutoConfig, GemmaConfig, GemmaForCausalLM
 
 from finetuning.arguments import ScriptArguments, parse_arguments
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.models.loading import load_processing_class
 from finetuning.models.parts import count_parameters
+from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import describe_trainable, gets_no_gradient, set_trainable
 from support.training import SAMPLE, build
 

@@ -39,8 +39,9 @@ from finetuning.device import (
 )
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.models import loading as models
-from finetuning.models.loading import device_map_of_this_process, load_base_model, load_config, quantization_config
+from finetuning.models.loading import device_map_of_this_process, load_base_model, quantization_config
 from finetuning.models.parts import count_parameters
+from finetuning.models.processing import load_config
 from finetuning.models.trainable import gets_no_gradient, set_trainable
 from finetuning.preflight import checks as preflight
 from finetuning.preflight import features, memory, precision, strategies
@@ -172,8 +173,8 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
 @pytest.mark.parametrize(
     ("how", "model", "training", "script", "message"),
     [
-        ("ZeRO-3", QLORA, {}, {}, r"ZeRO-3 cannot divide quantised weights.*peft#2016.*ddp\.yaml"),
-        ("ZeRO-3", {"load_in_8bit": True}, {}, {}, "ZeRO-3 cannot divide quantised weights"),
+        ("ZeRO-3", QLORA, {}, {}, r"ZeRO-3 cannot shard quantised weights.*peft#2016.*ddp\.yaml"),
+        ("ZeRO-3", {"load_in_8bit": True}, {}, {}, "ZeRO-3 cannot shard quantised weights"),
         ("FSDP2", QLORA, {}, {}, "set bnb_4bit_quant_storage: float32, which is uint8"),
         (
             "FSDP2",
@@ -182,7 +183,7 @@ ALL_FULL = {"language_model": "full", "projector": "full"}
             {},
             r"\(bitsandbytes#1945\): set bnb_4bit_quant_storage: float32, which is bfloat16",
         ),
-        ("FSDP2", {"load_in_8bit": True}, {}, {}, "FSDP2 cannot divide 8-bit weights: set load_in_4bit: true"),
+        ("FSDP2", {"load_in_8bit": True}, {}, {}, "FSDP2 cannot shard 8-bit weights: set load_in_4bit: true"),
         ("FSDP2", {}, {}, {}, "FSDP without GPUs: accelerate would train plain DDP without a word"),
         (
             "FSDP2",
@@ -780,7 +781,7 @@ def test_files_and_the_strategies_that_they_launch():
 def test_gpus_that_are_too_small_are_refused(describe, how, placement, flags, gib, message):
     found = memory.memory_problems(describe(how, placement, **flags), None if gib is None else int(gib * 2**30))
     assert ([message in problem for problem in found] == [True]) if message else found == [], found
-    assert "fsdp2.yaml" not in str(found) or flags == {"load_in_4bit": True}  # it divides no 8-bit weights
+    assert "fsdp2.yaml" not in str(found) or flags == {"load_in_4bit": True}  # it shards no 8-bit weights
 
 
 # Disk

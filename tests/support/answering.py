@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from finetuning.inference.generation import answer_batch
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 
 QUESTIONS = ["How many people are in view?", "사람이 몇 명 있나요? 모두 세어 주세요.", "Count.", "How many?" * 5]
 LINEAR = r".*(language_model|model)\.layers\..*(q|k|v|o|gate|up|down)_proj"

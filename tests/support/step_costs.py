@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel, Trainer
 from finetuning import upstream
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.models.loading import load_processing_class
+from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer
@@ -68,16 +68,22 @@ class Costs(TorchDispatchMode, TrainerCallback):
 @contextmanager
 def without(*names: str) -> Iterator[None]:
     """Inside, what `upstream` replaces or overrides by these names is as the libraries have it."""
-    replace = upstream.replace
+    replace, set_read = upstream.replace, upstream.set_read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             upstream,
             "replace",
             lambda owner, name, new: getattr(owner, name, None) if name in names else replace(owner, name, new),
         )
-        for name in names:
-            if name in vars(FineTuningTrainer):
-                patch.delattr(FineTuningTrainer, name)
+        patch.setattr(
+            upstream,
+            "set_read",
+            lambda thing, owner, name, value: None if name in names else set_read(thing, owner, name, value),
+        )
+        for cls in FineTuningTrainer.__mro__:
+            for name in names:
+                if cls.__module__.startswith("finetuning") and name in vars(cls):
+                    patch.delattr(cls, name)
         yield
 
 

@@ -1,5 +1,6 @@
 """A loader that reads the next epoch ahead gives the same rows and leaves training the same random numbers."""
 
+import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, RandomSampler
@@ -30,6 +31,7 @@ def test_rows_order_and_random_numbers_are_those_of_a_loader_that_starts_anew():
     assert len({str(epoch) for epoch in expected}) == 3
 
 
+@pytest.mark.slow
 def test_the_next_epoch_is_asked_for_when_this_one_has_ended():
     ahead = loader(persistent=True)
     read_next_epoch_ahead(ahead)

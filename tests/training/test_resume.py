@@ -31,21 +31,21 @@ def test_a_job_that_was_queued_again_twice_without_a_step_stops_and_says_why(tmp
     refuse_futile_restart(tmp_path, 40)
 
 
-DIVIDED = ["latest", "rng_state.pth", "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt"]
-WHOLE = ["latest", "rng_state.pth", "global_step2/mp_rank_00_model_states.pt"]
+SHARDED = ["latest", "rng_state.pth", "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt"]
+FULL = ["latest", "rng_state.pth", "global_step2/mp_rank_00_model_states.pt"]
 
 
 @pytest.mark.parametrize(
     ("files", "how", "script", "environment", "message"),
     [
-        (DIVIDED, "ZeRO-3", ALL_FULL, {}, None),
-        (DIVIDED, "ZeRO-2", ALL_FULL, {}, "its weights are divided, by ZeRO-3, and this launch is ZeRO-2: laid out"),
-        (WHOLE, "ZeRO-3", ALL_FULL, {}, "its weights are whole, and this launch is ZeRO-3: laid out otherwise"),
-        (WHOLE, "ZeRO-3", {"fused_lora": False}, {}, "its weights are whole, and this launch is ZeRO-3"),
-        (WHOLE, "ZeRO-3", {}, {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "is ZeRO-3 with offload"),
-        (WHOLE, "ZeRO-3", {}, {}, None),
-        (WHOLE, "ZeRO-1", ALL_FULL, {}, None),
-        (DIVIDED, "ZeRO-3", {}, {}, None),
+        (SHARDED, "ZeRO-3", ALL_FULL, {}, None),
+        (SHARDED, "ZeRO-2", ALL_FULL, {}, "its weights are sharded, by ZeRO-3, and this launch is ZeRO-2: laid out"),
+        (FULL, "ZeRO-3", ALL_FULL, {}, "its weights are full, and this launch is ZeRO-3: laid out otherwise"),
+        (FULL, "ZeRO-3", {"fused_lora": False}, {}, "its weights are full, and this launch is ZeRO-3"),
+        (FULL, "ZeRO-3", {}, {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "is ZeRO-3 with offload"),
+        (FULL, "ZeRO-3", {}, {}, None),
+        (FULL, "ZeRO-1", ALL_FULL, {}, None),
+        (SHARDED, "ZeRO-3", {}, {}, None),
     ],
 )
 def test_continuing_under_another_stage_of_deepspeed(monkeypatch, tmp_path, files, how, script, environment, message):
@@ -65,7 +65,7 @@ def test_continuing_under_another_stage_of_deepspeed(monkeypatch, tmp_path, file
         (["optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"], "one process", None, "would take other rows"),
         (["optimizer.pt", "rng_state.pth"], "ZeRO-2", 8, "under one process or DDP, this launch is DeepSpeed"),
         (["latest", "rng_state_0.pth"], "DDP", 8, "under DeepSpeed, this launch is one process or DDP"),
-        (["latest", "rng_state_0.pth", "rng_state_1.pth"], "ZeRO-2", 8, "state is divided by 2"),
+        (["latest", "rng_state_0.pth", "rng_state_1.pth"], "ZeRO-2", 8, "state is sharded over 2"),
         (["optimizer_0", "rng_state_0.pth", "rng_state_1.pth"], "FSDP2", 8, None),
     ],
 )

@@ -6,7 +6,8 @@ from datasets import Dataset
 
 from finetuning.arguments import parse_arguments
 from finetuning.evaluation.perplexity import answer_losses
-from finetuning.models.loading import load_base_model, load_processing_class
+from finetuning.models.loading import load_base_model
+from finetuning.models.processing import load_processing_class
 from finetuning.training.step_metrics import ShowProgress
 from finetuning.training.trainer import FineTuningTrainer
 from support.training import GEMMA_SAMPLE

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     BatchFeature,
-    DataCollator,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
@@ -21,7 +20,6 @@ from transformers import (
     ProcessorMixin,
 )
 from trl.data_utils import prepare_multimodal_messages
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from finetuning import upstream
 from finetuning.data.pictures import PictureError, open_picture
@@ -42,12 +40,13 @@ mask_by_offsets = upstream.replace(ProcessorMixin, "_adjust_assistant_masks_indi
 IMAGE_LINE = "<image>\n"
 
 
-class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
+class LlavaDataCollator:
     """Rows with `messages` and `images` -> one right-padded training batch, supervised on the assistant's turns only.
 
     `images` are whatever `open_picture` opens: what a dataset stores, paths, or Pillow images.
 
-    Called on a list of rows it returns TRL's batch: `input_ids`, `attention_mask`, `labels` of shape
+    Called on a list of rows it returns the batch of TRL's `DataCollatorForVisionLanguageModeling`, with which TRL's Trainer
+    and PEFT would be imported: `input_ids`, `attention_mask`, `labels` of shape
     (rows, tokens) and what the family makes of pictures (`Family.picture_inputs`): `pixel_values` (images, 3, height,
     width), or (images, most tiles, 3, height, width) with `image_sizes` as lists [height, width]. `labels` are -100
     everywhere but on the assistant's text and its end-of-sequence token. A row that carries its number in the dataset (`row`) keeps it
@@ -59,18 +58,17 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
     def __init__(
         self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None, config: PreTrainedConfig | None = None
     ):
-        super().__init__(
-            processor=processor, max_length=None, assistant_only_loss=True, pad_to_multiple_of=pad_to_multiple_of
-        )
+        self.processor = processor
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.config = config
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows -> a batch, with the numbers of its rows under `rows`. Raises ValueError for an image mark in a text."""
         for example in examples:
             self.refuse_image_marks(example)
         examples = [with_pictures(example) for example in examples]
         once = isinstance(self.processor, LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor)
-        batch = self.read_texts_once(examples) if once else super().torch_call(examples)
+        batch = self.read_texts_once(examples) if once else self.read_texts(examples)
         for name in ("image_sizes", "batch_num_images"):
             if name in batch:  # read by the host, tile by tile: on a GPU each would have to be waited for
                 batch[name] = torch.as_tensor(batch[name]).tolist()
@@ -78,6 +76,18 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
             self.refuse_other_features(batch, examples)
         if "row" in examples[0]:
             batch["rows"] = [example["row"] for example in examples]
+        return batch
+
+    def read_texts(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch of rows with open pictures, by any processor."""
+        batch = self._apply_template(
+            examples,
+            return_assistant_tokens_mask=True,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        supervised = (batch.pop("assistant_masks") != 0) & (batch["attention_mask"] != 0)
+        batch["labels"] = batch["input_ids"].masked_fill(~supervised, -100)
         return batch
 
     def read_texts_once(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -137,16 +147,25 @@ class LlavaDataCollator(DataCollatorForVisionLanguageModeling):
 
         Token for token the beginning of what training sees, which the tests and the data check assert.
         """
+        rows = map(with_pictures, map(until_the_question, examples))
+        return self._apply_template(rows, add_generation_prompt=True, padding_side="left")
+
+    def _apply_template(
+        self,
+        examples: Iterable[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        **padding: Any,
+    ) -> BatchFeature:
         return self.processor.apply_chat_template(
-            [
-                prepare_multimodal_messages(example["messages"], images=example["images"])
-                for example in map(with_pictures, map(until_the_question, examples))
-            ],
-            add_generation_prompt=True,
+            [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples],
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+            processor_kwargs={"padding": True, "add_special_tokens": False, **padding},
         )
 
 
@@ -291,7 +310,7 @@ class CollateSupervisedRows:
     `num_supervised` (rows,) says how many of them each row has, packed rows included, which lie one behind the other.
     """
 
-    def __init__(self, collate: DataCollator):
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collate = collate
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

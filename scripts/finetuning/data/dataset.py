@@ -1,22 +1,25 @@
 """Opening the dataset that data preparation wrote, and refusing what training could not use."""
 
+import json
 import multiprocessing
 import signal
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from transformers import IntervalStrategy
 
-from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.folder_lock import refuse_together
 from finetuning.manifest import described_files, is_sealed, manifest_problems
 from finetuning.model_files import refuse_missing_dataset
+
+if TYPE_CHECKING:  # the Trainer comes with them, which the check of a dataset does not need
+    from finetuning.arguments import ScriptArguments, TrainingArguments
 
 
 def open_dataset(name: str, *, vision: bool) -> DatasetDict:
@@ -152,18 +155,26 @@ def refuse_pictures(rows: Dataset, name: str) -> None:
 
 
 def open_validation(
-    dataset: DatasetDict, script_args: ScriptArguments, training_args: TrainingArguments
+    dataset: DatasetDict, script_args: "ScriptArguments", training_args: "TrainingArguments"
 ) -> Dataset | None:
     """The split to evaluate on while training, or None, and then no evaluation: `--split ordered` holds none back."""
     split = script_args.dataset_validation_split
     if split in dataset and len(dataset[split]):
         return open_split(dataset, split, script_args.dataset_name)
     if training_args.eval_strategy != "no":
+        from transformers import IntervalStrategy  # the Trainer comes with it
+
         PartialState().print(
             f"{script_args.dataset_name}: no rows in split {split!r}, so nothing is evaluated while training"
         )
         training_args.eval_strategy = IntervalStrategy.NO
     return None
+
+
+def load_wording(dataset_name: str) -> dict[str, Any] | None:
+    """The sentences that `prepare_anime.py` wrote answers with, from the dataset's manifest; None for other datasets."""
+    manifest = Path(dataset_name) / "manifest.json"
+    return json.loads(manifest.read_text(encoding="utf-8")).get("wording") if manifest.is_file() else None
 
 
 def spread(rows: Dataset, number: int) -> Dataset:

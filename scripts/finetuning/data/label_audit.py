@@ -13,7 +13,6 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetuning.data.collator import (
     LlavaDataCollator,
@@ -325,6 +324,8 @@ def collate(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: li
         return LlavaDataCollator(processing_class)(
             [{"messages": row["messages"], "images": row["images"]} for row in rows]
         )
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # the Trainer comes with it
+
     examples = []
     for row in rows:
         encoded = processing_class.apply_chat_template(

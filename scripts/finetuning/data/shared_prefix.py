@@ -101,9 +101,9 @@ class SharedPrefixCollator(LlavaDataCollator):
     in any batch, a position predicts the label of the next position, whose own token may belong to the next dialogue.
     """
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of `group_by_image` -> a batch, as the class says."""
-        batch = super().torch_call(examples)
+        batch = super().__call__(examples)
         image_token = image_token_of(self.processor)
         sequences = []
         for position, example in enumerate(examples):

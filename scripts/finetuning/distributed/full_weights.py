@@ -15,7 +15,7 @@ def full_trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     copies that the model computes with, so that every strategy saves the same adapter.
 
     A part trained in full beside LoRA is complete, with the layers that get no gradient (the last of a vision tower):
-    PEFT saves such a part as a whole.
+    PEFT saves such a part in full.
     """
     weights = {}
     for name, parameter in model.named_parameters():
@@ -42,7 +42,7 @@ def all_gather_parameter(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> whole weight of a model that FSDP2 shards, all-gathered; called by all processes together.
+    """Name -> full weight of a model that FSDP2 shards, all-gathered; called by all processes together.
 
     A head that is tied to the embeddings would be a copy of them: it is left out, as everywhere else.
     """

@@ -63,7 +63,7 @@ class FrozenLayerShards:
         self.shards = [self.own_shard(layer) for layer in layers]
         size = self.processes * max(map(len, self.shards))
         self.buffers = [self.shards[0].new_empty(size) for _ in range(2)]
-        self.layer_in_buffer: list[int | None] = [None, None]  # gathered, or being gathered
+        self.layer_in_buffer: list[int | None] = [None, None]  # all-gathered, or being so
         self.pending: list[dist.Work | None] = [None, None]
         for index, layer in enumerate(layers):
             view_in_buffer(self.buffers[index % 2], layer)
@@ -109,7 +109,7 @@ class FrozenLayerShards:
             self.layer_in_buffer[buffer] = index
 
     def wait_for_buffer(self, buffer: int) -> None:
-        """Wait until nothing is being gathered into `buffer` (0 or 1)."""
+        """Wait until no all-gather into `buffer` (0 or 1) is pending."""
         if self.pending[buffer] is not None:
             self.pending[buffer].wait()  # on a GPU the stream waits, not the host
             self.pending[buffer] = None
@@ -170,11 +170,10 @@ def view_in_buffer(buffer: Tensor, layer: FusedDecoderLayer) -> None:
         views[weight] = buffer[start : start + shape.numel()].view(shape)
         start += shape.numel()
     parameters = {weight: nn.Parameter(view, requires_grad=False) for weight, view in views.items()}
-    upstream.check_read("deepspeed.runtime.engine", "ds_optim_param")
     for parameter in parameters.values():
         # DeepSpeed neither shards a parameter with this mark nor broadcasts it when training begins. The buffer holds
         # nothing by then, and NCCL sends no strided tensors.
-        parameter.ds_optim_param = True
+        upstream.set_read(parameter, "deepspeed.runtime.engine", "ds_optim_param", True)
     for module in layer.modules():
         for name, parameter in module._parameters.items():
             if parameter in parameters:

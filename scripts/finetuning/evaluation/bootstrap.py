@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, t
 
 NUM_RESAMPLES = 10_000
 BATCH = 500  # resamples held in memory at once
@@ -106,6 +105,8 @@ def percentile_interval(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple
     """95 % interval of the mean over all items, when groups with these sums and sizes are drawn."""
     if len(sums) == 1:  # nothing to draw from
         return float(sums[0] / sizes[0]), float(sums[0] / sizes[0])
+    from scipy.stats import bootstrap  # half a second of import, which only who compares should pay
+
     interval = bootstrap(
         (sums, sizes),
         lambda sums, sizes, axis=-1: sums.sum(axis) / sizes.sum(axis),
@@ -142,6 +143,8 @@ def block_interval(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float, i
     means = (totals[block:] - totals[:-block]) / block
     num_blocks = number / block
     error = math.sqrt(means.var() / num_blocks * num_blocks / (num_blocks - 1))
+    from scipy.stats import t
+
     half = float(t.ppf(0.975, num_blocks - 1)) * error
     num_independent = round(min(number, max(1.0, variance / error**2))) if error else number
     return float(mean - half), float(mean + half), block, num_independent

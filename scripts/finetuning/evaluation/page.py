@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image
 
-from finetuning import tracking
 from finetuning.evaluation.plots import loss_curves
 from finetuning.evaluation.report import Item, Plot, write_report
 from finetuning.evaluation.verdict import Verdict, describe, details, headline
@@ -136,6 +135,8 @@ def log_to_wandb(
     items: Sequence[Item],
 ) -> None:
     """The evaluation in the W&B run of the training: numbers, tables, plots, items with pictures. Nothing without W&B."""
+    from finetuning import tracking  # the Trainer comes with it
+
     if "wandb" not in tracking.set_up(str(run), run.name):
         return
     import wandb

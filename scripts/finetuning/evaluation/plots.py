@@ -4,11 +4,11 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with colour blindness tell apart.
 COLOURS = {"base": "#E69F00", "tuned": "#0072B2", "reference": "#009E73"}
@@ -24,8 +24,11 @@ class Picture(NamedTuple):
     dark: bytes
 
 
-def draw(plot: Callable[[Figure, dict[str, str]], None], width: float = 5.2, height: float = 4.2) -> Picture:
+def draw(plot: Callable[["Figure", dict[str, str]], None], width: float = 5.2, height: float = 4.2) -> Picture:
     """Draw with `plot(figure, colours)` on light and on dark paper; sizes in inches, at 160 pixels to the inch."""
+    import matplotlib  # half a second of import, which only who draws should pay
+    from matplotlib.figure import Figure
+
     pictures = []
     for paper, colours in ((LIGHT, COLOURS), (DARK, DARK_COLOURS)):
         style = {
@@ -63,7 +66,7 @@ def predicted_against_true(true: Sequence[int], predicted: dict[str, Sequence[in
     """
     top = math.ceil(1.3 * max(max(true), 1))
 
-    def plot(figure: Figure, colours: dict[str, str]) -> None:
+    def plot(figure: "Figure", colours: dict[str, str]) -> None:
         panels = figure.subplots(1, len(predicted), sharey=True, squeeze=False)[0]
         for axes, (name, guesses) in zip(panels, predicted.items(), strict=True):
             parsed = [(truth, min(guess, top)) for truth, guess in zip(true, guesses, strict=True) if guess is not None]
@@ -91,7 +94,7 @@ def error_by_crowd_size(
 ) -> Picture:
     """Bars for each range of true counts: one for each of `base`, `tuned` and `reference` (a trivial guess)."""
 
-    def plot(figure: Figure, colours: dict[str, str]) -> None:
+    def plot(figure: "Figure", colours: dict[str, str]) -> None:
         axes: Axes = figure.subplots()
         width = 0.8 / len(errors)
         for number, (name, values) in enumerate(errors.items()):
@@ -116,7 +119,7 @@ def loss_curves(log_history: Sequence[dict[str, Any]]) -> Picture | None:
     if not train and not validation:
         return None
 
-    def plot(figure: Figure, colours: dict[str, str]) -> None:
+    def plot(figure: "Figure", colours: dict[str, str]) -> None:
         axes: Axes = figure.subplots()
         for name, points, style in (("training", train, "-"), ("validation", validation, "o-")):
             if points:

@@ -118,5 +118,6 @@ def details(verdict: Verdict, say: Say) -> str:
 
 
 def with_unit(value: float, difference: Difference, say: Say) -> str:
+    """The value with two decimals and its unit, as the language writes them."""
     unit = difference.unit
     return f"{value:.2f}{say(' ', '') if unit and unit != '%' else ' ' if unit else ''}{unit}"

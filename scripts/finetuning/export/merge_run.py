@@ -27,17 +27,11 @@ from finetuning.export.merging import (
 )
 from finetuning.export.model_card import write_model_card
 from finetuning.failures import writing
+from finetuning.families import is_vision
 from finetuning.folder_lock import one_at_a_time
 from finetuning.manifest import files_in, follow_umask, write_manifest
-from finetuning.models.loading import (
-    check_adapter_is_complete,
-    follow_tiles,
-    is_vision,
-    load_base_model,
-    load_config,
-    load_for_inference,
-    load_saved_processing_class,
-)
+from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
+from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
 from finetuning.run_folder import adapter_base, find_again
 from finetuning.training.origin import refuse_changed_run
 

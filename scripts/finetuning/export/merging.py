@@ -25,8 +25,8 @@ from transformers import (
 
 from finetuning.data.collator import prompt_batch
 from finetuning.data.dataset import open_dataset, spread
+from finetuning.families import is_vision
 from finetuning.inference.generation import answer_batch
-from finetuning.models.loading import is_vision
 
 # Largest mean KL divergence (nats a token) between the next tokens of the merged model and of base + adapter. Both
 # compute the same in another order. Rounding measured on SmolLM2-135M, LoRA on every layer: 1e-11 in float32, 3e-5 in

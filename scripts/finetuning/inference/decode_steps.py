@@ -126,6 +126,7 @@ class DecodeSteps:
                 answers[number] = tokens[place][: counts[place]]
 
     def compact(self, keep: list[int], numbers: list[int]) -> list[int]:
+        """Move the rows in the places `keep` to the front; their entries of `numbers` are returned."""
         places = torch.tensor(keep, device=self.tokens.device)
         for state in (self.tokens, self.positions, self.slots, self.runs, self.alive, self.out, self.counts):
             state[: len(keep)] = state[places]
@@ -157,6 +158,7 @@ class DecodeSteps:
         return graph
 
     def compute(self, size: int) -> None:
+        """One decode step of the first `size` places, in place: no value is read on the host."""
         decoder = self.decoder
         alive = self.alive[:size]
         tokens, positions, slots, runs = self.tokens[:size], self.positions[:size], self.slots[:size], self.runs[:size]
@@ -174,8 +176,10 @@ class DecodeSteps:
         alive *= self.goes_on(tokens)
 
     def goes_on(self, tokens: Tensor) -> Tensor:
+        """(rows,) of 1 where the token ends no answer, else 0."""
         return (tokens[:, None] != self.stops).all(1).long()
 
 
 def step_size(rows: int) -> int:
+    """The smallest recorded size that holds so many rows."""
     return next((size for size in STEP_SIZES if size >= rows), rows)

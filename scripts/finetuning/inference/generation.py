@@ -107,7 +107,7 @@ def answer_packed(
 def answer_by_transformers(
     model, processing_class, rows, windows, names, batch_size, max_new_tokens
 ) -> Iterator[Iterator[list[tuple[int, dict[str, str]]]]]:
-    """The same by `answer_batch`: for divided weights, whose passes all processes make together, and unknown decoders."""
+    """The same by `answer_batch`: for sharded weights, whose passes all processes make together, and unknown decoders."""
     state = PartialState()
     # A Dataset's column is read without decoding a single picture.
     messages = rows["messages"] if isinstance(rows, Dataset) else [row["messages"] for row in rows]
@@ -117,7 +117,7 @@ def answer_by_transformers(
         order = sorted(numbers, key=lengths.__getitem__)
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         mine = batches[state.process_index :: state.num_processes]
-        # Where weights are divided, a process without a batch would keep the others waiting: it answers one unheard.
+        # Where weights are sharded, a process without a batch would hang the others: it answers one unheard.
         turns = -(-len(batches) // state.num_processes)
         unheard = batches[:1] if Strategy.from_environment().shards_weights and len(mine) < turns else []
         for number, indices in enumerate(mine + unheard):

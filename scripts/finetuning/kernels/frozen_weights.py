@@ -2,7 +2,7 @@
 
     DenseWeights             one tensor with room for LoRA: B lies behind W and s A below it, so a use copies nothing
     FourBitWeights           one packed tensor (NF4, FP4), dequantized in one call at each use
-    ShardedWeights           of ZeRO-3 or FSDP2: there while their decoder layer is gathered, copied at each use
+    ShardedWeights           of ZeRO-3 or FSDP2: there while their decoder layer is all-gathered, copied at each use
     ShardedFourBitWeights    the same in 4 bits, dequantized at each use
 
 `distributed.sharded_layers` adds a fifth kind, whose weights are all-gathered into a buffer.
@@ -196,12 +196,12 @@ class FourBitWeights(FrozenWeights):
 
 
 class ShardedWeights(FrozenWeights):
-    """Weights that ZeRO-3 or FSDP2 gathers for one decoder layer at a time."""
+    """Weights that ZeRO-3 or FSDP2 all-gathers for one decoder layer at a time."""
 
     is_sharded = True
 
     def write_into(self, rows: Tensor) -> None:
-        """One copy for each layer, whose weights are gathered now."""
+        """One copy for each layer, whose weights are all-gathered now."""
         for part, base in zip(rows.split([base.out_features for base in self.bases]), self.bases, strict=True):
             part.copy_(base.weight.detach())
 
@@ -219,14 +219,14 @@ class ShardedFourBitWeights(ShardedWeights):
         return self.states[0].dtype
 
     def write_into(self, rows: Tensor) -> None:
-        """One dequantization for each layer, whose weights are gathered now."""
+        """One dequantization for each layer, whose weights are all-gathered now."""
         parts = rows.split([base.out_features for base in self.bases])
         for part, base, state in zip(parts, self.bases, self.states, strict=True):
             dequantize_4bit(base.weight.detach(), block_scales(state), state.code, state.blocksize, part)
 
 
 def frozen_weights_of(layers: list[nn.Module], *, sharded: bool) -> FrozenWeights:
-    """The kind that the weights of `layers` are; `sharded`: a strategy gathers them layer by layer."""
+    """The kind that the weights of `layers` are; `sharded`: a strategy all-gathers them layer by layer."""
     if hasattr(layers[0].get_base_layer().weight, "quant_state"):
         return (ShardedFourBitWeights if sharded else FourBitWeights)(layers)
     return (ShardedWeights if sharded else DenseWeights)(layers)

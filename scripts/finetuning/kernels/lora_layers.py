@@ -169,7 +169,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         """hidden_states (batch, tokens, width) -> the same shape; other arguments are transformers'."""
         has_cache = upstream.cache_of(kwargs) is not None
         if self.fused_qkv.frozen.is_sharded and not has_cache:
-            # Here and not before the model: only this layer's weights are gathered now.
+            # Here and not before the model: only this layer's weights are all-gathered now.
             refresh_stacks(projection_stacks(self))
         if has_cache or not self.fused_qkv.is_active:
             return super().forward(
@@ -291,7 +291,7 @@ def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     PEFT's code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
     code too.
 
-    `sharded`: a strategy shards the frozen weights. It must then all-gather whole decoder layers (ZeRO-3:
+    `sharded`: a strategy shards the frozen weights. It must then all-gather decoder layers in one piece (ZeRO-3:
     `deepspeed_zero.all_gather_whole_layers`; FSDP2: `fsdp2.set_wrap_classes`), and layers outside of decoder layers
     keep PEFT's code.
     """

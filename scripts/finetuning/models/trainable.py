@@ -53,7 +53,7 @@ def set_trainable(
     if "lora" in wanted.values():
         if wanted["language_model"] == "full":
             raise ValueError(
-                "language_model: full beside LoRA on another part would save the whole language model in the "
+                "language_model: full beside LoRA on another part would save the full language model in the "
                 "adapter: set language_model to lora or frozen, or the other parts to full or frozen"
             )
         # Without weights, where memory is planned, there is nothing to begin from.

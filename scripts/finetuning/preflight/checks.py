@@ -116,8 +116,8 @@ def disk_problems(training_args: TrainingArguments, counts: dict[str, dict[str, 
     if not os.access(existing, os.W_OK | os.X_OK):
         return [f"output_dir: no permission to write in {existing}: give another folder, or ask for the permission"]
     trained = sum(part["trainable"] for part in counts.values())
-    whole = sum(part["total"] for part in counts.values()) if not any(part["lora"] for part in counts.values()) else 0
-    weights = max(4 * trained, 2 * whole)
+    full = sum(part["total"] for part in counts.values()) if not any(part["lora"] for part in counts.values()) else 0
+    weights = max(4 * trained, 2 * full)
     checkpoint = weights + bytes_of_optimizer(training_args.optim.value) * trained
     kept = min(num_checkpoints(training_args, num_rows), (training_args.save_total_limit or math.inf) + 1)
     needed = kept * checkpoint + weights

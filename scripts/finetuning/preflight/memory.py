@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
-from finetuning.models.loading import is_vision
+from finetuning.families import is_vision
 from finetuning.models.parts import count_parameters, part_of
 from finetuning.models.trainable import set_trainable
 from finetuning.strategy import CONFIGS, Strategy
@@ -63,7 +63,7 @@ def place_without_weights(
 ) -> nn.Module:
     """The model as it will be placed, on the meta device. Raises ValueError where the placement cannot be had."""
     auto_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
-    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would divide even these weights, which do not exist
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would shard even these weights, which do not exist
     try:
         with torch.device("meta"):
             return set_trainable(auto_class.from_config(config), script_args, model_args)
@@ -127,7 +127,7 @@ def ways_out(job: Job, gpu_memory: int) -> list[str]:
     ways = []
     if job.is_lora and job.bits != 4 and fits(replace(job, bits=4, strategy=Strategy("DDP")), gpu_memory):
         ways.append("set load_in_4bit: true")
-    # What is quantised is divided by FSDP2 alone, and only in 4 bits; anything else DeepSpeed does faster.
+    # What is quantised is sharded by FSDP2 alone, and only in 4 bits; anything else DeepSpeed does faster.
     for file in {4: ["fsdp2"], None: ["deepspeed_zero2", "deepspeed_zero3"]}.get(job.bits, []):
         sharded = Strategy.from_file(file)
         numbers = range(max(job.strategy.num_processes, 2), MOST_PROCESSES + 1)

@@ -71,9 +71,9 @@ def sharded_quantised_weights(strategy: Strategy, model_args: ModelArguments) ->
     if not quantised or not strategy.is_deepspeed or not strategy.shards_weights:
         return None
     return (
-        "ZeRO-3 cannot divide quantised weights, each GPU would load the whole model or fail (peft#2016, "
+        "ZeRO-3 cannot shard quantised weights, each GPU would load the whole model or fail (peft#2016, "
         f"transformers#24395): launch with {CONFIGS}/ddp.yaml, since a 4-bit 7B model takes 5 GB on each GPU, with "
-        f"{CONFIGS}/fsdp2.yaml to divide it, or set load_in_4bit: false"
+        f"{CONFIGS}/fsdp2.yaml to shard it, or set load_in_4bit: false"
     )
 
 
@@ -81,7 +81,7 @@ def fsdp_of_8_bits(strategy: Strategy, model_args: ModelArguments) -> str | None
     """8-bit weights under FSDP2."""
     if not model_args.load_in_8bit or not strategy.is_fsdp:
         return None
-    return f"FSDP2 cannot divide 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
+    return f"FSDP2 cannot shard 8-bit weights: set load_in_4bit: true instead, or launch with {CONFIGS}/ddp.yaml"
 
 
 def fsdp_of_4_bits_in_few(strategy: Strategy, model_args: ModelArguments) -> str | None:
@@ -89,7 +89,7 @@ def fsdp_of_4_bits_in_few(strategy: Strategy, model_args: ModelArguments) -> str
     if not model_args.load_in_4bit or not strategy.is_fsdp or model_args.bnb_4bit_quant_storage == "float32":
         return None
     return (
-        "FSDP2 divides 4-bit weights only when they are stored as floating-point numbers, and changes one in a thousand "
+        "FSDP2 shards 4-bit weights only when they are stored as floating-point numbers, and changes one in a thousand "
         "of those stored in 16 bits (bitsandbytes#1945): set bnb_4bit_quant_storage: float32, which is "
         f"{model_args.bnb_4bit_quant_storage or 'uint8'}"
     )
@@ -116,7 +116,7 @@ def checkpointing_without_reentrance(
         return None
     return (
         "use_reentrant: false of LoRA under ZeRO-3 would be turned into true by TRL (trl#2514): remove use_reentrant "
-        "from gradient_checkpointing_kwargs, and checkpointing is not reentrant; layers are gathered whole here, which "
+        "from gradient_checkpointing_kwargs, and checkpointing is not reentrant; each layer is all-gathered at once, which "
         "that needs"
     )
 
@@ -147,7 +147,7 @@ def fsdp_of_bitsandbytes_optimizer(strategy: Strategy, training_args: TrainingAr
     if not strategy.is_fsdp or not training_args.optim.value.startswith(BITSANDBYTES_OPTIMIZERS):
         return None
     return (
-        f"optim: {training_args.optim.value} is one of bitsandbytes, which cannot step weights that FSDP2 divides "
+        f"optim: {training_args.optim.value} is one of bitsandbytes, which cannot step weights that FSDP2 shards "
         "(bitsandbytes#1633: illegal memory access): set optim: adamw_torch"
     )
 

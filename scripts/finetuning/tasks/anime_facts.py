@@ -1,12 +1,10 @@
 """Facts in answers about anime: read back through the very sentences that taught them, and scored field by field."""
 
-import json
 import math
 import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar
 
@@ -18,9 +16,8 @@ from finetuning.evaluation.perplexity import AnswerLoss, perplexity
 from finetuning.evaluation.plots import Picture, draw
 from finetuning.evaluation.report import Item, Plot
 from finetuning.evaluation.verdict import Verdict, judge
-from finetuning.pages import Say, Table
+from finetuning.pages import AnswerTable, Say, Table
 from finetuning.tasks.base import MODELS
-from finetuning.tracking import AnswerTable
 
 SPLITS = {  # split -> what its titles are
     "test": ("taught titles", "배운 작품"),
@@ -39,12 +36,6 @@ OWN_WORDS = {
 
 Scores = dict[str, float | None]
 Facts = dict[str, Any]  # field -> frozenset of names in lower case (LISTS), int (episodes), str (rating), float (score)
-
-
-def load_wording(dataset_name: str) -> dict[str, Any] | None:
-    """The sentences that `prepare_anime.py` wrote answers with, from the dataset's manifest; None for other datasets."""
-    manifest = Path(dataset_name) / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8")).get("wording") if manifest.is_file() else None
 
 
 def true_facts(row: Mapping[str, Any]) -> Facts:

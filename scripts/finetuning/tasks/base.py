@@ -260,6 +260,7 @@ class Task:
         return {say(*heading): [item(place) for place in places] for heading, places in picks.items()}
 
     def item(self, asked: Asked, answers: Mapping[str, Sequence[str]], place: int) -> Item:
+        """The question in `place` with its truth and both answers, as the page shows it."""
         question = asked.questions[place]
         texts = [question["question"], self.truth(question), answers["base"][place], answers["tuned"][place]]
         return Item(question["image_id"], *texts)

@@ -64,6 +64,7 @@ def read_distributions(
 
 
 def rows_at(questions: Dataset, places: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows in `places`, in that order."""
     return [questions[place] for place in places]
 
 
@@ -91,6 +92,7 @@ def calibrate_on(
 def count_settings(
     forms: dict[str, AnswerForm], largest: int, calibration: Calibration, weights: str
 ) -> dict[str, Any]:
+    """What `generate.py --counts` needs of this evaluation, as JSON holds it."""
     return {
         "weights_sha256": weights,
         "forms": {question: asdict(form) for question, form in forms.items()},

@@ -132,6 +132,7 @@ def train_rows_of(
 
 
 def train_split(arguments: Mapping[str, Any]) -> str:
+    """Name of the split that the run was trained on."""
     return arguments.get("dataset_train_split", "train")
 
 

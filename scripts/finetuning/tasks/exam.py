@@ -5,18 +5,18 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from finetuning.arguments import ScriptArguments
 from finetuning.data.count_tree import learn_forms
 from finetuning.data.dataset import spread
 from finetuning.data.pictures import open_picture
 from finetuning.inference.count_calibration import medians, probabilities, ranked_score
 from finetuning.inference.count_distribution import CountReader, largest_candidate, read_counts
+from finetuning.pages import AnswerTable
 from finetuning.tasks.base import Question, Task, Unscorable
 from finetuning.tasks.choice import Choice, parse_choice, read_options
 from finetuning.tasks.count import Count
@@ -25,7 +25,9 @@ from finetuning.tasks.free_text import FreeText
 from finetuning.tasks.number import Number, parse_number
 from finetuning.tasks.short_answer import ShortAnswer
 from finetuning.tasks.yes_no import YesNo, parse_yes_no
-from finetuning.tracking import AnswerTable
+
+if TYPE_CHECKING:  # the Trainer comes with them, which the check of a dataset does not need
+    from finetuning.arguments import ScriptArguments
 
 TASKS: dict[str, Task] = {task.name: task for task in (Count(), YesNo(), Choice(), Number(), ShortAnswer(), FreeText())}
 MAX_TRAIN_ROWS = 20_000  # of a larger train split, so many rows, evenly spread, say which task it is and what is common
@@ -188,6 +190,7 @@ class Exam:
         return AnswerTable(columns, captions)
 
     def describe_refused(self) -> str:
+        """Why rows cannot be scored, for people."""
         return reasons(self.refused)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
@@ -295,7 +298,7 @@ def reasons(refused: Sequence[tuple[int, str]], shown: int = 5) -> str:
     )
 
 
-def open_exam(script_args: ScriptArguments, train_rows: Dataset, validation_rows: Dataset | None) -> Exam | None:
+def open_exam(script_args: "ScriptArguments", train_rows: Dataset, validation_rows: Dataset | None) -> Exam | None:
     """What a training is asked at each evaluation; None without a validation split, or with `eval_answers: 0`.
 
     Says which task the rows are and how many can be scored. Raises ValueError where none can.

@@ -134,6 +134,7 @@ class LayerCheckpointing(TrainerCallback):
         self.count = parse_checkpoint_layers(wanted, self.num_layers)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Checkpoint the chosen number of layers, or choose it, and keep the choice for restarts."""
         trainer, model = self.trainer, self.trainer.model
         if self.count is None:
             self.count = self.choose() if torch.cuda.is_available() and not args.use_cpu else 0

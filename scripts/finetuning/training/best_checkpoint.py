@@ -67,6 +67,7 @@ class StopEarly(EarlyStoppingCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Take the count of evaluations without a better metric from before a restart."""
         before = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if before:
             self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
@@ -74,9 +75,11 @@ class StopEarly(EarlyStoppingCallback):
             control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs) -> None:
+        """Nothing: the answers are not scored yet, `look` comes after."""
         pass
 
     def look(self, args: TrainingArguments, state: TrainerState, control: Any, metrics: dict[str, float]) -> None:
+        """Compare the metric, and stop the training where it has not become better for too long."""
         super().on_evaluate(args, state, control, metrics)
         if control.should_training_stop:
             PartialState().print(

@@ -37,6 +37,7 @@ class CheckpointingTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         self._saving = False
+        self.strategy = Strategy.from_environment()
         super().__init__(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
@@ -97,7 +98,7 @@ class CheckpointingTrainer(SFTTrainer):
     def _holds_full_model(self) -> bool:
         # Sharded weights, and adapters, have loaders of their own.
         is_adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        return Strategy.from_environment().replicates and not is_adapted
+        return self.strategy.replicates and not is_adapted
 
 
 def load_saved_weights(model: PreTrainedModel, checkpoint: str) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from finetuning import run_folder
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.manifest import HASH, describe_files, described_files, has_manifest, manifest_problems
-from finetuning.models.loading import load_config, template_path
+from finetuning.models.processing import load_config, template_path
 
 # Of a base model: weights, and what makes tokens and pixels of its inputs.
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")

@@ -205,7 +205,7 @@ def refuse_futile_restart(folder: Path, from_step: int) -> None:
 def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[str]:
     """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes.
 
-    `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it gathers frozen layers only
+    `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it shards frozen layers only
     (`finetuning.distributed.sharded_layers`), which is sharded like ZeRO-2.
     """
     strategy, processes = Strategy.from_environment(), PartialState().num_processes
@@ -215,12 +215,12 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
         return [
             f"it was written under {began}, this launch is {strategy.layout}: its optimizer state is laid out otherwise"
         ]
-    was_divided = weights_were_sharded(checkpoint)
+    was_sharded = weights_were_sharded(checkpoint)
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
     offloads = "weights" in strategy.offloads
-    divides = strategy.shards_weights and (offloads or not may_gather)
-    if strategy.is_deepspeed and ((was_divided and not strategy.shards_weights) or (divides and not was_divided)):
-        was = "divided, by ZeRO-3" if was_divided else "whole"
+    shards = strategy.shards_weights and (offloads or not may_gather)
+    if strategy.is_deepspeed and ((was_sharded and not strategy.shards_weights) or (shards and not was_sharded)):
+        was = "sharded, by ZeRO-3" if was_sharded else "full"
         return [
             f"its weights are {was}, and this launch is {strategy}{' with offload' if offloads else ''}: laid out otherwise"
         ]
@@ -229,7 +229,7 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
         return []
     if strategy.is_deepspeed:
         return [
-            f"it was written by {before} processes, these are {processes}: DeepSpeed's state is divided by {before}"
+            f"it was written by {before} processes, these are {processes}: DeepSpeed's state is sharded over {before}"
         ]
     if arguments.get("global_batch_size") is None:
         return [
@@ -244,11 +244,11 @@ def refuse_other_sharding(checkpoint: Path, config: dict[str, Any]) -> None:
 
     Or the other way round. Whether ZeRO-3 or `sharded_layers` shards them is known when the model is there.
     """
-    was_divided, is_divided = weights_were_sharded(checkpoint), config["zero_optimization"]["stage"] == 3
-    if was_divided != is_divided:
-        words = {True: "divided, as ZeRO-3 does it when it offloads", False: "whole"}
+    was_sharded, is_sharded = weights_were_sharded(checkpoint), config["zero_optimization"]["stage"] == 3
+    if was_sharded != is_sharded:
+        words = {True: "sharded, as ZeRO-3 does it when it offloads", False: "full"}
         raise ValueError(
-            f"{checkpoint}: its trained weights are {words[was_divided]}, in this launch they are {words[is_divided]}: "
+            f"{checkpoint}: its trained weights are {words[was_sharded]}, in this launch they are {words[is_sharded]}: "
             "continue it with the file of accelerate_configs/ that it was begun with"
         )
 

@@ -92,7 +92,7 @@ class StepMetrics:
         self._started += seconds
 
     def speed(self, accelerator: Accelerator, num_tokens: int) -> dict[str, float]:
-        """Rows and tokens a second of all processes, share of waiting, GiB of memory; called by all processes."""
+        """Rows and tokens a second of all processes, share of data wait, GiB of memory; called by all processes."""
         seconds = time.perf_counter() - self._started
         logs = {
             "samples_per_second": round(self.num_rows * accelerator.num_processes / seconds, 3),
@@ -123,6 +123,7 @@ class RunSums(TrainerCallback, ExportableState):
         self._noted: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Take the sums of the attempts before this one from the checkpoint."""
         self._began = time.time()
 
     def note(self, loss: float, num_tokens: int) -> None:
@@ -151,9 +152,11 @@ class ShowProgress(TrainerCallback):
         self.headlines = headlines
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock of the seconds a step takes."""
         self._began, self._from_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write step, losses, speed and scores to progress.json; main process only."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)

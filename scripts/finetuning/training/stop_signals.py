@@ -123,6 +123,7 @@ class StopTogether(TrainerCallback):
         self.request = request
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """After a restart: whether an evaluation is owed, and where the best checkpoint lies now."""
         if state.global_step:
             args.eval_on_start = self._evaluation_is_owed(args, state)
             state.best_model_checkpoint = find_best(args, state)
@@ -138,12 +139,14 @@ class StopTogether(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
+        """All processes save and stop at this step where one of them was told to."""
         # After the last step there is nothing left to interrupt.
         if self.request.agree(args.device) and state.global_step < state.max_steps:
             control.should_log = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        """Nothing is saved or evaluated where a step has just stopped the training."""
         # The trainer takes the end of an interrupted epoch for the end of an epoch.
         if self.request.agreed and state.global_step < state.max_steps:
             control.should_log = control.should_save = control.should_evaluate = False
@@ -170,7 +173,7 @@ def leave_interrupted(trainer: Any, reason: str) -> None:
         )
         if outcome := os.environ.get("OUTCOME_FILE"):
             Path(outcome).parent.mkdir(parents=True, exist_ok=True)
-            Path(outcome).write_text("interrupted\n", encoding="utf-8")
+            run_folder.write_atomically(Path(outcome), "interrupted\n")
         give_back(Path(trainer.args.output_dir))
     trainer.accelerator.wait_for_everyone()
     sys.exit(0 if "OUTCOME_FILE" in os.environ else EXIT_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, watched: speed and waiting in every log, answers scored at every evaluation, an end to a bad loss."""
+"""TRL's SFTTrainer, watched: speed and data wait in every log, answers scored at every evaluation, an end to a bad loss."""
 
 import math
 import time
@@ -90,8 +90,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         **kwargs,
     ):
         model, training_args = kwargs["model"], kwargs["args"]
-        self.strategy = Strategy.from_environment()
-        chooses_layers = takes_over_checkpointing(training_args, self.strategy)
+        chooses_layers = takes_over_checkpointing(training_args, Strategy.from_environment())
         # SFTTrainer turns the adapters of a quantised model into bf16, which loses small updates and which a T4 lacks:
         # the fp32 masters are put back.
         masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -159,7 +158,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         return super()._get_num_items_in_batch(labels, device)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        # A step that ran out of memory left half its gradients behind: it can be repeated where there were none before.
+        """A step; out of memory on one GPU, once more with more layers checkpointed, where no gradients were there before."""
         may_repeat = (
             self.layer_checkpointing is not None
             and self.accelerator.num_processes == 1
@@ -190,12 +189,13 @@ class FineTuningTrainer(LearningRatesTrainer):
         return accelerator_args
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # transformers counts all parameters anew at every step, 15 ms for a 7B model with adapters.
+        """6 x tokens x weights, counted once: transformers counts at every step, 15 ms for a 7B model with adapters."""
         if self._num_weights is None:
             self._num_weights = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._num_weights
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss, and what the logs need of it, without a host sync. Raises TrainingDiverged for a bad one."""
         rows, num_supervised = inputs.pop("rows", None), inputs.pop("num_supervised")
         targets = inputs.pop("numbers", None)
         self.step_metrics.num_rows += len(inputs["input_ids"])
@@ -257,6 +257,7 @@ class FineTuningTrainer(LearningRatesTrainer):
             self.step_metrics.start_interval(self._total_train_tokens)
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """The loss on validation rows, then the scores of answers; all metrics are returned."""
         started = time.perf_counter()
         self.step_metrics.read_arrived(wait=True)
         with rows_named(self.eval_dataset):
@@ -382,6 +383,7 @@ class SpareTheHost(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Cache names of parameters, or shorten DeepSpeed's step, now that a checkpoint has been read."""
         # Now, because until here a checkpoint may have been read. FSDP2 replaces its parameters as it goes.
         if self.trainer.strategy.replicates:
             cache_named_parameters(self.trainer.model_wrapped)
