@@ -108,7 +108,9 @@ def test_each_row_is_its_frame_its_label_and_a_template(pictures, recording, tem
             assert row["count"] == counts[place]
             turns = [(message["role"], message["content"]) for message in row["messages"]]
             values = {"count": str(counts[place]), "when": clean(cells[place])}
-            found.append((place, next(i for i, each in enumerate(templates) if turns_of(each, values) == turns)))
+            ours = [i for i, each in enumerate(templates) if turns_of(each, values) == turns]
+            assert len(ours) == 1, (turns, values)
+            found.append((place, ours[0]))
     known = [place for place, name in enumerate(called) if name is not None]
     usable = [(place, i) for place in known if cells[place].strip() for i in range(len(templates))]
     assert sorted(found) == sorted(usable)
