@@ -8,7 +8,7 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from finetuning.data import pictures
 from finetuning.data.near_duplicates import HASH_SIDE, difference_hash, near_duplicates, stack_hashes
 from finetuning.data.pictures import PictureError, open_picture
+from preparing.text_files import normalise_name
 
 MAX_PIXELS = 50_000_000
 
@@ -103,6 +104,12 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
+@cache  # one look for all names of a table that was written on Windows
+def names_in_any_case(folder: Path) -> dict[str, str]:
+    """Names of the files in a folder, by what they are without capitals."""
+    return {normalise_name(path.name): path.name for path in folder.iterdir()} if folder.is_dir() else {}
+
+
 def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
     """The file called `name` in `folder`, in whichever Unicode form it lies on disk; or (reason, detail)."""
     # macOS writes file names in NFD, most text files have them in NFC.
@@ -116,8 +123,12 @@ def find_inside(name: str, folder: Path) -> Path | tuple[str, str]:
         if path.is_file():
             return path
         inside = folder / names[1].rpartition("/")[2]
-        hint = f", but {inside.name!r} is: names are looked up inside the folder as they are written"
-        return "missing_image", f"{name!r} is no file in {folder}{hint if inside.is_file() else ''}"
+        hint = ""
+        if inside.is_file():
+            hint = f", but {inside.name!r} is: names are looked up inside the folder as they are written"
+        elif twin := names_in_any_case(path.parent).get(normalise_name(path.name)):
+            hint = f", but {twin!r} is: write the name in its own capitals"
+        return "missing_image", f"{name!r} is no file in {folder}{hint}"
     except (OSError, ValueError):  # too long (a picture written out in base64), or characters no file name can have
         return "bad_name", f"{name!r:.60} is no file name"
 

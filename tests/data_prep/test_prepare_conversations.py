@@ -11,6 +11,7 @@ import pytest
 from conftest import run_command
 from PIL import Image
 
+from preparing.images import find_inside
 from support.raw_data import draw, read_output
 
 
@@ -432,3 +433,10 @@ def test_tasks_and_several_right_answers_are_carried(tmp_path, images, prepare):
     assert {reason for _, _, reason in rejects} == {"bad_task", "bad_answers"}
     dataset, _, _ = prepare(source, "--images", images, "--task", "yes_no", "--answers", "answers", output="all")
     assert set(dataset["train"]["task"]) == {"yes_no"}
+
+
+def test_a_name_in_other_capitals_is_told_the_right_one(tmp_path):
+    draw(tmp_path / "photos" / "Cat.JPG", 1)
+    reason, detail = find_inside("photos/cat.jpg", tmp_path)
+    assert reason == "missing_image" and detail.endswith(", but 'Cat.JPG' is: write the name in its own capitals")
+    assert find_inside("photos/Cat.JPG", tmp_path) == tmp_path / "photos" / "Cat.JPG"
