@@ -19,7 +19,7 @@ from pathlib import Path
 STAGES = {
     "dataset": "finetuning.data.dataset.open_dataset",
     "checks": "finetuning.preflight.checks.refuse_what_cannot_work",
-    "processor": "finetuning.models.loading.load_processing_class",
+    "processor": "finetuning.models.processing.load_processing_class",
     "first rows": "finetuning.data.label_audit.check_first_rows",
     "weights": "finetuning.models.loading.load_base_for_training",
     "adapters": "finetuning.models.trainable.set_trainable",

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from finetuning import command
-from finetuning.data.dataset import open_dataset, open_split
+from finetuning.data.dataset import load_wording, open_dataset, open_split
 from finetuning.evaluation.answering import digest, read_answers
 from finetuning.evaluation.page import Findings
 from finetuning.evaluation.report import write_report
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> Path:
     first, arguments = runs[0]
     name = args.dataset or arguments["dataset_name"]
     source = args.dataset or find_again(first, name)
-    wording = anime_facts.load_wording(source) if args.task is None else None
+    wording = load_wording(source) if args.task is None else None
 
     # Evaluations that are there, of the same questions
     folders = [

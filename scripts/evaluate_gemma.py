@@ -27,14 +27,14 @@ def main(args: argparse.Namespace) -> None:
     # PyTorch comes with these: once there is something to evaluate.
     from datasets import Dataset
 
-    from finetuning.data.dataset import open_dataset
+    from finetuning.data.dataset import load_wording, open_dataset
     from finetuning.device import open_processes
     from finetuning.evaluation.answering import answer_with_both, digest, start_evaluation
     from finetuning.evaluation.page import write_evaluation
     from finetuning.evaluation.perplexity import losses_of_both
     from finetuning.folder_lock import give_back
     from finetuning.pages import model_names, speak
-    from finetuning.tasks.anime_facts import TitlesExam, load_wording
+    from finetuning.tasks.anime_facts import TitlesExam
     from finetuning.tasks.evaluate import accepted_changes, evaluate, show
 
     # Questions: rows of both splits, cut before the answer

@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
-from finetuning.data.dataset import open_dataset, open_split, open_validation, refuse_pictures
+from finetuning.data.dataset import load_wording, open_dataset, open_split, open_validation, refuse_pictures
 from finetuning.data.label_audit import check_first_rows
 from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.kernels.packed_attention import register_packed_attention
@@ -33,7 +33,7 @@ from finetuning.models.processing import load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import searches_unused_parameters
-from finetuning.tasks.anime_facts import AnimeExam, FactReader, load_wording
+from finetuning.tasks.anime_facts import AnimeExam, FactReader
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best

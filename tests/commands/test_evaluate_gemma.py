@@ -12,6 +12,7 @@ import train_gemma
 from conftest import ROOT, SHARED, must_run
 
 from finetuning.arguments import parse_arguments
+from finetuning.data.dataset import load_wording
 from finetuning.evaluation.perplexity import AnswerLoss, answer_losses, perplexity
 from finetuning.models.loading import load_base_model
 from finetuning.models.processing import load_processing_class
@@ -19,7 +20,6 @@ from finetuning.tasks.anime_facts import (
     FactReader,
     compile_clause,
     guess_most_common,
-    load_wording,
     score_facts,
     share_right,
     summarise,

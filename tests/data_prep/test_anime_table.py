@@ -8,7 +8,8 @@ import prepare_anime
 import pytest
 from conftest import run_here
 
-from finetuning.tasks.anime_facts import FactReader, load_wording
+from finetuning.data.dataset import load_wording
+from finetuning.tasks.anime_facts import FactReader
 from preparing.anime_table import open_table, read_titles
 from preparing.ledger import Ledger
 

@@ -120,7 +120,7 @@ class RowCounter:
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        # Every Gemma vocabulary has them, as special tokens or not: `models.loading.load_processing_class`.
+        # Every Gemma vocabulary has them, as special tokens or not: `models.processing.load_processing_class`.
         marks = [mark for mark in TURN_MARKS if self.tokenizer.token_to_id(mark) is not None]
         self.tokenizer.add_special_tokens(marks)
         self.render = chat_renderer(template, special_tokens_of(model))
