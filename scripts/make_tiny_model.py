@@ -105,27 +105,27 @@ def llama_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
+def tower_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """Sizes of a small vision tower, as any config of transformers calls them; in pixels and channels."""
+    return {
+        "hidden_size": args.vision_hidden_size,
+        "intermediate_size": 2 * args.vision_hidden_size,
+        "num_hidden_layers": args.vision_layers,
+        "num_attention_heads": 4,
+        "image_size": args.image_size,
+        "patch_size": args.patch_size,
+    }
+
+
 def clip_config(args: argparse.Namespace) -> CLIPVisionConfig:
     """A small CLIP tower."""
-    return CLIPVisionConfig(
-        hidden_size=args.vision_hidden_size,
-        intermediate_size=2 * args.vision_hidden_size,
-        num_hidden_layers=args.vision_layers,
-        num_attention_heads=4,
-        image_size=args.image_size,
-        patch_size=args.patch_size,
-    )
+    return CLIPVisionConfig(**tower_sizes(args))
 
 
 def siglip_config(args: argparse.Namespace) -> SiglipVisionConfig:
     """A small SigLIP tower."""
     return SiglipVisionConfig(
-        hidden_size=args.vision_hidden_size,
-        intermediate_size=2 * args.vision_hidden_size,
-        num_hidden_layers=args.vision_layers,
-        num_attention_heads=4,
-        image_size=args.image_size,
-        patch_size=args.patch_size,
+        **tower_sizes(args),
         vision_use_head=False,  # pyrefly: ignore[unexpected-keyword] - as published
     )
 

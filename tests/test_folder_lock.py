@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,26 +12,14 @@ from conftest import ROOT
 
 from finetuning import folder_lock
 from finetuning.folder_lock import give_back, lock_file, one_at_a_time, take_lock
-
-HOLD = """
-import sys, time
-from filelock import SoftFileLock
-lock = SoftFileLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
+from support.locks import held_by_another
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that has the lock on tmp_path / "run"."""
-    command = [sys.executable, "-c", HOLD, str(lock_file(tmp_path / "run"))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with held_by_another(tmp_path / "run") as process:
+        yield process
 
 
 def test_a_second_process_is_refused_and_told_who_is_there(holder, tmp_path):

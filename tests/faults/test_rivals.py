@@ -1,9 +1,6 @@
 """Two commands that would write the same: the second is refused in one sentence, whatever it is."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 from conftest import run_here
@@ -11,36 +8,15 @@ from conftest import run_here
 from finetuning.folder_lock import give_back, lock_file, lock_inside
 from finetuning.run_folder import write_metrics
 from preparing.dataset_writer import refuse_existing_output, scratch_prefix
+from support.locks import held_by_another
 from support.training import SAMPLE
-
-HOLD = """
-import sys, time
-from filelock import SoftFileLock
-lock = SoftFileLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
 
 
 @pytest.fixture
 def rival():
     """`rival(path)`: another process that writes there; its id."""
-    processes = []
-
-    def begin(path: Path) -> int:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(lock_file(path))], stdout=subprocess.PIPE, text=True, env=os.environ
-        )
-        processes.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process.pid
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.wait()
+    with ExitStack() as stack:
+        yield lambda path: stack.enter_context(held_by_another(path)).pid
 
 
 def test_a_second_training_merge_or_generate_is_refused_and_nothing_is_written(
