@@ -97,7 +97,7 @@ def main(recipe: argparse.Namespace, options: argparse.Namespace) -> "list[RowAu
     refuse_missing_dataset(recipe.dataset_name, vision=config is None or "vision_config" in config)
     from finetuning.data.dataset import open_dataset, open_split, spread
     from finetuning.data.label_audit import Auditor, describe_faults, labels_of, report_differing_labels, undecoded
-    from finetuning.data.label_preview import LENGTH_COLUMNS, length_table, preview_page
+    from finetuning.data.label_preview import LENGTH_COLUMNS, length_table
     from finetuning.data.pictures import open_picture
     from finetuning.families import is_vision
     from finetuning.models.processing import follow_tiles, load_config, load_processing_class
@@ -158,19 +158,29 @@ def main(recipe: argparse.Namespace, options: argparse.Namespace) -> "list[RowAu
         write_json(folder / "check.json", found)
     print(f"Report: {folder / 'check.json'}")
     if options.preview:
-        shown = []
-        for audit in rows_to_show(audits, options.preview):
-            row = undecoded(splits[audit.split], [audit.row])[0]
-            row["images"] = row.get("images") or []
-            shown.append((audit, row))
         title = f"{recipe.dataset_name}, as {recipe.model_name_or_path} sees it"
-        page = preview_page(title, audits, shown, processing_class)
-        with one_at_a_time(folder / "preview.html", "a data check"):
-            write_atomically(folder / "preview.html", page)
+        write_preview(folder / "preview.html", title, audits, splits, options.preview, processing_class)
         print(f"Preview: {folder / 'preview.html'}")
     if problem := scoring.get("problem"):
         raise ValueError("\n".join([problem, *([describe_faults(audits)] if faulty else [])]))
     return audits
+
+
+def write_preview(
+    path: Path, title: str, audits: "list[RowAudit]", splits: "dict[str, Dataset]", number: int, processing_class: Any
+) -> None:
+    """The page with `number` rows, faulty ones first."""
+    from finetuning.data.label_audit import undecoded
+    from finetuning.data.label_preview import preview_page
+
+    shown = []
+    for audit in rows_to_show(audits, number):
+        row = undecoded(splits[audit.split], [audit.row])[0]
+        row["images"] = row.get("images") or []
+        shown.append((audit, row))
+    page = preview_page(title, audits, shown, processing_class)
+    with one_at_a_time(path, "a data check"):
+        write_atomically(path, page)
 
 
 def check_scoring(recipe: argparse.Namespace, splits: "dict[str, Dataset]") -> dict[str, Any]:
