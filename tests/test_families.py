@@ -15,7 +15,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     MistralConfig,
+    PaliGemmaConfig,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -348,11 +350,15 @@ def test_a_language_model_whose_dialogues_are_not_known_is_refused():
         family_of(config)
 
 
-def test_a_family_that_is_not_known_is_told_the_nearest():
+@pytest.mark.parametrize(
+    ("config", "nearest"),
+    [(Qwen2_5_VLConfig, "llava_onevision"), (PaliGemmaConfig, "gemma3"), (LlavaNextVideoConfig, "llava_next")],
+)
+def test_a_family_that_is_not_known_is_told_the_nearest(config, nearest):
     with pytest.raises(
-        ValueError, match=r"qwen2_5_vl are not known here: this project trains llava, .* nearest to it is"
+        ValueError, match=rf"{config.model_type} are not known here: .* The nearest to it is {nearest};"
     ):
-        family_of(Qwen2_5_VLConfig())
+        family_of(config())
 
 
 @pytest.mark.slow
