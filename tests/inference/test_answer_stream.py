@@ -5,11 +5,15 @@ import threading
 import pytest
 import torch
 
+from finetuning.data.count_tree import AnswerForm
 from finetuning.inference import answer_stream
 from finetuning.inference.answer_stream import AnswerStream
-from finetuning.inference.answerer import Answerer
+from finetuning.inference.answerer import LIKELIHOODS, Answerer
+from finetuning.inference.count_distribution import CountReader, read_by_transformers
+from finetuning.inference.generation import answer_rows
+from finetuning.inference.packed_prompts import tree_attention
 from finetuning.inference.prompt_reader import PromptReader, group_rows, image_ids_of
-from support.answering import load, one_by_one, text_rows, vision_rows
+from support.answering import QUESTIONS, load, one_by_one, text_rows, vision_rows
 
 
 def prompts_of(processing_class, rows):
@@ -70,3 +74,34 @@ def test_a_prompt_that_is_longer_than_all_before_gets_room(tiny_gemma):
     answerer = Answerer(model, tokenizer, max_new_tokens=6, batch_size=2)
     batches = list(AnswerStream(answerer, overlaps=True).answers(prompts_of(tokenizer, rows)))
     assert in_order(batches) == one_by_one(model, tokenizer, rows, 6)
+
+
+def test_counts_are_read_from_the_pass_that_answers(tiny_llava, monkeypatch):
+    """Shared prefixes, prompts alone, questions without a count, both models: the same numbers as by the reader alone."""
+    model, processor = load(tiny_llava, adapter=True)
+    rows = vision_rows()
+    forms = {QUESTIONS[0]: AnswerForm("There are ", " people."), QUESTIONS[1]: AnswerForm("", "명")}
+    reader = CountReader(model, processor, forms, 23)
+    expected = read_by_transformers(reader, rows, batch_size=1, description="Counting")
+    assert [values is None for values in expected].count(True) == 2
+    tuned = one_by_one(model, processor, rows)
+    (window,) = answer_rows(
+        model, processor, rows, max_new_tokens=12, names=("tuned", "base"), trees=reader.trees_of(rows)
+    )
+    assert window["tuned"] == tuned
+    for given, wanted in zip(window[LIKELIHOODS], expected, strict=True):
+        assert (given is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(torch.tensor(given), torch.tensor(wanted), atol=1e-4, rtol=0)
+
+
+def test_attention_of_trees_and_their_ancestors_is_that_of_whole_rows():
+    """What a GPU does in parts, here in fp32: each tree's tokens by themselves, then joined with what is before them."""
+    torch.manual_seed(0)
+    sees = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    query, key, value = torch.randn(3, 2, 4, 3, 8)
+    attended, log_sum = tree_attention(query, key, value, sees, 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=0.3)
+    torch.testing.assert_close(attended, expected)
+    scores = (query @ key.mT * 0.3).masked_fill(~sees, float("-inf"))
+    torch.testing.assert_close(log_sum, scores.logsumexp(-1))

@@ -104,6 +104,14 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> CountTree:
     )
 
 
+def sum_over_tree(logits: Tensor, tree: CountTree) -> Tensor:
+    """(rows, 1 + nodes, vocabulary) logits behind the prompt and each node -> (rows, counts) log-likelihoods, in fp32."""
+    rows = len(logits)
+    return sum_over_paths(
+        logits, *(part.to(logits.device).expand(rows, -1, -1) for part in (tree.places, tree.targets, tree.real))
+    )
+
+
 def count_sequences(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     messages: Sequence[dict[str, Any]],

@@ -8,6 +8,7 @@ batches lie in two halves of the pool, its lanes.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from finetuning.inference.prompt_reader import PromptGroup
 FIRST_CHUNK_TOKENS = 8192  # so that the GPU begins while the loader still reads
 CHUNKS_OF_BATCH = 2  # long enough to hide the steps of the batch before
 
-Answers = dict[int, dict[str, str]]  # row number -> the answer of each name
+Answers = dict[int, dict[str, Any]]  # row number -> the answer of each name, and LIKELIHOODS
 
 
 class AnswerStream:

@@ -6,9 +6,10 @@ kernels take the host longer than the GPU. Rows that have ended leave the batch 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,11 +20,13 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 
 from finetuning.data.collator import image_token_of, stop_tokens
+from finetuning.data.count_tree import CountTree, sum_over_tree
 from finetuning.inference.decode_steps import DecodeSteps, NewRows
 from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.inference.prompt_reader import PromptGroup
 
+LIKELIHOODS = "likelihoods"  # beside the names of the models, what a row's tree tells
 CHUNK_TOKENS = 32768  # more make no product faster
 MOST_ROWS = 256  # of an automatic batch on a GPU
 MOST_ROWS_ON_CPU = 64
@@ -35,11 +38,18 @@ SPARE_BYTES = 2**30  # left for graphs, logits and the allocator's rounding
 class Chunk:
     """Prompts computed in one pass: their flat layout, and for each row its last token and the runs of its keys."""
 
+    groups: Sequence[PromptGroup]
     prompts: PackedPrompts
     rows: list[int]
     last: list[int]
     runs: list[list[tuple[int, int]]]  # of each row: (first token, tokens) of the prefix and of its own part
+    trees: dict[int, tuple[CountTree, slice]]  # of rows whose counts are read: the tree, its tokens
     pictures: dict[str, Tensor]
+
+    @property
+    def asked(self) -> list[int]:
+        """Tokens whose next one is asked for: the last of each row, then those of the trees."""
+        return self.last + [token for _, tokens in self.trees.values() for token in range(tokens.start, tokens.stop)]
 
 
 @dataclass
@@ -50,7 +60,7 @@ class Batch:
     features: list[Tensor | None] = field(default_factory=list)
     waiting: list[PromptGroup] = field(default_factory=list)
     groups: list[PromptGroup] = field(default_factory=list)
-    answers: dict[int, dict[str, str]] = field(default_factory=dict)  # row -> name -> text
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # row -> name -> text, and LIKELIHOODS -> a list
 
     @property
     def num_rows(self) -> int:
@@ -65,13 +75,15 @@ class Prefill:
     name: str
     next_slot: int
     rows: list[NewRows] = field(default_factory=list)
+    likelihoods: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Answerer:
     """Answers groups of prompts with `model`; several models at once are the adapter's `tuned` and `base`.
 
     `batch_size` is the most rows at once, `auto` what free memory holds. A batch that does not fit is halved, which is
-    said through `say`. `on_token` sees each token of a single row as it comes.
+    said through `say`. `on_token` sees each token of a single row as it comes. Of rows in `trees` the first model that
+    answers also tells how likely each count of the row's tree is, from the same pass over the prompt.
     """
 
     def __init__(
@@ -81,8 +93,10 @@ class Answerer:
         *,
         max_new_tokens: int,
         batch_size: int | str = "auto",
+        trees: Mapping[int, CountTree] | None = None,
         say: Callable[[str], None] = print,
     ):
+        self.trees = trees or {}
         self.decoder = PackedDecoder(model)
         self.model, self.max_new_tokens, self.say = model, max_new_tokens, say
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -124,8 +138,9 @@ class Answerer:
         return [part for half in group.split() for part in self.divided(half)]
 
     def slots_of(self, group: PromptGroup) -> int:
-        """Slots of keys and values that the group takes: its tokens, and the answers of its rows."""
-        return group.num_tokens + len(group.rows) * self.max_new_tokens
+        """Slots of keys and values that the group takes: its tokens, the answers of its rows, and their trees."""
+        trees = sum(len(self.trees[row].tokens) for row in group.rows if row in self.trees) if self.trees else 0
+        return group.num_tokens + len(group.rows) * self.max_new_tokens + trees
 
     def make_room(self, slots: int, rows: int, lanes: int = 1, chunks: int | None = None) -> None:
         """A pool for `lanes` batches of `most_rows` rows like these, of at most `chunks` chunks, or for what memory holds.
@@ -211,7 +226,7 @@ class Answerer:
 
     def compute_prompts(self, prefill: Prefill, groups: Sequence[PromptGroup]) -> None:
         """Lay `groups` out as one more chunk of the batch, and compute their prompts."""
-        batch, chunk = prefill.batch, lay_out(groups, self.decoder.device)
+        batch, chunk = prefill.batch, lay_out(groups, self.decoder.device, self.trees)
         with self.as_named(prefill.name):
             seen = self.see(chunk)
             self.prefill_chunk(prefill, chunk, seen)
@@ -225,7 +240,8 @@ class Answerer:
             if not self.sees_alike():
                 batch.features = [self.see(chunk) for chunk in batch.chunks]
             for chunk, seen in zip(batch.chunks, batch.features, strict=True):
-                self.prefill_chunk(prefill, chunk, seen)
+                plain = lay_out(chunk.groups, self.decoder.device) if chunk.trees else chunk
+                self.prefill_chunk(prefill, plain, seen)
         return prefill
 
     @torch.no_grad()
@@ -240,6 +256,8 @@ class Answerer:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for row, text in zip((row for chunk in batch.chunks for row in chunk.rows), texts, strict=True):
             batch.answers.setdefault(row, {})[prefill.name] = text.strip()
+        for row, likelihoods in prefill.likelihoods.items():
+            batch.answers[row][LIKELIHOODS] = likelihoods.tolist()
 
     @contextmanager
     def as_named(self, name: str) -> Iterator[None]:
@@ -271,11 +289,33 @@ class Answerer:
         """Compute the prompts of a chunk, whose tokens take the slots from `prefill.next_slot` on."""
         first_slot = prefill.next_slot
         hidden = self.embed(chunk.prompts, features)
-        last = self.decoder.prefill(hidden, chunk.prompts, self.to_device(chunk.last), self.pool, first_slot)
+        states = self.decoder.prefill(hidden, chunk.prompts, self.to_device(chunk.asked), self.pool, first_slot)
+        logits = self.decoder.logits(states[: len(chunk.rows)])
+        if chunk.trees:
+            prefill.likelihoods |= self.read_trees(chunk, logits, states[len(chunk.rows) :])
         lengths = [sum(length for _, length in runs) for runs in chunk.runs]
         runs = [[(start + first_slot, length) for start, length in runs] for runs in chunk.runs]
-        prefill.rows.append(NewRows(self.decoder.logits(last).argmax(-1), lengths, runs))
+        prefill.rows.append(NewRows(logits.argmax(-1), lengths, runs))
         prefill.next_slot += len(hidden)
+
+    def read_trees(self, chunk: Chunk, logits: Tensor, states: Tensor) -> dict[int, Tensor]:
+        """Row -> log-likelihood of each count, fp32: from `logits` behind the prompts and `states` of the trees' tokens."""
+        place_of = {row: place for place, row in enumerate(chunk.rows)}
+        rows_of: dict[int, list[int]] = {}
+        parts = dict(
+            zip(chunk.trees, states.split([len(tree.tokens) for tree, _ in chunk.trees.values()]), strict=True)
+        )
+        for row, (tree, _) in chunk.trees.items():
+            rows_of.setdefault(id(tree), []).append(row)
+        likelihoods = {}
+        for rows in rows_of.values():
+            tree = chunk.trees[rows[0]][0]
+            for some in (rows[start : start + 64] for start in range(0, len(rows), 64)):  # logits take 4 MB a row
+                behind = self.decoder.logits(torch.cat([parts[row] for row in some]))
+                behind = behind.view(len(some), len(tree.tokens), behind.shape[-1])
+                behind = torch.cat([logits[self.to_device([place_of[row] for row in some]), None], behind], dim=1)
+                likelihoods |= dict(zip(some, sum_over_tree(behind, tree), strict=True))
+        return likelihoods
 
     def to_device(self, numbers: Sequence[int]) -> Tensor:
         # `torch.tensor(..., device=...)` would wait for all that the GPU was given before.
@@ -307,23 +347,41 @@ def in_chunks(groups: Sequence[PromptGroup], chunk_tokens: int) -> list[list[Pro
     return chunks
 
 
-def lay_out(groups: Sequence[PromptGroup], device: torch.device) -> Chunk:
-    """Groups as one chunk: prefixes first, then what rows add to theirs, and the runs that each row will read."""
+def lay_out(groups: Sequence[PromptGroup], device: torch.device, trees: Mapping[int, CountTree] | None = None) -> Chunk:
+    """Groups as one chunk: prefixes first, then what rows add to theirs, behind both the rows' trees."""
     alone, shared = by_length(groups)
     ordered = alone + shared
-    segments = [Segment(group.prefix) for group in ordered]
-    segments += [Segment(own, len(alone) + number) for number, group in enumerate(shared) for own in group.own]
-    prompts = PackedPrompts(segments, device)
-    last, runs = [], []
-    leaves = [(number, None) for number in range(len(alone))]
-    leaves += [(segment.parent, len(ordered) + place) for place, segment in enumerate(segments[len(ordered) :])]
-    for first, own in leaves:
-        ends = prompts.ends[first if own is None else own]
-        last.append(ends - 1)
-        parts = [first] if own is None else [first, own]
-        runs.append([(prompts.starts[part], prompts.lengths[part]) for part in parts])
     rows = [number for group in ordered for number in group.rows]
-    return Chunk(prompts, rows, last, runs, join_pictures([group.pictures for group in ordered if group.pictures]))
+    segments = [Segment(group.prefix) for group in ordered]
+    paths = [[number] for number in range(len(alone))]  # of each row, the segments of its prompt
+    tree_segments: dict[int, int] = {}
+
+    def add_trees(first: int) -> None:
+        for row, path in zip(rows[first:], paths[first:], strict=False):
+            if trees and row in trees and len(trees[row].tokens):
+                tree_segments[row] = len(segments)
+                segments.append(Segment(trees[row].tokens, path[-1], trees[row].sees, trees[row].depths))
+
+    add_trees(0)
+    for number, group in enumerate(shared, len(alone)):
+        for own in group.own:
+            paths.append([number, len(segments)])
+            segments.append(Segment(own, number))
+    add_trees(len(alone))
+    prompts = PackedPrompts(segments, device)
+
+    def tokens_of(segment: int | None) -> slice:  # none of a tree whose counts are one token each
+        return slice(0, 0) if segment is None else slice(prompts.starts[segment], prompts.ends[segment])
+
+    return Chunk(
+        groups=groups,
+        prompts=prompts,
+        rows=rows,
+        last=[prompts.ends[path[-1]] - 1 for path in paths],
+        runs=[[(prompts.starts[part], prompts.lengths[part]) for part in path] for path in paths],
+        trees={row: (trees[row], tokens_of(tree_segments.get(row))) for row in rows if trees and row in trees},
+        pictures=join_pictures([group.pictures for group in ordered if group.pictures]),
+    )
 
 
 def join_pictures(groups: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.data.collator import leading_marks, prompt_batch
-from finetuning.data.count_tree import AnswerForm, CountTree, TreeCache, sum_over_paths
+from finetuning.data.count_tree import AnswerForm, CountTree, TreeCache, sum_over_tree
+from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
 
 SMALLEST_RANGE = 20
 ROWS_AT_ONCE = 16  # where the batch size is `auto`
@@ -59,14 +61,6 @@ def tree_log_likelihoods(model: PreTrainedModel, inputs: dict[str, Tensor], tree
     return sum_over_tree(logits, tree)
 
 
-def sum_over_tree(logits: Tensor, tree: CountTree) -> Tensor:
-    """(rows, 1 + nodes, vocabulary) logits behind the prompt and each node -> (rows, counts) log-likelihoods, in fp32."""
-    rows = len(logits)
-    return sum_over_paths(
-        logits, *(part.to(logits.device).expand(rows, -1, -1) for part in (tree.places, tree.targets, tree.real))
-    )
-
-
 class CountReader:
     """Log-likelihoods of the counts 0..`largest` for rows whose question has a known form of answer.
 
@@ -82,6 +76,13 @@ class CountReader:
     ):
         self.model, self.processing_class = model, processing_class
         self.trees = TreeCache(processing_class, forms, largest)
+
+    def trees_of(self, rows: Sequence[dict[str, Any]]) -> dict[int, CountTree]:
+        """The tree of each row that asks for a count, by the row's number; no picture is opened where that can be helped."""
+        # A Dataset would decode the pictures with the rows.
+        messages = rows["messages"] if isinstance(rows, Dataset) else [row["messages"] for row in rows]
+        trees = ((number, self.trees.tree(leading_marks(turns[-1])[1])) for number, turns in enumerate(messages))
+        return {number: tree for number, tree in trees if tree is not None}
 
     @torch.no_grad()
     def read_batch(self, rows: Sequence[dict[str, Any]]) -> list[list[float] | None]:
@@ -104,7 +105,26 @@ class CountReader:
 def read_counts(
     reader: CountReader, rows: Sequence[dict[str, Any]], *, batch_size: int | str, description: str = "Counting"
 ) -> list[list[float] | None]:
-    """`CountReader.read_batch` of all rows, in order, on every process; the rows are dealt out over the processes."""
+    """Log-likelihoods of the counts for all rows, in order, on every process; None for a row that asks for no count.
+
+    The rows are dealt out over the processes.
+    """
+    if not packs(reader.model):
+        return read_by_transformers(reader, rows, batch_size=batch_size, description=description)
+    windows = answer_rows(
+        *(reader.model, reader.processing_class, rows),
+        max_new_tokens=1,
+        batch_size=batch_size,
+        trees=reader.trees_of(rows),
+        description=description,
+    )
+    return [likelihoods for window in windows for likelihoods in window[LIKELIHOODS]]
+
+
+def read_by_transformers(
+    reader: CountReader, rows: Sequence[dict[str, Any]], *, batch_size: int | str, description: str
+) -> list[list[float] | None]:
+    """The same by `CountReader.read_batch`, for decoders that the packed path does not know."""
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda index: leading_marks(rows[index]["messages"][-1])[1])
     size = ROWS_AT_ONCE if batch_size == "auto" else int(batch_size)

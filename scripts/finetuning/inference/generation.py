@@ -1,6 +1,6 @@
 """Asking a model many questions: greedy, batched, over all processes, in order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.data.collator import prompt_batch, stop_tokens
+from finetuning.data.count_tree import CountTree
 from finetuning.inference.answer_stream import AnswerStream
-from finetuning.inference.answerer import Answerer
+from finetuning.inference.answerer import LIKELIHOODS, Answerer
 from finetuning.inference.packed_decoder import reason_against
 from finetuning.inference.prompt_reader import PromptReader, cut_windows, group_rows, image_ids_of, read_prompts
 from finetuning.strategy import Strategy
@@ -35,14 +36,18 @@ def answer_rows(
     max_new_tokens: int,
     batch_size: int | str = "auto",
     names: Sequence[str] = ("tuned",),
+    trees: Mapping[int, CountTree] | None = None,
     description: str = "Answering",
-) -> Iterator[dict[str, list[str]]]:
+) -> Iterator[dict[str, list[Any]]]:
     """Greedy answers in the order of the rows, a window at a time, on every process: for each of `names` a list.
 
     `rows` is a list or Dataset (or another sequence, with `image_ids`) with `messages` that end with a user turn, and
     `images` for a vision model. Rows with the same `image_id` share its computation. `names` may hold "tuned" (the model
     as it is) and "base" (a PeftModel's adapter switched off); both at once see each picture once. `batch_size` is the
     most rows at once on a process, `auto` what its free memory holds. Windows are dealt out over the processes.
+
+    With `trees` (row number -> tree; only where `packs(model)`) a window holds LIKELIHOODS too: for each row the
+    log-likelihoods of its tree's counts, as the first of `names` finds them, or None.
 
     Raises ValueError for a row that cannot be asked, and where not one row fits the GPU.
     """
@@ -51,45 +56,56 @@ def answer_rows(
     model.eval()
     window = WINDOW * state.num_processes if batch_size == "auto" else BATCHES_A_WINDOW * int(batch_size)
     windows = cut_windows(image_ids_of(rows), window)
-    if Strategy.from_environment().shards_weights or reason_against(model):
+    if packs(model):
+        answered = answer_packed(model, processing_class, rows, windows, names, batch_size, max_new_tokens, trees)
+    else:
         size = DEFAULT_BATCH if batch_size == "auto" else int(batch_size)
         answered = answer_by_transformers(model, processing_class, rows, windows, names, size, max_new_tokens)
-    else:
-        answered = answer_packed(model, processing_class, rows, windows, names, batch_size, max_new_tokens)
     try:
         with tqdm(
             total=len(rows), desc=description, unit="answer", disable=not state.is_main_process, leave=False
         ) as bar:
             for numbers in windows:
-                mine: list[tuple[int, dict[str, str]]] = []
+                mine: list[tuple[int, dict[str, Any]]] = []
                 for answers in next(answered):
                     mine += answers
                     bar.update(min(len(answers) * state.num_processes, numbers.stop - bar.n))
                 whole = [answers for _, answers in sorted(gather_object(mine), key=lambda answer: answer[0])]
                 bar.update(numbers.stop - bar.n)
-                yield {name: [answers[name] for answers in whole] for name in names}
+                window = {name: [answers[name] for answers in whole] for name in names}
+                yield window | ({} if trees is None else {LIKELIHOODS: [answers.get(LIKELIHOODS) for answers in whole]})
     finally:
         model.train(was_training)
         answered.close()
 
 
+def packs(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the packed path answers for this model here; if not, transformers' `generate` does."""
+    return not Strategy.from_environment().shards_weights and reason_against(model) is None
+
+
 def answer_packed(
-    model, processing_class, rows, windows, names, batch_size, max_new_tokens
-) -> Iterator[Iterator[list[tuple[int, dict[str, str]]]]]:
+    model, processing_class, rows, windows, names, batch_size, max_new_tokens, trees
+) -> Iterator[Iterator[list[tuple[int, dict[str, Any]]]]]:
     """For each window the batches of this process, as (row number, answer of each name)."""
     state = PartialState()
     image_ids = image_ids_of(rows)
     groups = [group_rows(image_ids, numbers)[state.process_index :: state.num_processes] for numbers in windows]
     prompts = read_prompts(PromptReader(processing_class, rows, model.dtype), groups)  # reading begins
     answerer = Answerer(
-        model, processing_class, max_new_tokens=max_new_tokens, batch_size=batch_size, say=lambda text: tqdm.write(text)
+        model,
+        processing_class,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        trees=trees,
+        say=lambda text: tqdm.write(text),
     )
     answerer.most_rows = min(answerer.most_rows, max(sum(len(rows) for window in groups for rows in window), 1))
     # Over the windows' ends: the last steps of one go on beside the first prompts of the next.
     stream = AnswerStream(answerer, names).answers(chain.from_iterable(prompts))
-    early: dict[int, dict[str, str]] = {}
+    early: dict[int, dict[str, Any]] = {}
 
-    def of_window(missing: set[int]) -> Iterator[list[tuple[int, dict[str, str]]]]:
+    def of_window(missing: set[int]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         while missing:
             early.update(next(stream) if missing.isdisjoint(early) else {})
             found = missing.intersection(early)

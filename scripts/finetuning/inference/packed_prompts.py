@@ -2,7 +2,8 @@
 
 A prompt is a path in a forest of segments: an image prefix, behind it the questions about the image, behind those
 continuations to be scored. Each segment attends causally to itself and fully to its ancestors, so what is common is
-computed once. Segments lie depth by depth, children in the order of their parents.
+computed once. Segments lie depth by depth, children in the order of their parents. The tokens of a segment may be a
+tree themselves: many short continuations of one prompt, what they share computed once.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,15 @@ FEWEST_IN_BLOCK = 4  # segments
 
 @dataclass(frozen=True)
 class Segment:
-    """Token ids (1-D), and the number of the segment that comes before it; None where a prompt begins."""
+    """Token ids (1-D), and the number of the segment that comes before it; None where a prompt begins.
+
+    Tokens that are a tree attend to what `sees` (tokens, tokens) says, and lie `steps` (tokens,) behind the parent's end.
+    """
 
     tokens: Tensor
     parent: int | None = None
+    sees: Tensor | None = None
+    steps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,11 @@ class PackedPrompts:
         self.tokens = torch.cat([segment.tokens for segment in segments]).to(device, non_blocking=True)
         shift = [offset - start for offset, start in zip(offsets, self.starts, strict=True)]
         lengths = torch.tensor(self.lengths)
-        shifts = torch.tensor(shift).repeat_interleave(lengths)
-        self.positions = (torch.arange(self.ends[-1]) + shifts).to(device, non_blocking=True)
+        positions = torch.arange(self.ends[-1]) + torch.tensor(shift).repeat_interleave(lengths)
+        for segment, offset, start, end in zip(segments, offsets, self.starts, self.ends, strict=True):
+            if segment.steps is not None:
+                positions[start:end] = offset + segment.steps
+        self.positions = positions.to(device, non_blocking=True)
 
     def ancestors(self, segment: int) -> list[int]:
         """From the first segment of the prompt to the parent."""
@@ -85,9 +94,25 @@ class PackedPrompts:
         return blocks
 
     @cached_property
+    def trees(self) -> list[tuple[Tensor, Tensor]]:
+        """Segments that are the same tree: their tokens' indices (trees, tokens), and what a token sees."""
+        alike: dict[int, list[int]] = {}
+        for number, segment in enumerate(self.segments):
+            if segment.sees is not None:
+                alike.setdefault(id(segment.sees), []).append(number)
+        trees = []
+        for numbers in alike.values():
+            places = torch.tensor([self.starts[number] for number in numbers])[:, None]
+            places = places + torch.arange(self.lengths[numbers[0]])
+            sees = self.segments[numbers[0]].sees
+            trees.append(tuple(tensor.to(self.device, non_blocking=True) for tensor in (places, sees)))
+        return trees
+
+    @cached_property
     def between_blocks(self) -> list[tuple[slice, Tensor, int]]:
-        """What is in no block: slices of the tokens, the ends of their segments, the longest segment's length."""
+        """What is in no block and no tree: slices of the tokens, the ends of their segments, the longest one's length."""
         in_blocks = {number for block in self.blocks for number in block}
+        in_blocks |= {number for number, segment in enumerate(self.segments) if segment.sees is not None}
         rest = []
         for inside, numbers in groupby(range(len(self.lengths)), key=lambda number: number in in_blocks):
             numbers = list(numbers)
@@ -131,10 +156,12 @@ def packed_attention(prompts: PackedPrompts, query: Tensor, key: Tensor, value: 
     for segment, (start, end) in enumerate(zip(prompts.starts, prompts.ends, strict=True)):
         before = [slice(prompts.starts[above], prompts.ends[above]) for above in prompts.ancestors(segment)]
         keys, values = (torch.cat([state[run] for run in [*before, slice(start, end)]]) for state in (key, value))
-        mask = None
+        mask, sees = None, prompts.segments[segment].sees
         if before and end - start > 1:
             mask = torch.ones(end - start, len(keys), dtype=torch.bool, device=query.device)
             mask = mask.tril(len(keys) - (end - start))
+            if sees is not None:
+                mask[:, start - end :] = sees.to(query.device)
         attended[start:end] = F.scaled_dot_product_attention(
             *(state.transpose(0, 1)[None] for state in (query[start:end], keys, values)),
             attn_mask=mask,
@@ -170,6 +197,11 @@ def varlen_attention(prompts: PackedPrompts, query: Tensor, key: Tensor, value: 
         )  # fmt: skip
         if log_sum is not None:
             log_sum[tokens] = log_sum_here.T
+    for places, sees in prompts.trees:
+        rows = (state[places].transpose(1, 2) for state in (query, key, value))
+        of_trees, log_sum_here = tree_attention(*rows, sees, scale)
+        attended[places] = of_trees.transpose(1, 2)
+        log_sum[places] = log_sum_here.transpose(1, 2)
     for crossing in prompts.crossings:
         of_above, log_sum_above = varlen_attn(
             query[crossing.queries], key[crossing.keys], value[crossing.keys], crossing.query_ends, crossing.key_ends,
@@ -180,3 +212,10 @@ def varlen_attention(prompts: PackedPrompts, query: Tensor, key: Tensor, value: 
         attended[crossing.queries] = (so_far * (1 - share) + of_above * share).to(attended.dtype)
         log_sum[crossing.queries] = torch.logaddexp(before, log_sum_above.T)
     return attended
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(trees, heads, tokens, width) and a mask (tokens, tokens) -> attended of that shape, log-sums (trees, heads, tokens)."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(scale).masked_fill_(~sees, float("-inf"))
+    log_sum = scores.logsumexp(-1)
+    return torch.matmul((scores - log_sum[..., None]).exp().to(value.dtype), value), log_sum
