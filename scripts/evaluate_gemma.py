@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
 
     from finetuning.data.dataset import load_wording, open_dataset
     from finetuning.device import open_processes
-    from finetuning.evaluation.answering import answer_with_both, digest, start_evaluation
+    from finetuning.evaluation.answering import AskedModels, answer_with_both, digest, start_evaluation
     from finetuning.evaluation.page import write_evaluation
     from finetuning.evaluation.perplexity import losses_of_both
     from finetuning.folder_lock import give_back
@@ -58,12 +58,13 @@ def main(args: argparse.Namespace) -> None:
     folder = EvaluationFolder(run, "facts")
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
+        models = AskedModels(run, base)
         prompts = Dataset.from_list([{"messages": question["messages"]} for question in questions])
-        answers = answer_with_both(
-            run, base, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
+        answers, _ = answer_with_both(
+            models, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
         )
         losses = losses_of_both(
-            run, base, questions, batch_size=LOSS_BATCH if args.batch_size == "auto" else args.batch_size
+            models, questions, batch_size=LOSS_BATCH if args.batch_size == "auto" else args.batch_size
         )
         if state.is_main_process:
             say = speak(args.language)

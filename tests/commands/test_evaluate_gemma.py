@@ -185,7 +185,7 @@ def test_a_run_is_evaluated_from_end_to_end(tiny_gemma, data, tmp_path, capsys):
     shown = capsys.readouterr().out
     folder = run / "evaluation" / "facts"
     assert {path.name for path in folder.iterdir()} == {
-        *("answers.jsonl", "metrics.json", "table.md", "report.html"),
+        *("answers.jsonl", "metrics.json", "table.md", "report.html", "manifest.json"),
         *("facts_taught.png", "facts_never_taught.png", "loss.png"),
     }
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))

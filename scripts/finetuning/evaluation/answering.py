@@ -3,8 +3,8 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +12,49 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 
+from finetuning.data.count_tree import CountTree
 from finetuning.folder_lock import refuse_together, take_lock
-from finetuning.inference.generation import answer_rows
+from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
 from finetuning.manifest import has_manifest, manifest_problems
-from finetuning.models.loading import load_for_inference
-from finetuning.run_folder import EvaluationFolder, changed_settings, set_aside
+from finetuning.models.loading import load_for_inference, load_saved_processing_class
+from finetuning.run_folder import EvaluationFolder, adapter_base, changed_settings, set_aside
 
 MODELS = ("base", "tuned")
 
 
-def ask_both(
-    run: Path,
-    base: str,
-    ask: Callable[[str, PreTrainedModel | PeftModel, ProcessorMixin | PreTrainedTokenizerBase], None],
-    names: Sequence[str] = ("tuned", "base"),
-) -> None:
-    """`ask(name, model, processing_class)` of the run's model and of its base, with the run's own processor.
+class AskedModels:
+    """The tuned model of a run and its base, loaded when they are first asked, one at a time in memory.
 
-    An adapter is switched off for the base. Where every weight was trained the base is another model, and only one of
-    the two is in memory at a time.
+    An adapter and its base are one model, the adapter switched off for the base. Both get the run's own processor.
     """
-    model, processing_class = load_for_inference(str(run))
-    for name in names:
-        off = nullcontext()
-        if name == "base" and isinstance(model, PeftModel):
-            off = model.disable_adapter()
-        elif name == "base":
-            del model
+
+    def __init__(self, run: Path, base: str):
+        self.run, self.base, self.is_adapter = run, base, adapter_base(run) is not None
+        self.processing_class = load_saved_processing_class(run)
+        self.model: PreTrainedModel | PeftModel | None = None
+        self.source: str | None = None
+
+    def load(self, name: str) -> PreTrainedModel | PeftModel:
+        """The model `tuned` or `base`; of an adapter the PeftModel for both."""
+        source = str(self.run) if name == "tuned" or self.is_adapter else self.base
+        if source != self.source:
+            self.model = None
             gc.collect()
-            torch.cuda.empty_cache()
-            model, _ = load_for_inference(base, asked_by=processing_class)
-        with off:
-            ask(name, model, processing_class)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            asked_by = None if source == str(self.run) else self.processing_class
+            self.model, _ = load_for_inference(source, asked_by=asked_by)
+            self.source = source
+        return self.model
+
+    @contextmanager
+    def as_named(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model of that name, an adapter off for the base."""
+        model = self.load(name)
+        with model.disable_adapter() if name == "base" and isinstance(model, PeftModel) else nullcontext():
+            yield model
 
 
 def digest(values: Any) -> str:
@@ -87,53 +96,60 @@ def describe_damage(folder: Path) -> str | None:
 
 
 def answer_with_both(
-    run: Path, base: str, rows: Dataset, folder: EvaluationFolder, *, batch_size: int | str, max_new_tokens: int
-) -> dict[str, list[str]]:
+    models: AskedModels,
+    rows: Dataset,
+    folder: EvaluationFolder,
+    *,
+    batch_size: int | str,
+    max_new_tokens: int,
+    trees: Mapping[int, CountTree] | None = None,
+) -> tuple[dict[str, list[str]], dict[int, list[float]]]:
     """Greedy answers of the `base` and the `tuned` model, one per row, in order, on every process.
 
     `rows` have `messages` that end with a user turn (and `images`). Both models get the same prompts, made by the run's
     own processor; of an adapter and its base each picture is opened and preprocessed once. Answers are kept in `folder`
     as they come; those of an evaluation that was stopped are not asked again.
+
+    The second result are the log-likelihoods of counts by row, of rows in `trees` that the tuned model answered now.
     """
     answers = folder.kept(MODELS)
-    missing = [name for name in ("tuned", "base") if len(answers[name]) < len(rows)]
-    if not missing:
-        return answers
-    model, processing_class = load_for_inference(str(run))
+    likelihoods: dict[int, list[float]] = {}
 
     def ask(names: Sequence[str], start: int, stop: int) -> None:
+        model = models.load(names[0])
+        reads = trees is not None and names[0] == "tuned" and packs(model)
         windows = answer_rows(
             model,
-            processing_class,
+            models.processing_class,
             rows.select(range(start, stop)),
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             names=names,
+            trees={number - start: tree for number, tree in trees.items() if number >= start} if reads else None,
             description=f"Asking the {' and the '.join(names)} model",
         )
+        done = start
         for window in windows:
-            for name, new in window.items():
+            for name in names:
                 if PartialState().is_main_process:
-                    folder.keep(name, len(answers[name]), new)
-                answers[name] += new
+                    folder.keep(name, len(answers[name]), window[name])
+                answers[name] += window[name]
+            read = enumerate(window.get(LIKELIHOODS, []), done)
+            likelihoods.update({number: values for number, values in read if values is not None})
+            done += len(window[names[0]])
 
-    if isinstance(model, PeftModel):
+    if models.is_adapter:
         # Both at once. A stop may have come between two writes: the model that is behind catches up first.
         behind, ahead = sorted(MODELS, key=lambda name: len(answers[name]))
         if len(answers[behind]) < len(answers[ahead]):
             ask([behind], len(answers[behind]), len(answers[ahead]))
         if len(answers[ahead]) < len(rows):
             ask(("tuned", "base"), len(answers[ahead]), len(rows))
-        return answers
-    for name in missing:
-        if name == "base":
-            # Every weight was trained: the base is another model, and one of the two is in memory at a time.
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-            model, _ = load_for_inference(base, asked_by=processing_class)
-        ask([name], len(answers[name]), len(rows))
-    return answers
+        return answers, likelihoods
+    for name in ("tuned", "base"):
+        if len(answers[name]) < len(rows):
+            ask([name], len(answers[name]), len(rows))
+    return answers, likelihoods
 
 
 def read_answers(folder: EvaluationFolder) -> dict[str, list[str]]:

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.evaluation.answering import ask_both
+from finetuning.evaluation.answering import AskedModels
 
 
 class AnswerLoss(NamedTuple):
@@ -73,18 +71,18 @@ def answer_losses(
 
 
 def losses_of_both(
-    run: Path, base: str, questions: Sequence[dict[str, Any]], *, batch_size: int
+    models: AskedModels, questions: Sequence[dict[str, Any]], *, batch_size: int
 ) -> dict[str, list[AnswerLoss]]:
     """The loss of the reference answers, under the tuned and the base model."""
     conversations = [
         [*question["messages"], {"role": "assistant", "content": question["reference"]}] for question in questions
     ]
     losses = {}
-
-    def ask(name: str, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        losses[name] = answer_losses(
-            model, tokenizer, conversations, batch_size=batch_size, description=f"Loss of the {name} model"
-        )
-
-    ask_both(run, base, ask)
+    for name in ("tuned", "base"):
+        with models.as_named(name) as model:
+            losses[name] = answer_losses(
+                *(model, models.processing_class, conversations),
+                batch_size=batch_size,
+                description=f"Loss of the {name} model",
+            )
     return losses

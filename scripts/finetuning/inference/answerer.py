@@ -31,6 +31,7 @@ CHUNK_TOKENS = 32768  # more make no product faster
 MOST_ROWS = 256  # of an automatic batch on a GPU
 MOST_ROWS_ON_CPU = 64
 ROOM_OF_ONE = 2048  # slots more for a single question: the next one of a conversation is longer
+ROWS_OF_LOGITS = 64  # whose trees' logits are there at once, 4 MB a row
 SPARE_BYTES = 2**30  # left for graphs, logits and the allocator's rounding
 
 
@@ -292,30 +293,11 @@ class Answerer:
         states = self.decoder.prefill(hidden, chunk.prompts, self.to_device(chunk.asked), self.pool, first_slot)
         logits = self.decoder.logits(states[: len(chunk.rows)])
         if chunk.trees:
-            prefill.likelihoods |= self.read_trees(chunk, logits, states[len(chunk.rows) :])
+            prefill.likelihoods |= read_trees(self.decoder, chunk, logits, states[len(chunk.rows) :])
         lengths = [sum(length for _, length in runs) for runs in chunk.runs]
         runs = [[(start + first_slot, length) for start, length in runs] for runs in chunk.runs]
         prefill.rows.append(NewRows(logits.argmax(-1), lengths, runs))
         prefill.next_slot += len(hidden)
-
-    def read_trees(self, chunk: Chunk, logits: Tensor, states: Tensor) -> dict[int, Tensor]:
-        """Row -> log-likelihood of each count, fp32: from `logits` behind the prompts and `states` of the trees' tokens."""
-        place_of = {row: place for place, row in enumerate(chunk.rows)}
-        rows_of: dict[int, list[int]] = {}
-        parts = dict(
-            zip(chunk.trees, states.split([len(tree.tokens) for tree, _ in chunk.trees.values()]), strict=True)
-        )
-        for row, (tree, _) in chunk.trees.items():
-            rows_of.setdefault(id(tree), []).append(row)
-        likelihoods = {}
-        for rows in rows_of.values():
-            tree = chunk.trees[rows[0]][0]
-            for some in (rows[start : start + 64] for start in range(0, len(rows), 64)):  # logits take 4 MB a row
-                behind = self.decoder.logits(torch.cat([parts[row] for row in some]))
-                behind = behind.view(len(some), len(tree.tokens), behind.shape[-1])
-                behind = torch.cat([logits[self.to_device([place_of[row] for row in some]), None], behind], dim=1)
-                likelihoods |= dict(zip(some, sum_over_tree(behind, tree), strict=True))
-        return likelihoods
 
     def to_device(self, numbers: Sequence[int]) -> Tensor:
         # `torch.tensor(..., device=...)` would wait for all that the GPU was given before.
@@ -331,6 +313,25 @@ class Answerer:
             raise ValueError(f"{len(places)} image tokens in the prompts, {len(features)} features of their pictures")
         places = places.to(self.decoder.device, non_blocking=True)
         return embeddings.index_copy(0, places, features.to(embeddings.dtype))
+
+
+def read_trees(decoder: PackedDecoder, chunk: Chunk, logits: Tensor, states: Tensor) -> dict[int, Tensor]:
+    """Row -> log-likelihood of each count, fp32: from `logits` behind the prompts and `states` of the trees' tokens."""
+    place_of = {row: place for place, row in enumerate(chunk.rows)}
+    parts = dict(zip(chunk.trees, states.split([len(tree.tokens) for tree, _ in chunk.trees.values()]), strict=True))
+    alike: dict[int, list[int]] = {}
+    for row, (tree, _) in chunk.trees.items():
+        alike.setdefault(id(tree), []).append(row)
+    likelihoods = {}
+    for rows in alike.values():
+        tree = chunk.trees[rows[0]][0]
+        for some in (rows[start : start + ROWS_OF_LOGITS] for start in range(0, len(rows), ROWS_OF_LOGITS)):
+            places = torch.tensor([place_of[row] for row in some]).to(logits.device, non_blocking=True)
+            behind = decoder.logits(torch.cat([parts[row] for row in some]))
+            behind = behind.view(len(some), len(tree.tokens), behind.shape[-1])
+            behind = torch.cat([logits[places, None], behind], dim=1)
+            likelihoods |= dict(zip(some, sum_over_tree(behind, tree), strict=True))
+    return likelihoods
 
 
 def in_chunks(groups: Sequence[PromptGroup], chunk_tokens: int) -> list[list[PromptGroup]]:

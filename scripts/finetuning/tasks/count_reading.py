@@ -3,8 +3,8 @@
 What makes an interval hold is learned from the run's validation rows and kept in the run's folder.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from finetuning.data.count_tree import AnswerForm, learn_forms
+from finetuning.data.count_tree import AnswerForm, CountTree, learn_forms
+from finetuning.evaluation.answering import AskedModels
 from finetuning.inference.count_calibration import Calibration, calibrate, read_out
 from finetuning.inference.count_distribution import CountReader, largest_candidate, read_counts
-from finetuning.models.loading import load_for_inference
 from finetuning.pages import Say, Table
 from finetuning.run_folder import EvaluationFolder, digest_weights, read_count_settings, write_count_settings
 from finetuning.tasks.base import Question
@@ -25,47 +25,68 @@ from finetuning.tasks.exam import Exam, make_exam
 CALIBRATION_ROWS = 400  # of a larger validation split, so many, evenly spread
 
 
-def read_distributions(
-    run: Path,
+@dataclass
+class CountPlan:
+    """What an evaluation reads of counts: forms of answers and the largest candidate, the calibration, each row's tree."""
+
+    forms: dict[str, AnswerForm]
+    largest: int
+    calibration: Calibration
+    trees: dict[int, CountTree]
+
+
+def plan_counts(
+    models: AskedModels,
     exam: Exam,
     validation_rows: Dataset | None,
     train_rows: Dataset | None,
-    folder: EvaluationFolder,
     batch_size: int | str,
-) -> None:
-    """Write `folder`'s counts.jsonl: of each counting question that has candidates its median, interval and probability.
-
-    Nothing is written where no question asks for a count in digits. All processes call it; the model is loaded once
-    for both splits.
-    """
+) -> CountPlan | None:
+    """How to read the exam's counts, calibrated on validation rows by all processes; None where none asks in digits."""
     forms = forms_of(exam.train.get("count", []))
     places = exam.by_task.get("count", [])
     if not forms or not places:
-        return
+        return None
     largest = largest_candidate([question["count"] for question in exam.train["count"]])
-    model, processing_class = load_for_inference(str(run))
-    reader = CountReader(model, processing_class, forms, largest)
+    reader = CountReader(models.load("tuned"), models.processing_class, forms, largest)
     calibration = calibrate_on(reader, validation_rows, train_rows, batch_size)
-    likelihoods = read_counts(
-        reader, rows_at(exam.questions, places), batch_size=batch_size, description="Reading counts"
-    )
+    trees = reader.trees_of(exam.questions)
+    return CountPlan(forms, largest, calibration, {place: trees[place] for place in places if place in trees})
+
+
+def write_distributions(
+    models: AskedModels,
+    exam: Exam,
+    plan: CountPlan,
+    likelihoods: Mapping[int, list[float]],
+    folder: EvaluationFolder,
+    batch_size: int | str,
+) -> None:
+    """Write `folder`'s counts.jsonl: of each row of the plan its median, interval and probability.
+
+    `likelihoods` are those that were read with the answers; rows answered before a stop are read now, by all processes.
+    """
+    found = dict(likelihoods)
+    missing = [place for place in plan.trees if place not in found]
+    if missing:
+        reader = CountReader(models.load("tuned"), models.processing_class, plan.forms, plan.largest)
+        rows = exam.questions.select(missing)
+        read = read_counts(reader, rows, batch_size=batch_size, description="Reading counts")
+        found |= zip(missing, read, strict=True)
     if PartialState().is_main_process:
-        write_count_settings(run, count_settings(forms, largest, calibration, digest_weights(run)))
-        found = [(place, values) for place, values in zip(places, likelihoods, strict=True) if values is not None]
-        counts = read_out(torch.tensor([values for _, values in found]), calibration)
+        write_count_settings(
+            models.run, count_settings(plan.forms, plan.largest, plan.calibration, digest_weights(models.run))
+        )
+        places = sorted(plan.trees)
+        counts = read_out(torch.tensor([found[place] for place in places]), plan.calibration)
         folder.write_counts(
             [
                 {key: exam.facts[place][key] for key in ("row", "image_id", "question")}
                 | {"truth": exam.facts[place]["count"]}
                 | asdict(count)
-                for (place, _), count in zip(found, counts, strict=True)
+                for place, count in zip(places, counts, strict=True)
             ]
         )
-
-
-def rows_at(questions: Dataset, places: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows in `places`, in that order."""
-    return [questions[place] for place in places]
 
 
 def forms_of(train: Sequence[Question]) -> dict[str, AnswerForm]:
@@ -82,7 +103,9 @@ def calibrate_on(
         return Calibration()
     exam = make_exam(validation_rows, train_rows, limit=CALIBRATION_ROWS)
     places = exam.by_task.get("count", [])
-    likelihoods = read_counts(reader, rows_at(exam.questions, places), batch_size=batch_size, description="Calibrating")
+    if not places:
+        return Calibration()
+    likelihoods = read_counts(reader, exam.questions.select(places), batch_size=batch_size, description="Calibrating")
     found = [(values, exam.facts[place]["count"]) for place, values in zip(places, likelihoods, strict=True) if values]
     if not found:
         return Calibration()

@@ -14,6 +14,7 @@ from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
 from finetuning.device import open_processes
 from finetuning.evaluation.answering import (
+    AskedModels,
     answer_with_both,
     digest,
     read_answers,
@@ -25,7 +26,7 @@ from finetuning.folder_lock import give_back
 from finetuning.pages import Say, model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
-from finetuning.tasks.count_reading import distribution_table, read_back, read_distributions
+from finetuning.tasks.count_reading import distribution_table, plan_counts, read_back, write_distributions
 from finetuning.tasks.exam import TASKS, Exam, make_exam
 from finetuning.training.origin import refuse_changed_run
 
@@ -62,13 +63,19 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
     folder, is_headline = evaluation_folder(run, arguments, name, args.split)
     finished = start_evaluation(folder, settings, overwrite=args.overwrite)
     if not finished:
-        # Answers, of both models to the same prompts
-        answers = answer_with_both(
-            run, base, exam.questions, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
-        )
+        # Answers, of both models to the same prompts, and counts from the tuned model's pass over them
+        models = AskedModels(run, base)
         split = arguments.get("dataset_validation_split", "validation")
         validation_rows = open_split(dataset, split, name) if split in dataset else None
-        read_distributions(run, exam, validation_rows, train_rows, folder, args.batch_size)
+        plan = plan_counts(models, exam, validation_rows, train_rows, args.batch_size)
+        answers, likelihoods = answer_with_both(
+            *(models, exam.questions, folder),
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            trees=plan.trees if plan else None,
+        )
+        if plan is not None:
+            write_distributions(models, exam, plan, likelihoods, folder, args.batch_size)
     elif state.is_main_process:
         print("This evaluation is finished already, and shown here; --overwrite makes it anew.")
         answers = read_answers(folder)

@@ -160,7 +160,7 @@ class Exam:
         if not forms or not places:
             return {}
         reader = CountReader(model, processing_class, forms, largest_candidate([row["count"] for row in train]))
-        rows = [self.questions[place] for place in places]
+        rows = self.questions.select(places)
         read = zip(read_counts(reader, rows, batch_size=batch_size), places, strict=True)
         found = [(values, self.facts[place]["count"]) for values, place in read if values is not None]
         if not found:
