@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     from finetuning.folder_lock import give_back
     from finetuning.pages import model_names, speak
     from finetuning.tasks.anime_facts import TitlesExam
-    from finetuning.tasks.evaluate import accepted_changes, evaluate, show
+    from finetuning.tasks.evaluate import accepted_changes, engine_settings, evaluate, show
 
     # Questions: rows of both splits, cut before the answer
     state = open_processes()
@@ -54,14 +54,17 @@ def main(args: argparse.Namespace) -> None:
         "weights_sha256": digest_weights(run),
     }
     base = untuned_model(run)
-    settings |= accepted_changes(run, arguments, base, args)
+    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args.engine)
     folder = EvaluationFolder(run, "facts")
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
         models = AskedModels(run, base)
         prompts = Dataset.from_list([{"messages": question["messages"]} for question in questions])
         answers, _ = answer_with_both(
-            models, prompts, folder, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
+            *(models, prompts, folder),
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            engine=args.engine,
         )
         losses = losses_of_both(
             models, questions, batch_size=LOSS_BATCH if args.batch_size == "auto" else args.batch_size

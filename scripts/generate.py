@@ -112,12 +112,9 @@ def begin_or_mend(output: Path, settings: dict[str, Any]) -> None:
         write_atomically(output, whole)
 
 
-def main(options: argparse.Namespace) -> None:
-    """Check what is asked, then ask. Raises ValueError with all that is wrong, before PyTorch is imported."""
-    # What is asked, and whether it can be: before PyTorch is imported
-    problems: list[str] = []
-    questions = read_questions(options.question, problems)
-    images = find_images(options.image, problems)
+def refused_together(options: argparse.Namespace, questions: list[str], images: list[str]) -> list[str]:
+    """What of the command line does not go together, or not with the model's folder."""
+    problems = []
     try:
         config = config_of(adapter_base(Path(options.model)) or options.model)
         if images and config is not None and "vision_config" not in config:
@@ -126,15 +123,28 @@ def main(options: argparse.Namespace) -> None:
         problems.append(f"--model {error}")
     if not questions and not options.chat:
         problems.append("--question: ask something, or use --chat")
-    items: list[Item] = [(image, question) for image in images or [None] for question in questions]
-    if len(items) > 1 and options.output is None and not options.chat:
-        problems.append(f"{len(items)} answers need a file: add --output answers.jsonl")
+    num_items = max(len(images), 1) * len(questions)
+    if num_items > 1 and options.output is None and not options.chat:
+        problems.append(f"{num_items} answers need a file: add --output answers.jsonl")
     if options.chat and options.output is not None:
         problems.append("--output keeps the answers to --question; a conversation is not kept: leave one of them out")
     if options.counts and (options.output is None or options.chat):
         problems.append("--counts writes a file: add --output counts.jsonl, without --chat")
+    if options.engine == "vllm" and (options.chat or options.counts or options.load_in_4bit):
+        problems.append("--engine vllm answers questions in 16 or 32 bits: without --chat, --counts, --load_in_4bit")
     if options.list_wide and not options.counts:
         problems.append("--list_wide lists intervals: add --counts")
+    return problems
+
+
+def main(options: argparse.Namespace) -> None:
+    """Check what is asked, then ask. Raises ValueError with all that is wrong, before PyTorch is imported."""
+    # What is asked, and whether it can be: before PyTorch is imported
+    problems: list[str] = []
+    questions = read_questions(options.question, problems)
+    images = find_images(options.image, problems)
+    items: list[Item] = [(image, question) for image in images or [None] for question in questions]
+    problems += refused_together(options, questions, images)
     if problems:
         raise ValueError("; ".join(problems))
     changes = changed_files(options)
@@ -156,9 +166,12 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.count_file import settings_of as count_settings_of
     from finetuning.inference.count_file import widest, write_counts
     from finetuning.inference.session import Items, Session, open_image
+    from finetuning.inference.vllm_engine import refuse_vllm
     from finetuning.models.loading import load_for_inference
 
     state = open_processes()
+    if options.engine == "vllm":
+        refuse_vllm(options.model)
     if options.counts:
         forms, largest, calibration = count_settings_of(Path(options.model))
     if options.output is not None:
@@ -172,6 +185,9 @@ def main(options: argparse.Namespace) -> None:
             begin_or_mend(options.output, settings)
         state.wait_for_everyone()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    if options.engine == "vllm":
+        ask_vllm(options, remaining, dtype)
+        return
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
     session = Session(model, processing_class, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     if options.chat:
@@ -190,6 +206,26 @@ def main(options: argparse.Namespace) -> None:
         session.answer_items(remaining, options.output)
         give_back(options.output)
         state.print(f"{len(items):,} answers: {options.output}")
+
+
+def ask_vllm(options: argparse.Namespace, items: list[Item], dtype: Any) -> None:
+    """Answers by vLLM, which shows none before it is whole."""
+    from finetuning.folder_lock import give_back
+    from finetuning.inference.session import Items, write_answers
+    from finetuning.inference.vllm_engine import answer_by_vllm
+    from finetuning.models.processing import processing_class_for_inference
+
+    processing_class = processing_class_for_inference(options.model)
+    base = adapter_base(Path(options.model)) or options.model
+    windows = answer_by_vllm(
+        *(options.model, base, processing_class, Items(items)), max_new_tokens=options.max_new_tokens, dtype=dtype
+    )
+    if options.output is None:
+        print(next(windows)["tuned"][0])
+        return
+    write_answers(windows, items, options.output)
+    give_back(options.output)
+    print(f"{len(items):,} answers by vLLM: {options.output}")
 
 
 def changed_files(options: argparse.Namespace) -> list[str]:
@@ -217,6 +253,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "load_in_4bit": options.load_in_4bit,
         "max_new_tokens": options.max_new_tokens,
         **({"counts": True} if options.counts else {}),
+        **({"engine": options.engine} if options.engine == "vllm" else {}),
     }
 
 

@@ -3,6 +3,7 @@
 import argparse
 
 LANGUAGES = ("en", "ko")
+ENGINES = ("built-in", "vllm")
 ANSWERS_KEPT = "stopped. The answers so far are kept: the same command continues"  # what Ctrl-C is answered with
 # What rows can be: the names of finetuning.tasks.exam.TASKS.
 TASK_NAMES = ("choice", "count", "free_text", "number", "short_answer", "yes_no")
@@ -25,7 +26,7 @@ def batch_size(text: str) -> int | str:
 
 
 def add_answering_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """--batch_size and --max_new_tokens of every command that asks a model."""
+    """--batch_size, --max_new_tokens and --engine of every command that asks a model."""
     parser.add_argument(
         "--batch_size",
         type=batch_size,
@@ -34,6 +35,12 @@ def add_answering_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int)
         help="most questions at once, on each process; auto (the default): what free memory holds",
     )
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="who answers: this project (the default), or vLLM where it is installed (docs/serving.md)",
+    )
 
 
 def add_accept_changes(parser: argparse.ArgumentParser) -> None:

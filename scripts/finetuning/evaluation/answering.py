@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from finetuning.data.count_tree import CountTree
 from finetuning.folder_lock import refuse_together, take_lock
 from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
+from finetuning.inference.vllm_engine import answer_by_vllm
 from finetuning.manifest import has_manifest, manifest_problems
-from finetuning.models.loading import load_for_inference, load_saved_processing_class
+from finetuning.models.loading import load_for_inference
+from finetuning.models.processing import load_saved_processing_class
 from finetuning.run_folder import EvaluationFolder, adapter_base, changed_settings, set_aside
 
 MODELS = ("base", "tuned")
@@ -103,6 +105,7 @@ def answer_with_both(
     batch_size: int | str,
     max_new_tokens: int,
     trees: Mapping[int, CountTree] | None = None,
+    engine: str = "built-in",
 ) -> tuple[dict[str, list[str]], dict[int, list[float]]]:
     """Greedy answers of the `base` and the `tuned` model, one per row, in order, on every process.
 
@@ -110,24 +113,29 @@ def answer_with_both(
     own processor; of an adapter and its base each picture is opened and preprocessed once. Answers are kept in `folder`
     as they come; those of an evaluation that was stopped are not asked again.
 
-    The second result are the log-likelihoods of counts by row, of rows in `trees` that the tuned model answered now.
+    With `engine="vllm"` vLLM answers, which tells nothing of counts. The second result are the log-likelihoods of counts by row, of rows in `trees` that the tuned model answered now.
     """
     answers = folder.kept(MODELS)
     likelihoods: dict[int, list[float]] = {}
 
     def ask(names: Sequence[str], start: int, stop: int) -> None:
-        model = models.load(names[0])
-        reads = trees is not None and names[0] == "tuned" and packs(model)
-        windows = answer_rows(
-            model,
-            models.processing_class,
-            rows.select(range(start, stop)),
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            names=names,
-            trees={number - start: tree for number, tree in trees.items() if number >= start} if reads else None,
-            description=f"Asking the {' and the '.join(names)} model",
-        )
+        asked = rows.select(range(start, stop))
+        if engine == "vllm":
+            name = str(models.run) if models.is_adapter or names[0] == "tuned" else models.base
+            windows = answer_by_vllm(
+                *(name, models.base, models.processing_class, asked), max_new_tokens=max_new_tokens, names=names
+            )
+        else:
+            model = models.load(names[0])
+            reads = trees is not None and names[0] == "tuned" and packs(model)
+            windows = answer_rows(
+                *(model, models.processing_class, asked),
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                names=names,
+                trees={number - start: tree for number, tree in trees.items() if number >= start} if reads else None,
+                description=f"Asking the {' and the '.join(names)} model",
+            )
         done = start
         for window in windows:
             for name in names:

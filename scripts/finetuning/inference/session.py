@@ -1,7 +1,7 @@
 """A loaded model and somebody who asks it: many questions into a file, one on the screen, or a conversation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from finetuning.data.pictures import PictureError, open_picture
-from finetuning.failures import writing
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.generation import answer_one, answer_rows
 from finetuning.inference.packed_decoder import reason_against
@@ -41,6 +40,20 @@ def open_image(path: str) -> Image.Image:
         raise ValueError(f"{path}: {error}. Repair this picture or take it out, and run again") from error
 
 
+def write_answers(windows: Iterable[dict[str, list[str]]], items: Sequence[Item], output: Path) -> None:
+    """Append the answers of the `tuned` model to `output`, a line per item, window by window; the main process writes."""
+    done = 0
+    with output.open("a", encoding="utf-8") as file:
+        for window in windows:
+            answers = window["tuned"]
+            if PartialState().is_main_process:
+                for (image, question), answer in zip(items[done : done + len(answers)], answers, strict=True):
+                    line = {"image": image, "question": question, "answer": answer}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+            done += len(answers)
+
+
 class Session:
     """A model, its processor, and how long its answers may be."""
 
@@ -58,7 +71,6 @@ class Session:
 
     def answer_items(self, items: Sequence[Item], output: Path) -> None:
         """Answers appended to `output`, a line per item in the order of the items, on disk as they come."""
-        state = PartialState()
         windows = answer_rows(
             self.model,
             self.processing_class,
@@ -66,16 +78,7 @@ class Session:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-        done = 0
-        with writing(output), output.open("a", encoding="utf-8") as file:
-            for window in windows:
-                answers = window["tuned"]
-                if state.is_main_process:
-                    for (image, question), answer in zip(items[done : done + len(answers)], answers, strict=True):
-                        line = {"image": image, "question": question, "answer": answer}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                done += len(answers)
+        write_answers(windows, items, output)
 
     def stream(self, row: dict[str, Any]) -> str:
         """The answer of one row, shown word by word."""

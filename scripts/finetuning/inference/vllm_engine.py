@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from tqdm import tqdm
@@ -22,14 +21,20 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from finetuning.data.collator import image_token_of, prompt_batch, stop_tokens
 from finetuning.data.pictures import open_picture
 from finetuning.device import inference_dtype
-from finetuning.models.loading import load_config
 from finetuning.models.parts import part_of
-from finetuning.run_folder import adapter_base, read_arguments
+from finetuning.models.processing import load_config
+from finetuning.run_folder import ADAPTER_WEIGHTS, adapter_base, read_arguments
 from finetuning.strategy import Strategy
 
 MODEL_TYPES = ("llava", "llama", "gemma", "gemma2", "gemma3_text")  # whose pictures, if any, are one tile each
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may be
 ROWS_AT_ONCE = 1024  # whose pictures are in memory; vLLM batches them itself
+
+
+def refuse_vllm(name: str) -> None:
+    """Raises ValueError where vLLM cannot answer for `name`."""
+    if reason := reason_against_vllm(name):
+        raise ValueError(f"--engine vllm: {reason}")
 
 
 def reason_against_vllm(name: str) -> str | None:
@@ -48,7 +53,7 @@ def reason_against_vllm(name: str) -> str | None:
     if (read_arguments(Path(name)) or {}).get("load_in_4bit"):
         return f"{name} was trained over 4-bit weights, which vLLM would quantise in its own way: {merged}"
     config = PeftConfig.from_pretrained(name)
-    with safe_open(Path(name) / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+    with safe_open(Path(name) / ADAPTER_WEIGHTS, framework="pt") as file:
         parts = {part_of(key) for key in file.keys()} - {"language_model"}  # noqa: SIM118 - not a dict
     if parts or config.modules_to_save:
         return f"the adapter {name} trains {', '.join(sorted(parts))}, which vLLM's LoRA leaves out: {merged}"
@@ -72,8 +77,8 @@ def answer_by_vllm(
     `name` is the run or model that answers as "tuned". "base" is the adapter's base without it; of other runs the base is
     another model, asked by a call of its own. Raises ValueError where vLLM would read another prompt than training did.
     """
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+    from vllm import LLM, SamplingParams  # pyrefly: ignore[missing-import] - in an environment of its own
+    from vllm.lora.request import LoRARequest  # pyrefly: ignore[missing-import]
 
     is_adapter = adapter_base(Path(name)) is not None
     adapter = {}

@@ -29,9 +29,8 @@ from finetuning.models.processing import (
     SAFE,
     follow_tiles,
     load_config,
-    load_processing_class,
-    load_saved_processing_class,
     pickles_refused,
+    processing_class_for_inference,
 )
 from finetuning.run_folder import ADAPTER_WEIGHTS, adapter_base, read_arguments
 from finetuning.strategy import Strategy
@@ -218,7 +217,6 @@ def load_for_inference(
             # PEFT loads parts trained in full in fp32; their inputs have the dtype of the base.
             if parameter.dtype == torch.float32:
                 parameter.data = parameter.data.to(dtype)
-    keeps_own_template = arguments is not None or (folder / "merge_report.json").is_file()
-    processing_class = load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
+    processing_class = processing_class_for_inference(name)
     follow_tiles(base_model_of(model).config, asked_by or processing_class)
     return model.eval(), processing_class

@@ -17,6 +17,7 @@ from finetuning import upstream
 from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of, is_vision, template_of
 from finetuning.model_files import config_of
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
+from finetuning.run_folder import read_arguments
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
 LLAMA3_END_OF_TURN = "<|eot_id|>"
@@ -152,6 +153,13 @@ def follow_tiles(config: PreTrainedConfig, processor: ProcessorMixin | PreTraine
     grids = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None)
     if grids and getattr(config, "image_grid_pinpoints", None):
         config.image_grid_pinpoints = grids
+
+
+def processing_class_for_inference(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor or tokenizer of a base model, a run's folder or a merged folder, with the template it is asked by."""
+    folder = Path(name)
+    keeps_own_template = read_arguments(folder) is not None or (folder / "merge_report.json").is_file()
+    return load_saved_processing_class(folder) if keeps_own_template else load_processing_class(name)
 
 
 def load_saved_processing_class(folder: Path) -> ProcessorMixin | PreTrainedTokenizerBase:

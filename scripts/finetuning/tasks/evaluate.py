@@ -23,6 +23,7 @@ from finetuning.evaluation.answering import (
 from finetuning.evaluation.frames import frame_times, near_copies, thumbnail
 from finetuning.evaluation.page import Findings, write_evaluation
 from finetuning.folder_lock import give_back
+from finetuning.inference.vllm_engine import refuse_vllm
 from finetuning.pages import Say, model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
@@ -59,7 +60,7 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         "weights_sha256": digest_weights(run),
     }
     base = untuned_model(run)
-    settings |= accepted_changes(run, arguments, base, args)
+    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args.engine)
     folder, is_headline = evaluation_folder(run, arguments, name, args.split)
     finished = start_evaluation(folder, settings, overwrite=args.overwrite)
     if not finished:
@@ -67,12 +68,15 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         models = AskedModels(run, base)
         split = arguments.get("dataset_validation_split", "validation")
         validation_rows = open_split(dataset, split, name) if split in dataset else None
-        plan = plan_counts(models, exam, validation_rows, train_rows, args.batch_size)
+        plan = None  # vLLM tells nothing of counts that it does not answer with
+        if args.engine != "vllm":
+            plan = plan_counts(models, exam, validation_rows, train_rows, args.batch_size)
         answers, likelihoods = answer_with_both(
             *(models, exam.questions, folder),
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             trees=plan.trees if plan else None,
+            engine=args.engine,
         )
         if plan is not None:
             write_distributions(models, exam, plan, likelihoods, folder, args.batch_size)
@@ -105,6 +109,14 @@ def add_distribution(findings: Findings, run: Path, folder: EvaluationFolder, sa
         findings.metrics["distribution"] = scores
         findings.tables.append(distribution_table(scores, of_count["scores"]["tuned"], say))
         findings.numbers |= {f"tuned_median_{key}": scores[key] for key in ("mae", "rmse", "coverage", "width")}
+
+
+def engine_settings(run: Path, engine: str) -> dict[str, str]:
+    """`{"engine": "vllm"}` where vLLM answers: its answers are no continuation of others. Raises ValueError if it cannot."""
+    if engine != "vllm":
+        return {}
+    refuse_vllm(str(run))
+    return {"engine": engine}
 
 
 def accepted_changes(
