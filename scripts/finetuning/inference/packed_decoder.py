@@ -85,7 +85,10 @@ class Linears:
         if self.reads_4bit(len(x)):
             y = torch.cat([layer.get_base_layer()(x) for layer in fused.layers], dim=-1)
             return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.is_active else y
-        y = fused.forward(x, None, wide)[0] if fused.is_active else torch.mm(x, fused.weight().T)
+        if fused.is_active:
+            y = torch.mm(self.extended(x, wide), fused.frozen.weight_and_b(fused).T)
+        else:
+            y = torch.mm(x, fused.weight().T)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype))
 
     def add_to(self, residual: Tensor, x: Tensor, wide: Tensor | None = None) -> Tensor:
@@ -96,12 +99,14 @@ class Linears:
         if not self.has_lora:
             weight = self.stack if self.fused is None else self.fused.weight()
             return residual.addmm_(x, weight.T)
-        x_a = torch.mm(x, self.fused.a.T)
+        return residual.addmm_(self.extended(x, wide), self.fused.frozen.weight_and_b(self.fused).T)
+
+    def extended(self, x: Tensor, wide: Tensor | None) -> Tensor:
+        """[x, s A x]; into `wide` the low-rank columns are written where they belong, which no training pass could."""
         if wide is None:
-            wide = self.fused.concatenate_low_rank(x, x_a)
-        else:
-            wide[:, self.fused.in_features :] = x_a
-        return residual.addmm_(wide, self.fused.frozen.weight_and_b(self.fused).T)
+            return self.fused.concatenate_low_rank(x, torch.mm(x, self.fused.a.T))
+        torch.mm(x, self.fused.a.T, out=wide[:, self.fused.in_features :])
+        return wide
 
 
 class Layer:
