@@ -2,6 +2,7 @@
 # make sample-anime  the same for the text use case
 # make test          all tests that need no cluster
 # make test-fast     what needs no launch and no training, in less than a minute
+# make test-notebooks  all four notebooks to their end, on a small model
 # make test-upstream the fast tests and a training with the newest releases of all pinned packages
 # make test-cluster  the job files on a real Slurm; installs it where it is missing (Debian, root), skips where it cannot
 # make test-faults   kill -9 at 200 moments, failing disks, damage to every file: half an hour or more
@@ -14,7 +15,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
 
-.PHONY: sample sample-anime test test-fast test-upstream test-faults test-gpu test-cluster lint
+.PHONY: sample sample-anime test test-fast test-upstream test-faults test-gpu test-notebooks test-cluster lint
 
 # The pip that comes with Python 3.11 takes a third longer for all that follows.
 .venv/pyvenv.cfg:
@@ -26,7 +27,7 @@ INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/pyvenv.cfg
+.venv/installed-dev: requirements-dev.txt requirements.txt requirements-serve.txt | .venv/pyvenv.cfg
 	$(INSTALL) -r requirements-dev.txt
 	touch .venv/installed $@
 
@@ -97,6 +98,9 @@ test-faults: .venv/installed-dev
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest tests/kernels/test_lora_layers.py tests/kernels/test_lora_projections.py tests/kernels/test_cuda_graphs.py
 
+test-notebooks: .venv/installed-dev
+	NOTEBOOKS=all CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/commands/test_notebooks.py
+
 test-cluster: .venv/installed-dev
 	tests/cluster/cluster.sh install
 	$(BIN)/python -m pytest tests/cluster
@@ -106,4 +110,5 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	PYTHONPATH=scripts:data_prep $(BIN)/lint-imports pyproject.toml
 	$(BIN)/pyrefly check --summarize-errors
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.slurm' .ci/run)
