@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -221,6 +221,12 @@ def refusal(error: Refused) -> JSONResponse:
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 
+def model_list(names: Iterable[str]) -> dict[str, Any]:
+    """OpenAI's list of the models that are served."""
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in names]
+    return {"object": "list", "data": data}
+
+
 def make_app(
     answers: AnswerQueue, *, called: str, vision: bool, limits: Limits, token: str | None, is_local: bool, language: str
 ) -> FastAPI:
@@ -279,10 +285,7 @@ def make_app(
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         check_token(request)
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in names],
-        }
+        return model_list(names)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
