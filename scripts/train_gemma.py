@@ -37,6 +37,7 @@ from finetuning.tasks.anime_facts import AnimeExam, FactReader
 from finetuning.tasks.exam import open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
+from finetuning.training.dry_run import dry_run
 from finetuning.training.number_loss import make_number_loss
 from finetuning.training.origin import fingerprints
 from finetuning.training.planned_run import note_plan, plan_run
@@ -65,6 +66,14 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     else:
         exam = open_exam(script_args, own_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
+    tokenizer = load_processing_class(
+        model_args.model_name_or_path,
+        chat_template_path=training_args.chat_template_path,
+        revision=model_args.model_revision,
+    )
+    if script_args.dry_run:
+        dry_run(script_args, training_args, model_args, config, train_rows, tokenizer)
+        return
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,
@@ -77,11 +86,6 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 
     # Model
-    tokenizer = load_processing_class(
-        model_args.model_name_or_path,
-        chat_template_path=training_args.chat_template_path,
-        revision=model_args.model_revision,
-    )
     for rows in (train_rows, *parts):  # of a mixture its own first, then the first of each part
         check_first_rows(rows, tokenizer, config, max_length=training_args.max_length)
     register_packed_attention()

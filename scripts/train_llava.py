@@ -38,6 +38,7 @@ from finetuning.preflight.strategies import rows_without_image, searches_unused_
 from finetuning.tasks.exam import counting_questions, open_exam
 from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
+from finetuning.training.dry_run import dry_run
 from finetuning.training.number_loss import make_number_loss
 from finetuning.training.origin import fingerprints
 from finetuning.training.planned_run import note_plan, plan_run
@@ -66,6 +67,16 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     plan = plan_run(script_args, training_args, model_args)
     exam = open_exam(script_args, own_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
+    processor = load_processing_class(
+        model_args.model_name_or_path,
+        image_aspect_ratio=script_args.image_aspect_ratio,
+        image_max_tiles=script_args.image_max_tiles,
+        chat_template_path=training_args.chat_template_path,
+        revision=model_args.model_revision,
+    )
+    if script_args.dry_run:
+        dry_run(script_args, training_args, model_args, config, train_rows, processor)
+        return
     script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
     checkpoint = start_or_continue(
         training_args.output_dir,
@@ -79,13 +90,6 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
 
     # Model
-    processor = load_processing_class(
-        model_args.model_name_or_path,
-        image_aspect_ratio=script_args.image_aspect_ratio,
-        image_max_tiles=script_args.image_max_tiles,
-        chat_template_path=training_args.chat_template_path,
-        revision=model_args.model_revision,
-    )
     if script_args.image_max_tiles is not None:
         follow_tiles(config, processor)
     for rows in (train_rows, *parts):  # of a mixture its own first, then the first of each part

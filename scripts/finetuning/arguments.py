@@ -129,6 +129,12 @@ class ScriptArguments:
             "looked for before the start, and kept in skipped_rows.json. 0: the first one ends the training."
         },
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Check everything, pass the longest batch through the model without its weights, print the plan, and end."
+        },
+    )
     overwrite_completed_run: bool = field(
         default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
     )

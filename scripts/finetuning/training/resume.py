@@ -26,7 +26,7 @@ from finetuning.training.planned_run import measured_of
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
-    "accept_changes", "checkpoint_layers", "config", "ddp_find_unused_parameters", "ddp_timeout", "disable_tqdm", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
+    "accept_changes", "checkpoint_layers", "config", "ddp_find_unused_parameters", "ddp_timeout", "disable_tqdm", "dry_run", "eval_answers", "eval_max_new_tokens", "eval_on_start", "eval_steps", "eval_strategy",
     "include_num_input_tokens_seen", "log_adapter", "logging_first_step", "logging_steps", "logging_strategy", "log_level",
     "output_dir", "overwrite_completed_run", "per_device_eval_batch_size", "project", "report_to", "run_name",
     "early_stopping_patience", "greater_is_better", "load_best_model_at_end", "metric_for_best_model",
