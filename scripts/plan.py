@@ -25,6 +25,13 @@ from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import Gpu, gpu_named, known_gpus
 from finetuning.strategy import STRATEGIES
 
+PARTS_IN_KOREAN = {
+    "weights": "가중치", "gathered layers": "모아 온 층", "adapters": "어댑터", "optimizer": "옵티마이저", "gradients": "그래디언트",
+    "workspace": "cuBLAS 작업 공간", "batch": "배치", "activations": "활성값", "loss": "손실", "vision tower": "비전 타워",
+    "working memory": "계산 중 메모리", "16-bit copies": "16비트 사본", "allocator": "할당기 조각", "context": "CUDA 컨텍스트",
+    "products": "행렬 곱", "attention": "어텐션", "element-wise": "원소별 연산", "4-bit weights": "4비트 풀기",
+    "communication": "통신", "waiting for the host": "호스트를 기다림",
+}  # fmt: skip
 STRATEGY_FILES = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
 WORDS = {
     "en": {
@@ -108,14 +115,14 @@ def gpu_of_this_machine() -> Gpu | None:
     return gpu_named(name, float(memory) * 2**20) if name else None
 
 
-def command_for(plan: Plan, recipe: Path, flags: list[str]) -> str:
+def command_for(plan: Plan, settings: dict[str, Any], recipe: Path, flags: list[str]) -> str:
     """The launch to paste."""
     script = "scripts/train_llava.py" if plan.training.shape.vision is not None else "scripts/train_gemma.py"
     words = ["accelerate", "launch", "--config_file", f"accelerate_configs/{plan.strategy}.yaml"]
     words += ["--num_processes", str(plan.processes)] if plan.processes > 1 else []
     words += [script, "--config", str(recipe), *flags]
-    if plan.training.bits == 4 and "--load_in_4bit" not in flags:
-        words += ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4"]
+    if plan.training.bits == 4:
+        words += [] if settings["load_in_4bit"] else ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4"]
         words += ["--bnb_4bit_quant_storage", "float32"] if plan.strategy == "fsdp2" else []
     return shlex.join(words)
 
@@ -134,6 +141,12 @@ def table(rows: list[list[str]]) -> str:
     )
 
 
+def name_of(part: str, words: dict[str, str]) -> str:
+    """A part in the language of `words`, in 22 columns."""
+    name = PARTS_IN_KOREAN[part] if words is WORDS["ko"] else part
+    return name + " " * (22 - columns_of(name))
+
+
 def describe_plan(plan: Plan, settings: dict[str, Any], price: float | None, words: dict[str, str]) -> list[str]:
     """One plan in full."""
     verdict = words["fits" if plan.fits else "not"]
@@ -142,7 +155,9 @@ def describe_plan(plan: Plan, settings: dict[str, Any], price: float | None, wor
         words["here"].format(gpu=plan.gpu.title, strategy=plan.strategy, processes=plan.processes),
         words["memory"].format(peak=plan.peak / GIB, memory=plan.gpu.memory / GIB, verdict=verdict),
     ]
-    lines += [f"    {part:<18}{size / GIB:6.2f}" for part, size in plan.memory.items() if size >= 0.005 * GIB]
+    lines += [
+        f"    {name_of(part, words)}{size / GIB:7.2f}" for part, size in plan.memory.items() if size >= 0.005 * GIB
+    ]
     lines.append(
         words["layers"].format(
             checkpointed=plan.training.checkpointed, layers=text.layers, setting=settings["checkpoint_layers"]
@@ -154,7 +169,11 @@ def describe_plan(plan: Plan, settings: dict[str, Any], price: float | None, wor
             evaluation=plan.evaluation_seconds, hours=duration(plan.seconds), tokens=plan.tokens,
         )
     )  # fmt: skip
-    lines += [f"    {part:<22}{seconds * 1000:7.0f} ms" for part, seconds in plan.step.items() if seconds >= 0.0005]
+    lines += [
+        f"    {name_of(part, words)}{seconds * 1000:7.0f} ms"
+        for part, seconds in plan.step.items()
+        if seconds >= 0.0005
+    ]
     lines.append(words["epoch"].format(hours=duration(plan.steps * plan.step_seconds / max(plan.epochs, 1e-9))))
     if price is not None:
         lines.append(words["cost"].format(cost=plan.gpu_hours * price, price=price))
@@ -235,9 +254,13 @@ def print_plans(
     if priced:
         cheapest = min(priced, key=lambda plan: plan.gpu_hours * prices[plan.gpu.name])
         what = f"{cheapest.gpu.title}, {cheapest.gpu_hours * prices[cheapest.gpu.name]:.2f}"
-        print(words["cheapest"].format(what=what), "  " + command_for(cheapest, recipe, flags), sep="\n")
+        print(
+            words["cheapest"].format(what=what),
+            "  " + command_for(cheapest, workload.settings, recipe, flags),
+            sep="\n",
+        )
     what = f"{fastest.gpu.title}, {duration(fastest.seconds)}"
-    print(words["fastest"].format(what=what), "  " + command_for(fastest, recipe, flags), sep="\n")
+    print(words["fastest"].format(what=what), "  " + command_for(fastest, workload.settings, recipe, flags), sep="\n")
     print(words["about"])
 
 
@@ -266,7 +289,7 @@ def main() -> None:
     found = list(all_plans(workload, chosen, args.gpus, args.strategy))
     if args.json:
         print(json.dumps([
-            as_json(plan, prices, command_for(plan, args.config, flags)) if isinstance(plan, Plan)
+            as_json(plan, prices, command_for(plan, workload.settings, args.config, flags)) if isinstance(plan, Plan)
             else {"gpu": plan[0].name, "strategy": plan[1], "problem": plan[2]}
             for plan in found
         ], indent=1))  # fmt: skip

@@ -25,6 +25,7 @@ from finetuning.strategy import Strategy, divide_batch
 
 TEMPLATES = Path(__file__).parents[1] / "chat_templates"
 LLAMA3_VOCABULARY = 128_000
+NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # of a model, for a plan
 DRAWN_BATCHES = 200  # random batches whose padded length is looked at
 
 
@@ -95,17 +96,27 @@ class Plan:
 def model_folder(name: str, revision: str) -> Path:
     """Folder with `config.json` and `tokenizer.json` of a model: its own, or the Hub's cache. Raises ValueError without."""
     if config_of(name) is not None:
+        missing = [file for file in NEEDED if not (Path(name) / file).is_file()]
+        if missing:
+            raise ValueError(f"{name}: {', '.join(missing)} is missing: download the model with all its small files")
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    files = ["*.json", "*.jinja", "*.model"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.model"]))
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        except LocalEntryNotFoundError:
+            folder = None
+        if folder is None or not all((folder / file).is_file() for file in NEEDED):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"{name}: its config cannot be had ({str(error).splitlines()[0]}): check the name and the network, or download "
             f"it before: hf download {name} --include '*.json'"
         ) from error
+    return folder
 
 
 def read_workload(settings: dict[str, Any]) -> Workload:
