@@ -2,15 +2,25 @@
 
 import dataclasses
 import datetime
+from types import SimpleNamespace
 
+import pytest
+import torch
+from conftest import ROOT
+
+from finetuning.arguments import parse_arguments
+from finetuning.data.dataset import open_dataset
 from finetuning.model_shape import ModelShape
+from finetuning.models.loading import load_config, load_processing_class
 from finetuning.preflight.planned_step import Training
 from finetuning.preflight.planner import Workload, make_plan
 from finetuning.preflight.recipe_settings import DEFAULTS
 from finetuning.preflight.row_lengths import Lengths, Sequence
 from finetuning.preflight.step_time import gpu_named, known_gpus
+from finetuning.run_folder import read_progress
 from finetuning.strategy import Strategy
-from finetuning.training.planned_run import first_line, measured_of
+from finetuning.training.dry_run import dry_run
+from finetuning.training.planned_run import first_line, measured_of, note_plan, plan_run
 
 ROWS = Lengths(total=100, rows=100, counted=[Sequence(120, 30, 0)] * 10, longest=[Sequence(200, 40, 0)] * 8)
 GEMMA = ModelShape.from_config({"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18})
@@ -51,3 +61,51 @@ def test_gpus_are_known_by_the_drivers_name():
     assert {name: gpu_named(name, sizes[kind].memory).name for name, kind in names.items()} == names
     assert gpu_named("Quadro P400", 2**30) is None
     assert isinstance(Training(GEMMA, {"language_model": "full"}).trained, int)
+
+
+def test_a_run_on_a_gpu_is_planned_or_refused(cctv_dataset, tiny_llava, tmp_path, monkeypatch, capsys):
+    words = [
+        "--model_name_or_path",
+        str(tiny_llava),
+        "--dataset_name",
+        str(cctv_dataset),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    groups = parse_arguments(ROOT / "scripts" / "configs" / "llava_lora.yaml", words)
+    assert plan_run(*groups) is None  # on a CPU
+    groups[1].use_cpu = False
+    properties = SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    plan = plan_run(*groups)
+    assert plan.training.precision == "fp16" and "planned: " in capsys.readouterr().out
+    note_plan(tmp_path, plan)
+    planned = read_progress(tmp_path)["planned"]
+    assert planned["samples_per_step"] == 8 and planned["seconds_per_step"] > 0
+    properties.total_memory = 2**26
+    with pytest.raises(ValueError, match="memory: a step needs about"):
+        plan_run(*groups)
+    properties.name = "Quadro P400"
+    assert plan_run(*groups) is None and "not in scripts/gpus.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_a_dry_run_ends_before_weights(vision, cctv_dataset, tiny_llava, tiny_gemma, tmp_path, capsys):
+    model = tiny_llava if vision else tiny_gemma
+    words = [
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(cctv_dataset),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    script_args, training_args, model_args = parse_arguments(ROOT / "scripts" / "configs" / "llava_lora.yaml", words)
+    rows = open_dataset(str(cctv_dataset), vision=vision)["train"]
+    processing_class, config = load_processing_class(str(model)), load_config(str(model))
+    dry_run(script_args, training_args, model_args, config, rows, processing_class)
+    said = capsys.readouterr().out
+    assert "longest batch: 8 rows of" in said and "logits (8, " in said
+    assert not (tmp_path / "run").exists()
