@@ -49,6 +49,8 @@ def dry_run(
         lines.append(f"  forward pass on the meta device: logits {logits}")
     else:
         lines.append(f"  no forward pass on the meta device: a {config.model_type} asks for numbers of its input")
+    if training_args.use_cpu:
+        lines.append("  no GPU here to plan for: scripts/plan.py --gpu plans for one that is elsewhere")
     lines.append("  dry run: nothing was written, and no weight was loaded; without --dry_run this trains")
     PartialState().print("\n".join(lines))
 
