@@ -202,7 +202,7 @@ def test_every_recipe_is_read(recipe):
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model_name_or_path: models/x\nlora_rank: 8\n")
+    recipe.write_text("model_name_or_path: models/x\nlora_rr: 8\n")
     with pytest.raises(ValueError) as error:
         read_settings(recipe, ["--lora_r", "many", "--gppu", "t4"])
     assert all(
@@ -224,7 +224,7 @@ def test_a_plan_for_people_and_for_programs(cctv_dataset, tiny_llava, monkeypatc
     words = ["--config", recipe, "--model_name_or_path", tiny_llava, "--dataset_name", cctv_dataset]
     shown, status = plan_in(monkeypatch, capsys, *words, "--gpu", "t4", "h100", "--gpus", "2", "--price", "t4=0.5")
     assert status == 0
-    assert "Cheapest that fits (T4 16 GB" in shown and "--config_file accelerate_configs/ddp.yaml" in shown
+    assert "Cheapest that fits (T4 16 GB" in shown and "--num_processes 2 scripts/train_llava.py" in shown
     korean, _ = plan_in(monkeypatch, capsys, *words, "--gpu", "t4", "--language", "ko")
     assert "들어갑니다" in korean
     plans, _ = plan_in(monkeypatch, capsys, *words, "--gpu", "t4", "--json")
