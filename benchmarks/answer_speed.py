@@ -35,10 +35,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from train_speed import peak_rate, quantize
 
+from finetuning.data.count_tree import AnswerForm
 from finetuning.families import is_vision
 from finetuning.inference import generation
 from finetuning.inference.answer_stream import AnswerStream
 from finetuning.inference.answerer import Answerer
+from finetuning.inference.count_distribution import CountReader, read_counts
 from finetuning.inference.generation import answer_batch, answer_one, generate_answers
 from finetuning.models.processing import load_config, load_processing_class
 
@@ -330,6 +332,14 @@ def one_by_one(model, processing_class, rows, tokens: int) -> list[str]:
     return [answer_one(model, processing_class, row, max_new_tokens=tokens, answerer=answerer) for row in rows]
 
 
+def all_counts(model, processing_class, rows, tokens: int, batch_size: int) -> list[str]:
+    """The likelihood of each of the counts 0..60 as the answer, in place of one greedy answer; the most likely is given."""
+    forms = dict.fromkeys(QUESTIONS, AnswerForm("", " people."))
+    reader = CountReader(model, processing_class, forms, largest=60)
+    likelihoods = read_counts(reader, list(rows), batch_size=batch_size)
+    return [str(max(range(len(row)), key=row.__getitem__)) for row in likelihoods if row is not None]
+
+
 def ways_of(setting: Setting, options: argparse.Namespace, before: Callable | None) -> dict[str, Callable]:
     """What is measured: (model, processing class, rows, tokens) -> answers."""
     if setting.single:
@@ -348,6 +358,8 @@ def ways_of(setting: Setting, options: argparse.Namespace, before: Callable | No
         ways["before"] = lambda model, processing_class, rows, tokens: before(
             model, processing_class, rows, batch_size=options.batch_size, max_new_tokens=tokens
         )
+    if "counts" in options.ways:
+        ways["all counts"] = partial(all_counts, batch_size=options.batch_size)
     ways["this project"] = lambda model, processing_class, rows, tokens: generate_answers(
         model, processing_class, rows, batch_size="auto", max_new_tokens=tokens
     )
@@ -416,7 +428,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="Hub name or folder; config and processor are read, no weights")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results; must not hold any yet")
     parser.add_argument("--settings", nargs="+", default=["adapter"], choices=list(SETTINGS), help="what is asked")
-    parser.add_argument("--ways", nargs="+", default=["transformers"], choices=["transformers", "none"])
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=["transformers"],
+        choices=["transformers", "counts", "none"],
+        help="beside this project's greedy answers: transformers' generate, the likelihoods of all counts, or nothing",
+    )
     parser.add_argument("--before", type=Path, help="an older checkout of this project, to measure beside it")
     parser.add_argument("--images", type=int, default=256, help="pictures (questions, for a text model)")
     parser.add_argument("--repeat", type=int, default=1, help="ask this project about every picture so many times")
