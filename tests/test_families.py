@@ -15,7 +15,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     MistralConfig,
+    PaliGemmaConfig,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -38,6 +40,7 @@ from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.models.loading import load_base_model, load_for_inference
 from finetuning.models.parts import count_parameters
 from finetuning.models.processing import follow_tiles, load_config, load_processing_class
+from finetuning.models.trainable import describe_trainable
 from finetuning.training.activation_checkpointing import with_largest_pictures
 from support.families import FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
 from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora
@@ -128,6 +131,13 @@ def test_loader_processes_leave_room_for_all_tiles(processor, config):
     size = largest_picture(config)
     tiles = 0 if size is None else max(h * w for h, w in config.image_grid_pinpoints) // 32**2
     assert bytes_of_fetch(processor) == 4 * (1 + tiles) * 3 * 32 * 32 * 4
+
+
+def test_a_newline_that_stays_frozen_beside_a_trained_projector_is_said(folder):
+    model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"])
+    has_newline = any("image_newline" in name for name, _ in model.named_parameters())
+    assert ("image_newline stays as it is beside LoRA" in describe_trainable(model)) == has_newline
+    assert "stays as it is" not in describe_trainable(random_model(folder))
 
 
 def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, config):
@@ -348,11 +358,15 @@ def test_a_language_model_whose_dialogues_are_not_known_is_refused():
         family_of(config)
 
 
-def test_a_family_that_is_not_known_is_told_the_nearest():
+@pytest.mark.parametrize(
+    ("config", "nearest"),
+    [(Qwen2_5_VLConfig, "llava_onevision"), (PaliGemmaConfig, "gemma3"), (LlavaNextVideoConfig, "llava_next")],
+)
+def test_a_family_that_is_not_known_is_told_the_nearest(config, nearest):
     with pytest.raises(
-        ValueError, match=r"qwen2_5_vl are not known here: this project trains llava, .* nearest to it is"
+        ValueError, match=rf"{config.model_type} are not known here: .* The nearest to it is {nearest};"
     ):
-        family_of(Qwen2_5_VLConfig())
+        family_of(config())
 
 
 @pytest.mark.slow

@@ -177,16 +177,14 @@ def family_of(config: PreTrainedConfig) -> Family:
             )
         return family
     inside = config.get_text_config().model_type
-    alike = [
-        name
-        for name, family in FAMILIES.items()
-        if bool(family.picture_inputs) == is_vision(config)
-        and any(inside.startswith(kind) for kind in (*family.like, name))
-    ]
-    candidates = alike or [
-        name for name, family in FAMILIES.items() if bool(family.picture_inputs) == is_vision(config)
-    ]
-    nearest = max(candidates, key=lambda name: difflib.SequenceMatcher(None, name, config.model_type).ratio())
+
+    def nearness(name: str) -> float:
+        """How alike the names are; the same kind of language model inside counts as a quarter of the name."""
+        same_inside = any(inside.startswith(kind) for kind in (*FAMILIES[name].like, name))
+        return difflib.SequenceMatcher(None, name, config.model_type).ratio() + same_inside / 4
+
+    candidates = [name for name, family in FAMILIES.items() if bool(family.picture_inputs) == is_vision(config)]
+    nearest = max(candidates, key=nearness)
     other = "" if is_vision(config) else ", and --chat_template_path trains another text model as it is"
     raise ValueError(
         f"models of type {config.model_type} are not known here: {KNOWN_TYPES}. The nearest to it is {nearest}; "

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from finetuning.arguments import ModelArguments, ScriptArguments
 from finetuning.models.adapter_start import adapter_of, changes_base
-from finetuning.models.parts import MODULE_OF, count_parameters, part_of, parts_of
+from finetuning.models.parts import MODULE_OF, PICTURE_PARAMETERS, count_parameters, part_of, parts_of
 from finetuning.strategy import Strategy
 
 
@@ -141,5 +141,13 @@ def describe_trainable(model: nn.Module) -> str:
         f"  {part:<15}{count['trainable']:>15,} of {count['total']:>15,} parameters trained"
         for part, count in counts.items()
     ]
+    if counts.get("projector", {}).get("trainable"):
+        # PEFT saves modules that are trained in full, and no single parameters.
+        names = [name.rpartition(".")[2] for name, each in model.named_parameters() if not each.requires_grad]
+        lines += [
+            f"  {name} stays as it is beside LoRA: PEFT saves no single vectors"
+            for name in PICTURE_PARAMETERS
+            if name in names
+        ]
     trainable, total = (sum(count[key] for count in counts.values()) for key in ("trainable", "total"))
     return "\n".join([*lines, f"  {'all':<15}{trainable:>15,} of {total:>15,} ({trainable / total:.4%})"])
