@@ -2,6 +2,7 @@
 
 import csv
 import io
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def read_table(path: Path) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{line + lines_before} is not CSV: {error}") from error
-    header = rows[0][1] if rows else []
+    header = [unicodedata.normalize("NFC", name) for name in rows[0][1]] if rows else []  # as templates name columns
     return Table(header, rows[1:], separator)
 
 
