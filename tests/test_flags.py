@@ -1,18 +1,13 @@
 """Flags that are checked before PyTorch is imported name what the modules behind them know."""
 
-import json
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
 
-from finetuning.arguments import dataclass_parser
-from finetuning.command_line import FLAGS, list_flags
 from finetuning.flags import TASK_NAMES, evaluation_parser
 from finetuning.tasks.exam import TASKS
-from finetuning.upstream import TESTED
 
 
 def test_every_task_can_be_named():
@@ -50,15 +45,6 @@ def test_a_wrong_path_is_refused_before_pytorch_is_imported(command, flags):
         cwd=ROOT, text=True, capture_output=True, check=True,
     )  # fmt: skip
     assert "outputs/none" in result.stdout + result.stderr and result.stdout.rstrip().endswith("False")
-
-
-def test_flags_known_without_pytorch_are_those_of_the_dataclasses():
-    versions = json.loads(FLAGS.read_text(encoding="utf-8"))["versions"]
-    assert versions == {name: TESTED[name][0] for name in versions}
-    if any(version(name) != pinned for name, pinned in versions.items()):
-        pytest.skip("the flags are those of the pinned versions; with others the dataclasses are asked")
-    known = list_flags(dataclass_parser(), versions)
-    assert FLAGS.read_text("utf-8") == known, "a field has changed: PYTHONPATH=scripts python -m finetuning.arguments"
 
 
 @pytest.mark.parametrize("command", ["train_llava.py", "train_gemma.py"])

@@ -1,12 +1,19 @@
 """Rules of the house that no linter knows: lengths, docstrings, and settings that are read by what they are for."""
 
 import ast
+import json
 import subprocess
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+from finetuning.arguments import dataclass_parser
+from finetuning.command_line import FLAGS, list_flags
+from finetuning.upstream import TESTED
 
 LONGEST = {ast.FunctionDef: 80, ast.ClassDef: 250}  # lines
 LEAST_DOCUMENTED = 0.95
@@ -69,3 +76,12 @@ def test_every_yaml_file_lies_where_a_test_reads_it():
     folders = {str(path.parent.relative_to(ROOT)) for path in project_files(".yaml") if not path.name.startswith(".")}
     assert folders == READ_IN.keys()
     assert all((ROOT / "tests" / test).is_file() for test in READ_IN.values())
+
+
+def test_flags_known_without_pytorch_are_those_of_the_dataclasses():
+    versions = json.loads(FLAGS.read_text(encoding="utf-8"))["versions"]
+    assert versions == {name: TESTED[name][0] for name in versions}
+    if any(version(name) != pinned for name, pinned in versions.items()):
+        pytest.skip("the flags are those of the pinned versions; with others the dataclasses are asked")
+    known = list_flags(dataclass_parser(), versions)
+    assert FLAGS.read_text("utf-8") == known, "a field has changed: PYTHONPATH=scripts python -m finetuning.arguments"

@@ -18,8 +18,8 @@ from finetuning.data.dataset import open_dataset
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.model_shape import ModelShape
-from finetuning.models.loading import load_processing_class
 from finetuning.models.parts import count_parameters, decoder_layers
+from finetuning.models.processing import load_processing_class
 from finetuning.preflight.layer_memory import FusedLayer
 from finetuning.preflight.planned_step import Batch, Training
 from finetuning.preflight.planner import TEMPLATES
