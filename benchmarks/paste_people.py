@@ -8,11 +8,14 @@ The camera does not move, so whatever differs from the median of the training fr
 as tall and as narrow as one person at that place are cut out, and pasted near where they stood, alone or in groups: size,
 light and what hides them are right by themselves. A person counts whose head is still seen, as it does for annotators.
 
-Without --labels they go over the empty scene, and labels.csv holds the heads of the frame and of its parts (as
-draw_crowds.py does). With --labels the training frames themselves are changed: people who stand alone are pasted in or
-painted over, and the label follows; three in ten stay as they were. The frames after --first follow unchanged, to
-validate and to test on: `--split ordered --train NUMBER` of prepare_cctv.py. With --subtract every frame written is the
-difference from the empty scene, grey where nothing stands.
+Without --labels they go over the empty scene, and labels.csv holds the heads of the frame, its rows, its columns and its
+nine parts: many small questions about one picture teach a small model to look sooner than one large number does. They are
+the turns of one dialogue, the whole frame first, so that a frame is one row.
+
+With --labels the training frames themselves are changed: people who stand alone are pasted in or painted over, and the
+label follows; three in ten stay as they were. The frames after --first follow unchanged, to validate and to test on:
+`--split ordered --train NUMBER` of prepare_cctv.py. With --subtract every frame written is the difference from the empty
+scene, grey where nothing stands.
 """
 
 import argparse
@@ -25,13 +28,43 @@ from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from draw_crowds import FEET, TALL, messages, parts
 from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
 DIFFERENT = 32  # of 255: more than light and noise do
+ROWS = {"top": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "bottom": (2 / 3, 1)}
+COLUMNS = {"left": (0, 1 / 3), "center": (1 / 3, 2 / 3), "right": (2 / 3, 1)}
+KOREAN = {"top": "위", "middle": "가운데", "bottom": "아래", "left": "왼쪽", "center": "중앙", "right": "오른쪽"}
+# Feet's and body's height as shares of the frame's, read off the mall camera by eye.
+FEET, TALL = (0.10, 0.15, 0.25, 0.40, 0.62, 0.80, 1.00, 1.30), (0.05, 0.065, 0.13, 0.16, 0.22, 0.24, 0.27, 0.31)
 MESSAGES = "USER: How many people are in view?\nASSISTANT: {count} people.\n\n사용자: 사람이 몇 명 있나요?\n어시스턴트: {count}명입니다.\n"
+
+
+def parts() -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
+    """Name of a column of labels.csv -> (from, to) of x and of y, as shares of the frame."""
+    whole = (0, 1)
+    return (
+        {"count": (whole, whole)}
+        | {row: (whole, y) for row, y in ROWS.items()}
+        | {column: (x, whole) for column, x in COLUMNS.items()}
+        | {f"{row}_{column}": (x, y) for row, y in ROWS.items() for column, x in COLUMNS.items()}
+    )
+
+
+def messages() -> str:
+    """The text of messages.txt: the count of the frame, then those of its nine parts or of its rows and columns."""
+    cells = [f"{row}_{column}" for row in ROWS for column in COLUMNS]
+    dialogues = []
+    for names in (cells, [*ROWS, *COLUMNS]):
+        english = ["USER: How many people are in view?", "ASSISTANT: {count} people."]
+        korean = ["사용자: 사람이 몇 명 있나요?", "어시스턴트: {count}명입니다."]
+        for name in names:
+            english += [f"USER: How many people are in the {name.replace('_', ' ')}?", f"ASSISTANT: {{{name}}}."]
+            place = " ".join(KOREAN[word] for word in name.split("_"))
+            korean += [f"사용자: {place}에는 몇 명 있나요?", f"어시스턴트: {{{name}}}명."]
+        dialogues += ["\n".join(english), "\n".join(korean)]
+    return "\n\n".join(dialogues) + "\n"
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The benchmarks, on a CPU with a tiny model: they measure, both ways learn the same, and drawn crowds are counted."""
 
-import csv
 import json
 import os
 import shutil
@@ -9,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import must_run
 from datasets import load_from_disk
-from PIL import Image, ImageChops
 
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.models.processing import load_processing_class
@@ -119,32 +116,6 @@ def test_unsloth_learns_the_same(tiny_llava, tmp_path):
     assert by_unsloth["losses"] == pytest.approx(by_hand["losses"], rel=1e-2)
     for name in ("tokens_a_step", "trained_parameters", "trained_types"):
         assert by_unsloth[name] == by_hand[name]
-
-
-def test_crowds_are_drawn_over_the_empty_scene_and_every_part_is_counted(raw_cctv, tmp_path):
-    folder = tmp_path / "crowds"
-    words = ("benchmarks/draw_crowds.py", "--frames", raw_cctv / "frames", "--first", "40")
-    must_run(*words, "--output", folder, "--number", "6", "--most", "9", "--width", "160")
-    with (folder / "labels.csv").open(encoding="utf-8") as file:
-        rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert len({row["count"] for row in rows}) > 2 and all(0 <= row["count"] <= 9 for row in rows)
-    for row in rows:
-        assert row["top"] + row["middle"] + row["bottom"] == row["left"] + row["center"] + row["right"] == row["count"]
-        assert sum(value for name, value in row.items() if "_" in name) == row["count"]
-    pictures = [Image.open(folder / "frames" / f"{row['id']:06}.jpg") for row in rows]
-    assert {picture.size for picture in pictures} == {(160, 120)}
-    assert ImageChops.difference(pictures[0], pictures[1]).getbbox()
-    must_run(
-        *("data_prep/prepare_cctv.py", "--frames", folder / "frames", "--labels", folder / "labels.csv", "--gap", "0"),
-        *("--messages", folder / "messages.txt", "--output", tmp_path / "data", "--split", "ordered", "--train", "4"),
-    )
-    with (tmp_path / "data" / "rejects.csv").open(encoding="utf-8") as file:
-        assert list(csv.DictReader(file)) == []
-    again = subprocess.run(
-        [sys.executable, *map(str, words), "--output", folder], cwd=ROOT, capture_output=True, text=True
-    )
-    assert again.returncode == 1 and "exists already" in again.stderr
 
 
 def test_the_grid_measures_settings_that_were_divided_before(tiny_llava, tmp_path, monkeypatch):

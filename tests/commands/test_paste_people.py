@@ -7,7 +7,7 @@ import pytest
 from conftest import must_run, run_command
 from PIL import Image
 
-from benchmarks.draw_crowds import FEET, TALL
+from benchmarks.paste_people import FEET, TALL
 
 SIZE = (200, 160)
 
@@ -54,6 +54,14 @@ def test_people_over_the_empty_scene_are_counted_in_the_frame_and_its_parts(came
         assert figures(tmp_path / "pasted" / "frames" / f"{row['id']:06}.jpg") <= row["count"]
     empty = next(row["id"] for row in rows if row["count"] == 0)
     assert figures(tmp_path / "pasted" / "frames" / f"{empty:06}.jpg") == 0
+    folder, output = tmp_path / "pasted", tmp_path / "data"
+    must_run(
+        *("data_prep/prepare_cctv.py", "--frames", folder / "frames", "--labels", folder / "labels.csv", "--gap", "0"),
+        *("--messages", folder / "messages.txt", "--output", output, "--split", "ordered", "--train", "10"),
+        by=run_command,
+    )
+    with (output / "rejects.csv").open(encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == []
 
 
 def test_who_is_painted_over_leaves_the_label_too(camera, tmp_path):
