@@ -1,6 +1,7 @@
 """Which layers are computed again: the fewest that fit, found by trying, kept for a continuation."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from finetuning.run_folder import change_arguments
 from finetuning.training.activation_checkpointing import (
     checkpoint_first,
     fewest_that_fit,
+    held_between_steps,
     kept_choice,
     longest_rows,
     parse_checkpoint_layers,
@@ -97,3 +99,16 @@ def test_the_choice_is_kept_for_a_continuation(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     assert kept_choice(tmp_path, "auto") == "12"
     assert kept_choice(tmp_path, "all") == "all"
+
+
+@pytest.mark.parametrize(
+    "optim, accumulated, processes, bytes_a_number",
+    [("adamw_torch_fused", 1, 1, 8), ("adamw_8bit", 1, 1, 2), ("paged_adamw_8bit", 8, 1, 4), ("adamw_torch", 2, 2, 8)],
+)
+def test_room_is_left_for_what_a_first_try_does_not_see(optim, accumulated, processes, bytes_a_number):
+    args = SimpleNamespace(
+        optim=SimpleNamespace(value=optim), gradient_accumulation_steps=accumulated, world_size=processes
+    )
+    model = torch.nn.Linear(10, 10)
+    model.bias.requires_grad_(False)
+    assert held_between_steps(model, args) == 100 * bytes_a_number
