@@ -31,6 +31,10 @@ INSTALL := $(BIN)/pip install --quiet --no-compile --upgrade
 	$(INSTALL) -r requirements-dev.txt
 	touch .venv/installed $@
 
+# Threads are said, because accelerate warns of those that it chooses itself.
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+	--num_cpu_threads_per_process $(or $(OMP_NUM_THREADS),$(shell nproc))
+
 data/sample-raw/labels.csv: | .venv/installed
 	$(BIN)/python data_prep/make_sample_cctv.py --output data/sample-raw --frames 800 --size 128x128
 
@@ -42,7 +46,7 @@ models/tiny-llava/config.json: | .venv/installed
 	$(BIN)/python scripts/make_tiny_model.py --architecture llava --output models/tiny-llava --pretrain
 
 outputs/llava-sample/metrics.json: data/sample-cctv/manifest.json models/tiny-llava/config.json
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_llava.py \
+	$(LAUNCH) scripts/train_llava.py \
 		--config scripts/configs/llava_sample.yaml
 
 sample: outputs/llava-sample/metrics.json
@@ -60,7 +64,7 @@ models/tiny-gemma/config.json: data/sample-anime.csv
 		--text data/sample-anime.csv --hidden_size 128
 
 outputs/gemma-sample/metrics.json: data/sample-anime/manifest.json models/tiny-gemma/config.json
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_gemma.py \
+	$(LAUNCH) scripts/train_gemma.py \
 		--config scripts/configs/gemma_sample.yaml
 
 sample-anime: outputs/gemma-sample/metrics.json

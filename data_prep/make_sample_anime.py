@@ -14,7 +14,7 @@ import io
 import random
 from pathlib import Path
 
-from preparing import sentence
+from preparing import command
 from preparing.dataset_writer import refuse_existing_output
 
 COLUMNS = [
@@ -172,7 +172,4 @@ if __name__ == "__main__":
     parser.add_argument("--titles", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    try:
-        main(arguments.output, arguments.titles, arguments.seed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"make_sample_anime.py: {sentence(error)}") from None
+    command.run(lambda: main(arguments.output, arguments.titles, arguments.seed))

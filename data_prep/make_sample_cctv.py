@@ -13,7 +13,6 @@ of the video sees most counts, while neighbouring frames are near-copies, as in 
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from preparing import sentence
+from preparing import command
 from preparing.dataset_writer import refuse_existing_output
 
 MAX_PEOPLE = 20
@@ -196,7 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(sentence(error))
+    command.run(main)

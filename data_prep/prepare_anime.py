@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import pyarrow
 
-from preparing import sentence
+from preparing import command
 from preparing.anime_table import Title, open_table, read_titles
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.ledger import Ledger
@@ -281,7 +281,4 @@ def share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"prepare_anime.py: {sentence(error)}") from None
+    command.run(lambda: main(parse_arguments()))

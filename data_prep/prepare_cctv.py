@@ -27,13 +27,12 @@ import functools
 import hashlib
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from preparing import harmless, sentence
+from preparing import command, harmless
 from preparing.annotations import count_class, read_annotations
 from preparing.cctv import check_images, check_numbers, find_frames, find_photos, group_frames, pass_problems_on
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE
@@ -392,7 +391,4 @@ def see(frame: Frame, photos: set[str]) -> Seen:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(sentence(error))
+    command.run(main)

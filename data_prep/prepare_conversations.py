@@ -25,7 +25,6 @@ import argparse
 import functools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from preparing import sentence
+from preparing import command
 from preparing.conversations import (
     IMAGES_FEATURE,
     MESSAGES_FEATURE,
@@ -598,7 +597,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(sentence(error))
+    command.run(main)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.command_line import read_command
 from finetuning.failures import LOST_LOADER, harmless
-from finetuning.flags import positive
+from finetuning.flags import Parser, positive
 from finetuning.folder_lock import one_at_a_time
 from finetuning.model_files import config_of, refuse_missing_dataset
 from finetuning.run_folder import write_atomically, write_json
@@ -219,9 +219,7 @@ def check_scoring(recipe: argparse.Namespace, splits: "dict[str, Dataset]") -> d
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the words left over for the recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="write an HTML page with N rows")
     parser.add_argument(
         "--sample", type=positive, metavar="N", help="check N rows of each split, evenly spaced, not all of them"

@@ -8,7 +8,6 @@ there, and add a number up (NCCL where there are GPUs). Exits with 1 and one lin
 within 20 seconds is one.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset
 from finetuning.families import is_vision
+from finetuning.flags import Parser
 from finetuning.models.processing import load_config
 from finetuning.strategy import launch_problems
 
@@ -97,7 +97,7 @@ def sum_over_nodes(store: dist.Store, rank: int, world: int) -> str | None:
 
 def main() -> None:
     """Check this node and the others, as slurm/train.slurm asks; exit status 1 and every problem of any node otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
     args, flags = parser.parse_known_args()

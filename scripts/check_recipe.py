@@ -6,13 +6,13 @@ The words of slurm/train.slurm. Prints the dataset, the run's folder, and what e
 all that is wrong otherwise.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.command_line import read_command
+from finetuning.flags import Parser
 from finetuning.strategy import Strategy, launch_problems
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 
 def main() -> None:
     """Print what the job will do, or end with status 1 and all that is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
     parser.add_argument("--quiet", action="store_true", help="print the two folders only, one on a line")

@@ -17,6 +17,7 @@ from finetuning.evaluation.page import Findings
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.verdict import describe, details, headline
 from finetuning.families import is_vision
+from finetuning.flags import Parser
 from finetuning.models.processing import load_config
 from finetuning.pages import LANGUAGES, Say, speak
 from finetuning.run_folder import EvaluationFolder, find_again, open_run, untuned_model
@@ -109,9 +110,7 @@ def write_page(
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `argv` is sys.argv's where it is None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs=2, metavar="RUN", help="folders of two finished and evaluated runs")
     parser.add_argument("--dataset", help="left out: the one that the first run was trained on")
     parser.add_argument("--split", default="test", help="default %(default)s")

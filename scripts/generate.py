@@ -7,7 +7,7 @@
     python scripts/generate.py --model outputs/llava-sample --image data/raw-sample/frames/seq_000001.jpg --chat
 
 --image takes pictures, folders of them, and .txt files with a path a line; --question takes questions and .txt files
-with one a line. Each question is asked of each picture, greedily. A single answer streams to the terminal; many go to
+with one a line. Each question is asked of each picture, greedily. Up to 20 answers come to the terminal; many go to
 --output as JSONL ({"image", "question", "answer"}), and the same command again continues a file half done. With --chat
 all pictures belong to the first question, and each question you type sees what was said before. Text-only models are
 asked without --image. With --counts the file holds for each picture the median of all counts that the run finds likely,
@@ -24,11 +24,12 @@ from typing import Any
 
 from finetuning import command
 from finetuning.data.pictures import SUFFIXES, find_pictures, what_is_wrong
-from finetuning.flags import ANSWERS_KEPT, add_accept_changes, add_answering_flags
+from finetuning.flags import ANSWERS_KEPT, Parser, add_accept_changes, add_answering_flags, nearest_path
 from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, changed_settings, is_unfinished, read_json, write_atomically, write_json
 
+MOST_ON_SCREEN = 20  # answers that need no file
 Item = tuple[str | None, str]  # (path of the picture, question)
 
 
@@ -39,7 +40,7 @@ def read_questions(words: list[str], problems: list[str]) -> list[str]:
         if not word.endswith(".txt"):
             questions.append(word.strip())
         elif not Path(word).is_file():
-            problems.append(f"--question {word}: no such file")
+            problems.append(f"--question {word}: no such file{nearest_path(word)}")
         else:
             questions += read_lines(Path(word), "--question", problems)
     # As preparation writes text: NFD Hangul would be three times as many tokens, none of which training saw.
@@ -74,7 +75,7 @@ def find_images(words: list[str], problems: list[str]) -> list[str]:
             paths.append(word)
     for path in paths:
         if problem := what_is_wrong(path):
-            problems.append(f"--image {path}: {problem}")
+            problems.append(f"--image {path}: {problem}{nearest_path(path)}")
     return list(dict.fromkeys(map(str, paths)))
 
 
@@ -119,12 +120,14 @@ def refused_together(options: argparse.Namespace, questions: list[str], images: 
         config = config_of(adapter_base(Path(options.model)) or options.model)
         if images and config is not None and "vision_config" not in config:
             problems.append(f"--image: {options.model} reads text only")
+        if not images and config is not None and "vision_config" in config and command.is_main_process():
+            print("Asked without a picture: the model sees the words alone; --image adds one", file=sys.stderr)
     except ValueError as error:
         problems.append(f"--model {error}")
     if not questions and not options.chat:
         problems.append("--question: ask something, or use --chat")
     num_items = max(len(images), 1) * len(questions)
-    if num_items > 1 and options.output is None and not options.chat:
+    if num_items > MOST_ON_SCREEN and options.output is None and not options.chat:
         problems.append(f"{num_items} answers need a file: add --output answers.jsonl")
     if options.chat and options.output is not None:
         problems.append("--output keeps the answers to --question; a conversation is not kept: leave one of them out")
@@ -192,8 +195,10 @@ def main(options: argparse.Namespace) -> None:
     session = Session(model, processing_class, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     if options.chat:
         session.chat([open_image(image) for image in images], questions)
-    elif options.output is None:
+    elif options.output is None and len(items) == state.num_processes == 1:
         session.stream(Items(items)[0])
+    elif options.output is None:
+        session.show_items(items)
     elif options.counts:
         reader = CountReader(model.eval(), processing_class, forms, largest)
         rows = Items(remaining)
@@ -211,7 +216,7 @@ def main(options: argparse.Namespace) -> None:
 def ask_vllm(options: argparse.Namespace, items: list[Item], dtype: Any) -> None:
     """Answers by vLLM, which shows none before it is whole."""
     from finetuning.folder_lock import give_back
-    from finetuning.inference.session import Items, write_answers
+    from finetuning.inference.session import Items, show_answers, write_answers
     from finetuning.inference.vllm_engine import answer_by_vllm
     from finetuning.models.processing import processing_class_for_inference
 
@@ -221,7 +226,7 @@ def ask_vllm(options: argparse.Namespace, items: list[Item], dtype: Any) -> None
         *(options.model, base, processing_class, Items(items)), max_new_tokens=options.max_new_tokens, dtype=dtype
     )
     if options.output is None:
-        print(next(windows)["tuned"][0])
+        show_answers(windows, items)
         return
     write_answers(windows, items, options.output)
     give_back(options.output)
@@ -259,9 +264,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="a base (folder or Hub name), outputs/<run>, or a merged folder")
     parser.add_argument("--image", nargs="+", default=[], help="pictures, folders, .txt files with a path a line")
     parser.add_argument("--question", nargs="+", default=[], help="questions, .txt files with one a line")

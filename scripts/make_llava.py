@@ -8,7 +8,6 @@ is drawn at random. The vocabulary gets a token for pictures, and one for paddin
 projector alone, stage 2 goes on with LoRA: docs/training.md has both commands.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from finetuning.families import dialogue_form
+from finetuning.flags import Parser
 from finetuning.models.processing import SAFE, load_config, template_path
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding, as published
@@ -94,9 +94,7 @@ def refuse_other_parts(language_model: str, vision_tower: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--language_model", required=True, help="Hub name or folder of a Llama or a Mistral")
     parser.add_argument("--vision_tower", required=True, help="Hub name or folder of a CLIP")
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/my-llava")

@@ -59,6 +59,7 @@ from transformers import (
 )
 
 from finetuning.data.collator import LlavaDataCollator
+from finetuning.flags import Parser
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 from finetuning.models.processing import CHAT_TEMPLATES
 
@@ -398,7 +399,7 @@ MAKERS = {
 
 def main() -> None:
     """Make the model, train it if asked, and save it with its processor."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--architecture", choices=list(MAKERS), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/tiny-llava")
     parser.add_argument(

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from finetuning import command
-from finetuning.flags import add_accept_changes
+from finetuning.flags import Parser, add_accept_changes
 from finetuning.run_folder import is_unfinished, read_arguments
 
 
@@ -77,9 +77,7 @@ def describe(report: dict) -> str:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run, such as outputs/llava-qlora")
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/llava-merged")
     parser.add_argument(

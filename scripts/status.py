@@ -8,7 +8,6 @@ runs is asked of this machine where the run is on it, and of Slurm where it is a
 are passed over.
 """
 
-import argparse
 import datetime
 import itertools
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 
 from finetuning import command
+from finetuning.flags import Parser, nearest_path
 from finetuning.preflight.planned_step import beside_plan
 from finetuning.run_folder import PROGRESS, checkpoints, read_metrics, read_progress
 
@@ -67,7 +67,9 @@ def describe(run: Path) -> str:
     """The state of one run, several lines. Raises ValueError for a folder that no training has written in."""
     progress = read_progress(run)
     if not progress:
-        raise ValueError(f"{run}: no run here ({PROGRESS} is missing); the folder is a recipe's output_dir")
+        raise ValueError(
+            f"{run}: no run here ({PROGRESS} is missing){nearest_path(run)}; the folder is a recipe's output_dir"
+        )
     completed = read_metrics(run).get("completed")
     attempts: list[dict[str, Any]] = progress["attempts"]
     last = attempts[-1]
@@ -132,7 +134,7 @@ def how_it_is(progress: dict[str, Any], last: dict[str, Any]) -> tuple[list[str]
 
 def main() -> None:
     """Print the state of each run; exit status 1 where one cannot be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="outputs/RUN")
     runs, problems, others = parser.parse_args().runs, [], []
     for run in runs:

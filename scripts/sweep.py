@@ -6,7 +6,6 @@ A grid is YAML: keys of the recipe, each with a list of values; every combinatio
 the recipe's output_dir. Further flags go to every run. slurm/sweep.slurm trains them as a job array.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
+
+from finetuning.flags import Parser
 
 LONGEST_NAME = 200  # of a folder; file systems take 255 bytes, and a lock beside it has a longer name
 
@@ -62,7 +63,7 @@ def folder_problems(points: list[list[str]]) -> list[str]:
 
 def main() -> None:
     """Print one point of the grid as words of a training command, or check every point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
     parser.add_argument("recipe", help="YAML of one run")

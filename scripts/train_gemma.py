@@ -83,7 +83,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         accept_changes=script_args.accept_changes,
     )
     note_plan(Path(training_args.output_dir), plan)
-    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
+    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name, training_args.report_to)
 
     # Model
     for rows in (train_rows, *parts):  # of a mixture its own first, then the first of each part

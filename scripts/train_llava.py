@@ -87,7 +87,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         skipped_rows=skipped,
     )
     note_plan(Path(training_args.output_dir), plan)
-    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name)
+    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name, training_args.report_to)
 
     # Model
     if script_args.image_max_tiles is not None:

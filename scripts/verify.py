@@ -7,10 +7,10 @@ Compares each file's size and hash with the manifest that was written last. Of a
 Exits with 1 when something is damaged or missing, or when there is nothing to compare with.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from finetuning.flags import Parser
 from finetuning.manifest import MANIFEST, has_manifest, manifest_problems
 from finetuning.run_folder import checkpoints, evaluations, read_metrics
 
@@ -37,9 +37,7 @@ def describe(folder: Path) -> tuple[bool, str]:
 
 def main() -> None:
     """Compare every file of the folders with their manifests; exit status 1 where one differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     all_whole = True

@@ -6,7 +6,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from finetuning.flags import TASK_NAMES, evaluation_parser
+from finetuning.arguments import parse_arguments
+from finetuning.flags import TASK_NAMES, evaluation_parser, nearest_path
+from finetuning.run_folder import open_run
 from finetuning.tasks.exam import TASKS
 
 
@@ -68,3 +70,26 @@ def test_help_names_every_flag_and_imports_no_pytorch():
     assert " torch\n" not in result.stderr
     assert "accelerate launch scripts/train_llava.py" in result.stdout
     assert all(name in result.stdout for name in ("--global_batch_size", "--learning_rate", "--lora_target_modules"))
+    own, used, others = result.stdout.partition("settings of this project:")[2].split("settings of TRL and trans")
+    assert "--checkpoint_layers" in own and "--global_batch_size" in own and "--learning_rate LEARNING_RATE" not in own
+    assert "--learning_rate LEARNING_RATE" in used and "--adam_beta1" in others
+
+
+def test_a_misspelt_flag_file_and_run_get_the_one_that_is_near(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate_llava.py", "--rum", "r"])
+    with pytest.raises(SystemExit):
+        evaluation_parser("", max_new_tokens=8).parse_args(["--rum", "r"])
+    assert "--rum did you mean --run?" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "llava-lora").mkdir(parents=True)
+    assert nearest_path("outputs/llava-lroa") == "; did you mean outputs/llava-lora?"
+    assert (
+        nearest_path("outputs/other") == nearest_path("nowhere/llava-lora") == nearest_path("outputs/llava-lora") == ""
+    )
+    with pytest.raises(ValueError, match=r"did you mean outputs/llava-lora\?"):
+        open_run("outputs/lava-lora")
+    recipe = ROOT / "scripts" / "configs" / "llava_sample.yaml"
+    with pytest.raises(ValueError, match=r"^--lora_rank is no flag; did you mean --lora_r\?"):
+        parse_arguments(recipe, ["--lora_rank", "8"])
+    with pytest.raises(ValueError, match=r"did you mean \S*llava_sample.yaml\?"):
+        parse_arguments(recipe, ["--config", str(recipe.with_name("llava_smaple.yaml"))])

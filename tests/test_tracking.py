@@ -54,11 +54,11 @@ def whole(tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
 def interrupted(tiny_llava, cctv_dataset, tmp_path_factory) -> tuple[Path, list[int], str]:
     """A run whose first two attempts are told to stop: (folder, exit codes, everything that was printed).
 
-    Two loader workers, which get the signals too, as from Slurm.
+    Two loader workers, which get the signals too, as from Slurm and from a terminal.
     """
     run = tmp_path_factory.mktemp("interrupted") / "run"
     codes, printed = [], ""
-    for number, after in ((signal.SIGTERM, 2), (signal.SIGUSR1, 6), (None, None)):
+    for number, after in ((signal.SIGTERM, 2), (signal.SIGINT, 6), (None, None)):
         flags = ("--dataloader_num_workers", "2", "--log_adapter", "true")
         process = start(tiny_llava, cctv_dataset, run, *flags, WANDB_MODE="offline", **SECRETS)
         while number is not None and step_of(run) < after:
@@ -79,7 +79,7 @@ def test_three_attempts_end_bit_for_bit_where_one_ends(whole, interrupted):
     expected, found = load_file(whole / "adapter_model.safetensors"), load_file(run / "adapter_model.safetensors")
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     attempts = json.loads((run / "progress.json").read_text())["attempts"]
-    assert [attempt["reason"] for attempt in attempts] == ["SIGTERM", "SIGUSR1", "completed"]
+    assert [attempt["reason"] for attempt in attempts] == ["SIGTERM", "Ctrl-C", "completed"]
     # Not one step is done twice: each attempt begins where the one before it stopped.
     assert [attempt["from_step"] for attempt in attempts] == [0, attempts[0]["step"], attempts[1]["step"]]
     assert attempts[2]["step"] == 12 and not (run / "unfinished").exists()

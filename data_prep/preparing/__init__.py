@@ -5,5 +5,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from finetuning import command as command
 from finetuning.failures import harmless as harmless
 from finetuning.failures import sentence as sentence

@@ -18,6 +18,7 @@ from finetuning.device import (
     refuse_more_processes_than_gpus,
 )
 from finetuning.strategy import divide_batch
+from finetuning.tracking import refuse_unknown_trackers
 
 PLACEMENTS = ["frozen", "lora", "full"]
 
@@ -247,7 +248,8 @@ class TrainingArguments(SFTConfig):
         )
 
     def __post_init__(self):
-        capability = None if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else compute_capability()
+        self.cpu_is_asked_for = self.use_cpu or bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+        capability = None if self.cpu_is_asked_for else compute_capability()
         self.use_cpu = capability is None
         if not self.dataloader_num_workers:
             self.dataloader_persistent_workers = False  # there are none
@@ -311,7 +313,9 @@ def parse_arguments(
     Raises ValueError with all that is wrong.
     """
     argv, _ = read_command(default_recipe, sys.argv[1:] if argv is None else argv)
-    return dataclass_parser().parse_args_and_config(argv)
+    groups = dataclass_parser().parse_args_and_config(argv)
+    refuse_unknown_trackers(groups[1].report_to)
+    return groups
 
 
 if __name__ == "__main__":  # PYTHONPATH=scripts python -m finetuning.arguments: a pin or a field has changed

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from finetuning import known_warnings
 from finetuning.failures import lost_loaders_named, sentence
 
-OWNER, LAUNCHER = os.getpid(), os.getppid()  # not of processes forked from this one
+LAUNCHER = os.getppid()  # not of processes forked from this one
 STOPPED = "stopped. Nothing is half written: the same command goes on, or begins anew"
 OTHERS = 2.0  # seconds that the first process of several has to say what all of them would say
 # After the launcher's own stack trace, if it prints one: when it has ended, and at most a minute later.
@@ -78,7 +79,7 @@ def run(
     name, before = Path(sys.argv[0]).name, {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, _interrupt)
+            before[number] = signal.signal(number, partial(_interrupt, owner=os.getpid()))
     try:
         refuse_lost_processes()
         with lost_loaders_named():
@@ -97,11 +98,11 @@ def run(
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != OWNER and number == signal.SIGINT:
+def _interrupt(number: int, frame: FrameType | None, owner: int) -> None:
+    if os.getpid() != owner and number == signal.SIGINT:
         return  # a process forked from the command: the command ends it
     signal.signal(number, signal.SIG_DFL)
-    if os.getpid() != OWNER:
+    if os.getpid() != owner:
         os.kill(os.getpid(), number)
     raise KeyboardInterrupt(number)
 
@@ -115,3 +116,5 @@ def _without_trace(kind: type[BaseException], error: BaseException, trace: Trace
 
 sys.excepthook = _without_trace
 known_warnings.silence()
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds: a log file takes a line for each state of a bar

@@ -5,7 +5,7 @@ are in the pinned versions, so that nothing need be imported to know them; with 
 """
 
 import argparse
-import difflib
+import ast
 import json
 import sys
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from finetuning.flags import did_you_mean, nearest_path
 from finetuning.model_files import config_of, refuse_missing_dataset
 from finetuning.recipe_file import refuse_bad_recipe
 
@@ -33,8 +34,39 @@ DECIDED_ELSEWHERE = {
 }
 
 
+def own_settings() -> set[str]:
+    """Names of the settings that arguments.py adds to TRL's: read in its source, not imported."""
+    tree = ast.parse(Path(__file__).with_name("arguments.py").read_text(encoding="utf-8"))
+    fields = (item for node in tree.body if isinstance(node, ast.ClassDef) for item in node.body)
+    return {
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
+
+
 class Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors: a usage of 180 flags would hide what is wrong."""
+    """Mistakes are ValueErrors: a usage of 180 flags would hide what is wrong. Help begins with the project's own settings."""
+
+    def format_help(self) -> str:
+        """All settings in three groups: the project's, those of its recipes, the rest."""
+        recipes = (Path(__file__).parent.parent / "configs").glob("*.yaml")
+        used = {key for path in recipes for key in yaml.safe_load(path.read_text(encoding="utf-8"))}
+        ours = own_settings() | {"help", "config"}
+        groups: dict[str, list[argparse.Action]] = {
+            "settings of this project": [],
+            "settings of TRL and transformers that its recipes use": [],
+            "all other settings of TRL and transformers": [],
+        }
+        first, second, third = groups.values()
+        for action in self._actions:
+            (first if action.dest in ours else second if action.dest in used else third).append(action)
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        formatter.add_text("A recipe's keys and these flags are the same settings; a flag overrides the recipe.")
+        for title, actions in groups.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError with argparse's sentence."""
@@ -100,7 +132,8 @@ def read_command(
     recipe = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else None
     if recipe is None or not recipe.is_file():
         recipes = ", ".join(sorted(str(path) for path in default_recipe.parent.glob("*.yaml")))
-        raise ValueError(f"--config {recipe or ''}: no such file. Recipes that come with the project: {recipes}")
+        near = nearest_path(recipe) if recipe else ""
+        raise ValueError(f"--config {recipe or ''}: no such file{near}. Recipes that come with the project: {recipes}")
     refuse_bad_recipe(recipe, parser)
     written = yaml.safe_load(recipe.read_text(encoding="utf-8-sig"))
     parser.set_defaults(**{key: value for key, value in written.items() if key != "env"})
@@ -152,8 +185,7 @@ def refuse_wrong_command(default_recipe: Path, description: str, *, vision: bool
 def unknown_flag(word: str, parser: argparse.ArgumentParser) -> str:
     """What is said of a flag that there is not, with the one that is nearest."""
     name = word.partition("=")[0]
-    near = difflib.get_close_matches(name, parser._option_string_actions, 1)
-    return f"{name} is no flag" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{name} is no flag{did_you_mean(name, parser._option_string_actions)}"
 
 
 def both_asked_for(argv: list[str], written: dict[str, Any], settings: argparse.Namespace) -> bool:

@@ -1,12 +1,58 @@
-"""Flags that several commands share. Standard library only: a wrong flag is refused at once."""
+"""Flags that several commands share. Standard library only: a wrong flag is refused at once, with the one that is near."""
 
 import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
 
 LANGUAGES = ("en", "ko")
 ENGINES = ("built-in", "vllm")
 ANSWERS_KEPT = "stopped. The answers so far are kept: the same command continues"  # what Ctrl-C is answered with
 # What rows can be: the names of finetuning.tasks.exam.TASKS.
 TASK_NAMES = ("choice", "count", "free_text", "number", "short_answer", "yes_no")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's flags: none is abbreviated, and a misspelt one is told which is meant."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's, with a guess at what was meant."""
+        if message.startswith(("unrecognized arguments", "the following arguments are required")):
+            unknown = unknown_flags(sys.argv[1:], self)
+            message += "".join(f"; {word}{did_you_mean(word, self._option_string_actions)[1:]}" for word in unknown)
+        super().error(message)
+
+
+def unknown_flags(words: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words that look like flags, and are none of `parser`'s."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+    return [flag for flag in flags if flag not in parser._option_string_actions]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` of the known word that is nearest; empty where none is near."""
+    known = list(known)
+    # `--lora_rank` begins as `--lora_r` does, which is nearer than `--local_rank`.
+    begins = [other for other in known if len(other) > 5 and word.startswith(other)]
+    near = [max(begins, key=len)] if begins else difflib.get_close_matches(word, known, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """`did_you_mean` of a path that is not there, among what lies beside it."""
+    path = Path(path)
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    return did_you_mean(path.name, [other.name for other in path.parent.iterdir()]).replace(
+        "mean ", f"mean {path.parent}/" if path.parent != Path() else "mean "
+    )
 
 
 def positive(text: str) -> int:
@@ -54,9 +100,7 @@ def add_accept_changes(parser: argparse.ArgumentParser) -> None:
 
 def evaluation_parser(description: str, *, max_new_tokens: int) -> argparse.ArgumentParser:
     """The flags that every evaluation has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description)
     add = parser.add_argument
     add("--run", required=True, help="folder of a finished training, such as outputs/llava-sample")
     add("--dataset", help="folder or Hub dataset; left out: the one that the run was trained on")

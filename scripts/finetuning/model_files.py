@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetuning.flags import nearest_path
+
 
 def config_of(name: str) -> dict[str, Any] | None:
     """`config.json` of a model's folder; None where the Hub must be asked.
@@ -16,7 +18,7 @@ def config_of(name: str) -> dict[str, Any] | None:
     config = Path(name) / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"{name}: no model here (config.json is missing). A tiny one to try things on: python "
+            f"{name}: no model here (config.json is missing){nearest_path(name)}. A tiny one to try things on: python "
             f"scripts/make_tiny_model.py --architecture llava --pretrain --output {name}; a real one: hf download "
             f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
         )
@@ -39,4 +41,6 @@ def refuse_missing_dataset(name: str | None, *, vision: bool) -> None:
         if vision
         else "prepare_anime.py --csv anime-dataset-2023.csv"
     )
-    raise ValueError(f"{name}: no dataset here. Make it with: python data_prep/{example} --output {name}")
+    raise ValueError(
+        f"{name}: no dataset here{nearest_path(name)}. Make it with: python data_prep/{example} --output {name}"
+    )

@@ -9,7 +9,8 @@
         unfinished/            a checkpoint that is being written
         trainer_state.json     what was logged; metrics.json: written last, says `completed`
         wandb_run_id.txt       one W&B run for all attempts; runs/ and wandb/ are the trackers' own
-        count_calibration.json how counts are read from the model's distribution, as the last evaluation found it
+        README.md              the card, written again with each evaluation
+    count_calibration.json how counts are read from the model's distribution, as the last evaluation found it
     evaluation/<name>/     see `EvaluationFolder`; report.html is the last evaluation's page
     outputs/<run>.previous-<n>/  a completed run that was trained anew
 
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.failures import writing
+from finetuning.flags import nearest_path
 
 ARGUMENTS = "arguments.yaml"
 BEGUN_WITH = "begun_with.json"
@@ -45,6 +47,7 @@ UNFINISHED = "unfinished"
 TENSORBOARD = "runs"
 EVALUATION = "evaluation"
 REPORT = "report.html"
+CARD = "README.md"
 SKIPPED_ROWS = "skipped_rows.json"
 CHECKSUM = "crc32"  # of the other values
 COUNTS = "count_calibration.json"
@@ -54,7 +57,7 @@ COPIED = (ARGUMENTS, PROGRESS)
 # Not part of the trained adapter, nor of its description.
 BOOKKEEPING = (COUNTS, SKIPPED_ROWS, BEGUN_WITH, PROGRESS, TRAINER_STATE, WANDB_ID)
 # Of a finished run what is written again: by a damaged-file rule, by an evaluation.
-CHANGING = (METRICS, PROGRESS, REPORT, WANDB_ID, "manifest.json")
+CHANGING = (CARD, METRICS, PROGRESS, REPORT, WANDB_ID, "manifest.json")
 
 
 # Writing and reading
@@ -380,6 +383,7 @@ def open_run(name: str) -> tuple[Path, dict[str, Any]]:
     if not read_metrics(run).get("completed"):
         begun = (run / ARGUMENTS).is_file()
         state = "training has not ended here; the command that began it continues it" if begun else "no run here"
+        state += nearest_path(run)
         raise ValueError(f"{name}: {state}. Expected a folder such as outputs/llava-sample that training wrote")
     arguments = read_arguments(run)
     if arguments is None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from finetuning.flags import did_you_mean, nearest_path
+
 COMMANDS = Path(__file__).parent.parent
 CONFIGS = "accelerate_configs"
 STRATEGIES = COMMANDS.parent / CONFIGS
@@ -134,10 +136,14 @@ def launch_problems(script: str, strategy: str, processes: int | None = None) ->
     commands = sorted(path.name for path in COMMANDS.glob("train_*.py"))
     problems = []
     if not Path(script).is_file() or Path(script).name not in commands:
-        problems.append(f"{script}: no training command; there are {', '.join(f'scripts/{name}' for name in commands)}")
+        problems.append(
+            f"{script}: no training command{nearest_path(script)}; there are {', '.join(f'scripts/{name}' for name in commands)}"
+        )
     if not (STRATEGIES / f"{strategy}.yaml").is_file():
         known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
-        problems.append(f"{strategy}: no strategy; accelerate_configs/ has {', '.join(known)}")
+        problems.append(
+            f"{strategy}: no strategy{did_you_mean(strategy, known)}; accelerate_configs/ has {', '.join(known)}"
+        )
     elif (processes or 1) > 1 and Strategy.from_file(strategy).is_one_process:
         problems.append(f"{strategy} is for one process, and this job has {processes}: try ddp")
     return problems

@@ -1,21 +1,30 @@
-"""TensorBoard always; W&B as well where the environment can reach it; one W&B run per training, however often restarted."""
+"""TensorBoard always; W&B as well where the environment can reach it; one W&B run per training, however often restarted.
 
+No tracker stops a run: one that cannot be reached is told in one line, and W&B logs into the run's folder instead.
+"""
+
+import base64
 import contextlib
 import hashlib
 import importlib.util
+import json
 import netrc
 import os
 import secrets
 import subprocess
-from collections.abc import Callable
-from functools import partial
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image, ImageDraw
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
@@ -23,6 +32,8 @@ from finetuning.pages import AnswerTable, markdown_table
 from finetuning.run_folder import BOOKKEEPING, TENSORBOARD, read_arguments, read_progress, wandb_id
 
 PROJECT = "llava-gemma-finetuning"
+OTHER_TRACKERS = ("mlflow", "trackio")  # by report_to; not among the requirements
+PATIENCE = 5.0  # seconds for a tracker's server to answer
 THUMBNAIL = 160  # pixels, longest side, in TensorBoard's picture of the answers
 
 
@@ -30,28 +41,84 @@ def wandb_is_set_up() -> bool:
     """Whether W&B can log without asking: a key in the environment or in ~/.netrc, or offline mode."""
     if importlib.util.find_spec("wandb") is None or os.environ.get("WANDB_MODE") == "disabled":
         return False
-    if os.environ.get("WANDB_MODE") == "offline" or os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
+    if parse_flag_from_env("WANDB_DISABLED"):
+        PartialState().print("W&B: off, as WANDB_DISABLED says; TensorBoard keeps the curves")
         return False
+    return os.environ.get("WANDB_MODE") == "offline" or wandb_key() is not None
 
 
-def set_up(output_dir: str, run_name: str | None) -> list[str]:
+def wandb_key() -> str | None:
+    """The key of the environment or of ~/.netrc; None without one."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    try:
+        login = netrc.netrc().authenticators(urllib.parse.urlsplit(wandb_server()).hostname or "")
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return None
+    return login[2] if login else None
+
+
+def wandb_server() -> str:
+    """Where W&B's interface is."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+
+
+def reason_against_wandb() -> str | None:
+    """Why W&B cannot be logged to online: no network, or a key that it does not know; None where it can.
+
+    Asked here, in seconds, because `wandb.init` itself tries for minutes, and then ends the run.
+    """
+    key = base64.b64encode(f"api:{wandb_key()}".encode()).decode()
+    request = urllib.request.Request(  # noqa: S310 - the server is the user's own setting
+        f"{wandb_server()}/graphql",
+        json.dumps({"query": "{ viewer { username } }"}).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Basic {key}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
+            viewer = (json.load(answer).get("data") or {}).get("viewer")
+    except urllib.error.HTTPError as error:
+        return f"{wandb_server()} refuses the key" if error.code in (401, 403) else f"{wandb_server()}: {error}"
+    except (OSError, ValueError) as error:
+        return f"{wandb_server()} cannot be reached ({getattr(error, 'reason', error)})"
+    return None if viewer else f"{wandb_server()} refuses the key"
+
+
+def set_up(output_dir: str, run_name: str | None, report_to: Sequence[str] = ()) -> list[str]:
     """Begin (or go on with) the tracking of the run in `output_dir`; what its trainer reports to.
 
-    The W&B run's id is kept in the folder, so that a restart continues the same run; its config is the folder's
-    `arguments.yaml`. WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_TAGS and a sweep's WANDB_RUN_ID are honoured.
+    TensorBoard always, W&B where it is set up, MLflow and Trackio where `report_to` names them. The W&B run's id is kept
+    in the folder, so that a restart continues the same run; its config is the folder's `arguments.yaml`. WANDB_PROJECT,
+    WANDB_RUN_GROUP, WANDB_TAGS and a sweep's WANDB_RUN_ID are honoured.
     """
     folder = Path(output_dir)
     # One folder for all attempts: TensorBoard then draws one curve.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    trackers = ["tensorboard", *(name for name in OTHER_TRACKERS if name in report_to)]
     if not wandb_is_set_up():
-        return ["tensorboard"]
+        return trackers
     if PartialState().is_main_process:
+        if os.environ.get("WANDB_MODE") != "offline" and (reason := reason_against_wandb()):
+            os.environ["WANDB_MODE"] = "offline"
+            print(f"W&B: {reason}. Logged offline; the end says the command that uploads it")
         open_wandb(folder, run_name)
-    return ["tensorboard", "wandb"]
+    return [*trackers, "wandb"]
+
+
+def refuse_unknown_trackers(report_to: Sequence[str]) -> None:
+    """Raise ValueError for trackers that are not there, or that nothing here reports to."""
+    known = ("tensorboard", "wandb", *OTHER_TRACKERS)
+    problems = [f"report_to: {name} is not one of {', '.join(known)}" for name in report_to if name not in known]
+    problems += [
+        f"report_to: {name} is not installed: pip install {name}"
+        for name in OTHER_TRACKERS
+        if name in report_to and importlib.util.find_spec(name) is None
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def open_wandb(folder: Path, run_name: str | None) -> None:
@@ -61,6 +128,8 @@ def open_wandb(folder: Path, run_name: str | None) -> None:
     arguments = read_arguments(folder) or {}
     facts = facts_of_the_run(arguments.get("dataset_name", ""))
     tags = [f"{name}:{value}"[:64] for name, value in facts.items()]
+    # At the end a network that is gone is waited for as long; an adapter takes its time.
+    patience = 600.0 if arguments.get("log_adapter") else 2 * PATIENCE
     wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         id=wandb_id(folder, os.environ.get("WANDB_RUN_ID", secrets.token_hex(4))),
@@ -71,9 +140,35 @@ def open_wandb(folder: Path, run_name: str | None) -> None:
         job_type="train",
         dir=str(folder),
         config=arguments | facts,
+        settings=wandb.Settings(finish_timeout=patience),
     )
     wandb.define_metric("train/global_step")
     wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
+
+
+class NeverStops(TrainerCallback):
+    """A tracker's callback that is told no more once it has failed: a training does not end for its curves."""
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback: TrainerCallback | None = callback
+
+    def tell(self, event: str, args, state, control, **kwargs) -> None:
+        """Pass an event on."""
+        if self.callback is None:
+            return
+        try:
+            getattr(self.callback, event)(args, state, control, **kwargs)
+        except Exception as error:
+            name = type(self.callback).__name__.removesuffix("Callback")
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"{name}: told no more, because it failed ({type(error).__name__}: {reason}). TensorBoard has the curves"
+            )
+            self.callback = None
+
+
+for _event in (name for name in vars(TrainerCallback) if name.startswith("on_")):
+    setattr(NeverStops, _event, partialmethod(NeverStops.tell, _event))
 
 
 def tell_wandb(args: TrainingArguments, state: TrainerState, action: Callable[[], None]) -> None:

@@ -95,8 +95,25 @@ def test_a_text_model_answers_and_refuses_pictures(tiny_gemma, tmp_path, picture
     output = tmp_path / "answers.jsonl"
     ask("--model", tiny_gemma, "--max_new_tokens", "4", "--question", *QUESTIONS, "--output", output)
     assert [(line["image"], line["question"]) for line in read_lines(output)] == [(None, each) for each in QUESTIONS]
-    with pytest.raises(ValueError, match=r"reads text only; 3 answers need a file"):
-        ask("--model", tiny_gemma, "--question", QUESTIONS[0], "--image", pictures)
+    questions = [f"{number}?" for number in range(7)]
+    with pytest.raises(ValueError, match=r"reads text only; 21 answers need a file"):
+        ask("--model", tiny_gemma, "--question", *questions, "--image", pictures)
+
+
+def test_several_answers_come_to_the_screen_and_a_missing_picture_is_told(tiny_llava, tmp_path, pictures, capsys):
+    flags = ["--model", tiny_llava, "--max_new_tokens", "4", "--question", *QUESTIONS]
+    ask(*flags, "--output", tmp_path / "answers.jsonl")
+    capsys.readouterr()
+    ask(*flags)
+    said = capsys.readouterr()
+    expected = [
+        line for each in read_lines(tmp_path / "answers.jsonl") for line in (each["question"], f"  {each['answer']}")
+    ]
+    assert said.out.splitlines() == expected
+    assert "Asked without a picture" in said.err
+    ask(*flags, "--image", pictures / "01.png")
+    said = capsys.readouterr()
+    assert said.out.splitlines()[::3] == [str(pictures / "01.png")] * 2 and "without a picture" not in said.err
 
 
 def test_all_mistakes_in_pictures_and_questions_are_named_together(tmp_path, pictures):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.export import merge_run
 from finetuning.export.merging import check_proof, compare_observations, make_probes, observe
+from finetuning.model_card import write_run_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
 from finetuning.models.processing import load_processing_class
 from finetuning.run_folder import write_metrics
@@ -97,6 +98,44 @@ def test_the_merged_model_on_disk_is_base_plus_adapter(merged, llava_run, tiny_l
     assert not (folder / "adapter_config.json").exists()
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "cctv" in card and "| lora_r | 4 |" in card and "Licence" in card
+    assert "pipeline_tag: image-text-to-text" in card and "library_name: transformers" in card
+
+
+def test_the_code_of_both_cards_answers_as_it_stands(merged, llava_run, raw_cctv, tmp_path, capsys, monkeypatch):
+    """The run's own card and the merged model's, from where they lie."""
+    write_run_card(llava_run)
+    said = []
+    for folder, library in ((merged[0], "transformers"), (llava_run, "peft")):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"library_name: {library}" in card and "[More Information Needed]" not in card
+        code = card.partition("```python\n")[2].partition("```")[0]
+        shutil.copyfile(next(raw_cctv.rglob("*.jpg")), tmp_path / "picture.jpg")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / folder.name).symlink_to(folder)
+        exec(compile(code, "card", "exec"), {})
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].strip()
+
+
+def test_a_card_has_the_hubs_name_of_its_base_and_the_held_out_scores(llava_run, tmp_path):
+    run = shutil.copytree(llava_run, tmp_path / "people")
+    verdict = {
+        "measure": "mean absolute error", "unit": "people", "base": 9.94, "tuned": 3.0, "difference": -6.94, "low": -8.54,
+        "high": -5.35, "outcome": "better", "trivial": {"answer": "always 10 (train median)", "base": 4.74},
+    }  # fmt: skip
+    (run / "evaluation" / "test").mkdir(parents=True)
+    (run / "evaluation" / "test" / "metrics.json").write_text(json.dumps({"verdict": [verdict]}))
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"})
+    )
+    write_run_card(run)
+    card = (run / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == "llava-hf/llava-1.5-7b-hf" and header["license"] == "llama2"
+    assert header["pipeline_tag"] == "image-text-to-text" and header["library_name"] == "peft"
+    row = "| test | mean absolute error, people | 9.94 | 3.00 | -6.94 (-8.54 to -5.35) | 4.74: always 10 (train median) | better |"
+    assert row in card
 
 
 def test_a_merge_without_its_projector_is_not_proven(merged, llava_run, tiny_llava, tmp_path):

@@ -1,5 +1,6 @@
 """The job files: valid shell, no site in them, and the grid of a sweep."""
 
+import os
 import re
 import subprocess
 import sys
@@ -93,6 +94,54 @@ def test_points_of_a_sweep_never_share_a_folder(tmp_path):
     assert sweep.folder_problems(same) == ["points 0 and 1 are the same run: runs/seed=1"]
     long = [sweep.words_of({"model_name_or_path": "m" * 300}, "recipe", "runs", [])]
     assert "a folder's name of 319 characters" in sweep.folder_problems(long)[0]
+
+
+def submit(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """submit.sh with an sbatch that prints its words, and a check of the recipe that finds nothing."""
+    for name, line in (("sbatch", 'echo "$@"'), ("python", "true")):
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    (folder / "environment.sh").write_text("PREFIX=()\n")
+    environment = os.environ | {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "ENVIRONMENT_FILE": str(folder / "environment.sh"),
+    }
+    environment.pop("SBATCH_TIMELIMIT", None)
+    words = ("bash", "slurm/submit.sh", *flags, "slurm/train.slurm", *SWEEP[:3])
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "signal"),
+    [
+        (["--time=6"], "--signal=B:USR2@120"),
+        (["--time", "5:00"], "--signal=B:USR2@100"),
+        (["-t", "0:14:30"], "--signal=B:USR2@290"),
+        (["-t10"], "--signal=B:USR2@200"),
+        (["--time=0-0:10"], "--signal=B:USR2@200"),
+        (["--time=15"], None),
+        (["--time=1-0"], None),
+        (["--time=UNLIMITED"], None),
+        ([], None),
+        (["--time=10", "--signal=B:USR2@60"], None),
+    ],
+)
+def test_a_short_job_is_warned_a_third_of_its_time_before_its_end(tmp_path, flags, signal):
+    result = submit(tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [*flags, *([signal] if signal else []), "slurm/train.slurm", *SWEEP[:3]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--time=2"], "--time 2 is too short"),
+        (["-t", "10:00", "--signal", "B:USR2@300"], "warns 300 s before the end of a job of 600 s: 200 at most"),
+    ],
+)
+def test_a_job_that_would_only_be_warned_is_refused(tmp_path, flags, problem):
+    result = submit(tmp_path, *flags)
+    assert result.returncode == 2 and problem in result.stderr and not result.stdout
 
 
 def test_the_wandb_sweep_varies_keys_of_its_recipe_and_scores_what_is_logged():

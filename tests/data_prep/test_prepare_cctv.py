@@ -411,7 +411,7 @@ def test_all_mistakes_in_the_arguments_are_told_at_once_without_a_stack_trace(ra
     )
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
-        f"--frames {raw / 'nowhere'} is not a folder",
+        f"prepare_cctv.py: --frames {raw / 'nowhere'} is not a folder",
         f"--messages {raw / 'none.txt'} is not a file",
         "--test_size means nothing with --split ordered: leave it out",
         "--split ordered needs --train: how many frames to learn from",

@@ -334,7 +334,7 @@ def test_mistakes_are_told_without_a_stack_trace(tmp_path):
     )
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
-        f"--images {tmp_path / 'nowhere'} is not a folder",
+        f"prepare_conversations.py: --images {tmp_path / 'nowhere'} is not a folder",
         "--validation_size 0.1 and --test_size 1.0: expected shares that leave some to train",
         "--columns count:integer: expected a column's name and one of string, int64, float64: count:int64",
     ]

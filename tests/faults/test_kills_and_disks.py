@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT, must_run, run_command
 
+from finetuning.run_folder import read_progress
 from support.cases_of_faults import Case, contents, of_training, rows_of, size_of, train_words
 from support.fork_server import Commands
 from support.training import SAMPLE
@@ -33,6 +34,9 @@ KILLED += (
     else []
 )
 MOMENTS = {"train_llava": 50, "evaluate_llava": 30, "generate": 30} if WHOLE else {"train_llava": 2}
+# Ctrl-C: 20 moments of a training, 5 of each other command that runs long.
+PRESSED = ["train_llava", *(["evaluate_llava", "generate", "merge_adapter", "check_data"] if WHOLE else [])]
+PRESSES, OTHER_PRESSES = {"train_llava": 20 if WHOLE else 2}, 5
 OTHERS = 15 if WHOLE else 1  # moments of each other command; 200 in all
 ON_DISKS = ["train_llava", "prepare_cctv"]
 ON_DISKS += (
@@ -287,3 +291,35 @@ def test_two_commands_at_once_leave_what_each_leaves_alone(commands, rivals, cas
     assert 0 in [result.code for result in results]
     for command, wanted in zip(both, expected, strict=True):
         assert command.result(folder) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESSED)
+def test_ctrl_c_at_random_moments_is_a_sentence_and_nothing_is_lost(commands, case, undisturbed, tmp_path, name):
+    expected, seconds, _ = undisturbed(name)
+    command, draw, folder = case(name), random.Random(f"Ctrl-C {name}"), tmp_path / "work"
+    command.before(folder)
+    stopped = ended = 0
+    for _ in range(PRESSES.get(name, OTHER_PRESSES)):
+        job = commands.start(*command.words(folder))
+        time.sleep(draw.uniform(0.2, max(seconds, 0.3)))  # before that, Python itself begins
+        job.press_ctrl_c()
+        result = job.wait()
+        assert result.code in (0, 75, 130) and "Traceback" not in result.log, result.log
+        stopped += result.code != 0
+        if result.code == 0:
+            ended += 1
+            assert command.result(folder) == expected
+            shutil.rmtree(folder)
+            command.before(folder)
+    result = commands.run(*command.words(folder))
+    assert result.code == 0, result.log
+    assert command.result(folder) == expected
+    if name.startswith("train"):
+        attempts = read_progress(folder / "run")["attempts"]
+        assert all(
+            after["from_step"] == before["step"]
+            for before, after in pairwise(attempts)
+            if before.get("reason") == "Ctrl-C"
+        )
+    print(f"{name}: Ctrl-C stopped it {stopped} times, {ended} had ended")

@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
 
-from finetuning.models.loading import load_base_model
+from finetuning.models.loading import load_base_model, load_for_inference
 from finetuning.models.processing import load_config, load_processing_class
 
 
@@ -20,7 +22,7 @@ def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):
     plain = GemmaForCausalLM.from_pretrained(tiny_gemma, dtype=torch.float16)
     for model in (*models.values(), plain):
         embedding = model.get_input_embeddings()
-        # Only what enters the stream; the output layer shares these weights. Times Gemma's own sqrt(96), it is 98,000.
+        # Only what enters the stream; the output layer shares these weights. Times Gemma's own sqrt(128), it is 113,000.
         scale = 10_000 / embedding.weight.abs().max().item()
         embedding.register_forward_hook(lambda module, inputs, output, scale=scale: output * scale)
     with torch.no_grad():
@@ -85,3 +87,26 @@ def test_code_that_comes_with_a_model_is_never_run(tiny_gemma, tmp_path):
     with pytest.raises(ValueError, match="with-code: "):
         load_config(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny_llava", "tiny_gemma"])
+def test_a_tiny_model_in_4_bits_computes_with_the_weights_that_it_was_trained_with(request, name):
+    """bitsandbytes 0.50 unpacks rows whose width is no multiple of 64 wrongly on CPUs with AVX-512."""
+    folder = request.getfixturevalue(name)
+    model, _ = load_for_inference(str(folder), load_in_4bit=True)
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    assert len(layers) >= 14
+    assert all(layer.in_features % 64 == 0 for layer in layers.values())
+    ids = torch.tensor([[2, 9, 300, 301, 302, 400]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        for key, layer in layers.items():
+            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            plain.weight.data = weight
+            if layer.bias is not None:
+                plain.bias.data = layer.bias.data
+            parent, _, child = key.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+        expected = model(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

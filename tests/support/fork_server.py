@@ -42,6 +42,11 @@ class Job:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             (os.killpg if workers_too else os.kill)(self.process, signal.SIGKILL)
 
+    def press_ctrl_c(self) -> None:
+        """SIGINT for the session, as a terminal sends it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGINT)
+
     def wait(self) -> Result:
         """The end of the command."""
         code, self.commands.running = self.commands.answer()["code"], None

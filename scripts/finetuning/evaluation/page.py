@@ -12,6 +12,7 @@ from finetuning.evaluation.plots import loss_curves
 from finetuning.evaluation.report import Item, Plot, write_report
 from finetuning.evaluation.verdict import Verdict, describe, details, headline
 from finetuning.manifest import MANIFEST, write_manifest
+from finetuning.model_card import write_run_card
 from finetuning.pages import Say, Table, speak
 from finetuning.run_folder import (
     EVALUATION,
@@ -107,6 +108,7 @@ def write_evaluation(
     tables = [f"**{table.title}**\n\n{table.as_markdown()}" for table in findings.tables]
     folder.finish(metrics, findings.lines, "\n\n".join([*([warning] if warning else []), *sentences, *tables]))
     write_manifest(folder.folder)
+    write_run_card(run)
     items = [item for group in findings.item_groups.values() for item in group]
     name = folder.folder.relative_to(run / EVALUATION).as_posix()
     log_to_wandb(run, name, findings.numbers, findings.tables, plots, items)

@@ -25,11 +25,11 @@ from finetuning.export.merging import (
     without_training_marks,
     write_merge_report,
 )
-from finetuning.export.model_card import write_model_card
 from finetuning.failures import writing
 from finetuning.families import is_vision
 from finetuning.folder_lock import one_at_a_time
 from finetuning.manifest import files_in, follow_umask, write_manifest
+from finetuning.model_card import write_model_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
 from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
 from finetuning.run_folder import adapter_base, find_again
@@ -177,7 +177,7 @@ def merge_alone(
             trained = observe(model, processing_class, probes, description="Asking as trained (4 bits)", follow=tuned)
             report["quantised_run_against_merged"] = compare_observations(merged, trained)
         write_merge_report(unfinished, report)
-        write_model_card(unfinished, run, arguments, report)
+        write_model_card(unfinished, run, report)
         follow_umask(files_in(unfinished))
         write_manifest(unfinished)
         unfinished.rename(output)

@@ -1,7 +1,7 @@
 """A loaded model and somebody who asks it: many questions into a file, one on the screen, or a conversation."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from finetuning.data.pictures import PictureError, open_picture
+from finetuning.failures import writing
 from finetuning.inference.answerer import Answerer
 from finetuning.inference.generation import answer_one, answer_rows
 from finetuning.inference.packed_decoder import reason_against
@@ -43,7 +44,7 @@ def open_image(path: str) -> Image.Image:
 def write_answers(windows: Iterable[dict[str, list[str]]], items: Sequence[Item], output: Path) -> None:
     """Append the answers of the `tuned` model to `output`, a line per item, window by window; the main process writes."""
     done = 0
-    with output.open("a", encoding="utf-8") as file:
+    with writing(output), output.open("a", encoding="utf-8") as file:
         for window in windows:
             answers = window["tuned"]
             if PartialState().is_main_process:
@@ -52,6 +53,13 @@ def write_answers(windows: Iterable[dict[str, list[str]]], items: Sequence[Item]
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
             done += len(answers)
+
+
+def show_answers(windows: Iterable[dict[str, list[str]]], items: Sequence[Item]) -> None:
+    """Print each item with the answer of the `tuned` model; the main process prints."""
+    answers = (answer for window in windows for answer in window["tuned"])
+    for (image, question), answer in zip(items, answers, strict=True):
+        PartialState().print("\n".join(filter(None, [image, question, f"  {answer}"])))
 
 
 class Session:
@@ -69,16 +77,23 @@ class Session:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.answerer: Answerer | None = None
 
-    def answer_items(self, items: Sequence[Item], output: Path) -> None:
-        """Answers appended to `output`, a line per item in the order of the items, on disk as they come."""
-        windows = answer_rows(
+    def windows(self, items: Sequence[Item]) -> Iterator[dict[str, list[str]]]:
+        """Answers to the items, in order, as they come: `answer_rows`."""
+        return answer_rows(
             self.model,
             self.processing_class,
             Items(items),
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-        write_answers(windows, items, output)
+
+    def answer_items(self, items: Sequence[Item], output: Path) -> None:
+        """Answers appended to `output`, a line per item in the order of the items, on disk as they come."""
+        write_answers(self.windows(items), items, output)
+
+    def show_items(self, items: Sequence[Item]) -> None:
+        """Each item with its answer, on the screen."""
+        show_answers(self.windows(items), items)
 
     def stream(self, row: dict[str, Any]) -> str:
         """The answer of one row, shown word by word."""

@@ -35,6 +35,8 @@ FOR_TEXT = {
     "truncation_mode": ("keep_start", "they are never cut"),
 }
 
+MOST_ON_CPU = 1_000_000_000  # parameters of a model that is trained on a CPU unasked
+
 
 def refuse_what_cannot_work(
     script_args: ScriptArguments,
@@ -69,6 +71,7 @@ def refuse_what_cannot_work(
     else:
         counts = count_parameters(placed)
         job = describe_job(placed, script_args, training_args, model_args)
+        problems += processor_problems(training_args, sum(part["total"] for part in counts.values()))
         problems += memory_problems(job, None if training_args.use_cpu else smallest_gpu())
     problems += disk_problems(training_args, counts, len(train_rows))
     if problems:
@@ -80,6 +83,16 @@ def skip_problems(script_args: ScriptArguments, rows: Dataset) -> list[str]:
     if not script_args.skip_bad_rows or "images" in rows.column_names:
         return []
     return [f"skip_bad_rows: {script_args.skip_bad_rows} has no effect: the rows hold no pictures. Remove it"]
+
+
+def processor_problems(training_args: TrainingArguments, num_weights: int) -> list[str]:
+    """Why a model of so many parameters is not trained on a CPU by mistake."""
+    if not training_args.use_cpu or training_args.cpu_is_asked_for or num_weights <= MOST_ON_CPU:
+        return []
+    return [
+        f"this machine shows no GPU, and one step of {num_weights / 1e9:.1f} billion parameters takes minutes on a CPU: look at "
+        "nvidia-smi and CUDA_VISIBLE_DEVICES, or add --use_cpu true to train on the CPU all the same"
+    ]
 
 
 def row_problems(training_args: TrainingArguments, rows: Dataset) -> list[str]:

@@ -16,6 +16,7 @@ from finetuning import run_folder, tracking
 from finetuning.failures import writing
 from finetuning.folder_lock import give_back, lock_inside, refuse_together, take_lock
 from finetuning.manifest import write_manifest
+from finetuning.model_card import write_run_card
 from finetuning.models.adapter_start import write_against_base
 from finetuning.preflight.planned_step import beside_plan
 from finetuning.strategy import Strategy
@@ -289,6 +290,7 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
             metrics |= {"planned": planned, "measured": measured}
         write_manifest(folder, run_folder.files_of_result(folder))
         run_folder.write_metrics(folder, metrics)
+        write_run_card(folder)
         run_folder.end_attempt(folder, state.global_step, "completed")
         said = trainer.exam.describe(metrics) if trainer.exam else "no answer was scored while training"
         verdict = f"trained for {state.global_step} steps; {said}"
@@ -300,3 +302,6 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
             print("  " + beside_plan(planned, measured))
         tracking.close(trainer.args, state, 0, metrics | {"verdict": verdict})
         give_back(folder)
+        kind = "llava" if hasattr(trainer.processing_class, "tokenizer") else "gemma"
+        # Where it is, its score, what to do next: the last line.
+        print(f"{folder}: {measured.partition(':')[0]}. Next: python scripts/evaluate_{kind}.py --run {folder}")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback
-from transformers.integrations import WandbCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning import run_folder, tracking, upstream
@@ -32,6 +32,7 @@ from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
 from finetuning.training.learning_rates import LearningRatesTrainer
+from finetuning.training.log_lines import LogLines
 from finetuning.training.number_loss import NumberLoss, outputs_and_number_loss
 from finetuning.training.read_ahead import read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_sharding
@@ -329,10 +330,17 @@ def rows_named(rows: Dataset) -> Iterator[None]:
 
 def add_callbacks(trainer: FineTuningTrainer, *, cuda_graphs: bool) -> None:
     """What happens at logs, steps and evaluations beside TRL's own, in this order."""
+    headlines = trainer.exam.headlines if trainer.exam else {}
+    trainer.pop_callback(ProgressCallback)
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(LogLines(headlines))
+    for tracker in (MLflowCallback, TrackioCallback):
+        if callback := trainer.pop_callback(tracker):
+            trainer.add_callback(tracking.NeverStops(callback))
     if trainer.pop_callback(WandbCallback):
         trainer.add_callback(tracking.WandbCallbackThatReturns())
     trainer.add_callback(StopTogether(trainer.stop_request))
-    shown = ShowProgress(trainer.exam.headlines if trainer.exam else {})
+    shown = ShowProgress(headlines)
     for callback in filter(None, (trainer.stop_early, shown, trainer.layer_checkpointing)):
         trainer.add_callback(callback)
     if cuda_graphs:  # after the choice of the layers

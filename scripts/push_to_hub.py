@@ -1,0 +1,111 @@
+"""Upload a run, a merged model or a dataset to the Hugging Face Hub: private, and only what belongs to it.
+
+    python scripts/push_to_hub.py outputs/llava-qlora --repo_id NAME/llava-people --dry_run
+    python scripts/push_to_hub.py models/llava-merged --repo_id NAME/llava-people-merged
+    python scripts/push_to_hub.py data/cctv --repo_id NAME/cctv
+
+Says what it will upload, and what it leaves out. Of a run that is weights, processor, arguments and card: no checkpoints,
+no trackers, no pages with pictures. A dataset becomes Parquet files, pictures included, which training opens by the
+repository's name. The token is HF_TOKEN, or that of `hf auth login`. Stopped half way, the same command goes on: files that
+are there already are not sent again.
+"""
+
+import argparse
+from pathlib import Path
+
+from finetuning import command
+from finetuning.flags import Parser, nearest_path
+from finetuning.manifest import files_in, has_manifest, manifest_problems
+from finetuning.run_folder import ARGUMENTS, BOOKKEEPING, CARD, METRICS, files_of_result, open_run
+
+DATASET_FILES = ("dataset_dict.json", "dataset_info.json")
+MERGE_REPORT = "merge_report.json"
+
+
+def kind_of(folder: Path) -> str:
+    """`dataset`, `run` or `model`. Raises ValueError for anything else, and for what is damaged or not complete."""
+    if any((folder / name).is_file() for name in DATASET_FILES):
+        kind = "dataset"
+    elif (folder / ARGUMENTS).is_file() or (folder / METRICS).is_file():
+        open_run(str(folder))
+        kind = "run"
+    elif (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        kind = "model"
+    else:
+        raise ValueError(
+            f"{folder}: neither a run (outputs/...), nor a merged model, nor a prepared dataset{nearest_path(folder)}"
+        )
+    if has_manifest(folder) and (problems := manifest_problems(folder)):
+        raise ValueError(f"{folder}: not as it was written: {'; '.join(problems)}")
+    return kind
+
+
+def files_to_upload(folder: Path, kind: str) -> list[Path]:
+    """The files of a run or a model that go to the Hub."""
+    if kind == "model":
+        return sorted(files_in(folder))
+    kept = [path for path in files_of_result(folder) if path.name not in BOOKKEEPING]
+    return sorted({*kept, *(path for path in (folder / CARD, folder / METRICS) if path.is_file())})
+
+
+def main(options: argparse.Namespace) -> None:
+    kind = kind_of(options.folder)
+    files = sorted(files_in(options.folder)) if kind == "dataset" else files_to_upload(options.folder, kind)
+    total = sum(path.stat().st_size for path in files)
+    whose = "everybody can read it" if options.public else "private"
+    print(f"{options.folder} ({kind}) -> {options.repo_id}, {whose}: {len(files)} files, {total / 1e6:,.1f} MB")
+    for path in files:
+        print(f"  {path.stat().st_size:>14,}  {path.relative_to(options.folder)}")
+    if options.dry_run:
+        return
+
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if get_token() is None:
+        raise ValueError("no token: set HF_TOKEN in the environment, or log in once with hf auth login")
+    api, repo_type = HfApi(), "dataset" if kind == "dataset" else "model"
+    try:
+        url = api.create_repo(options.repo_id, repo_type=repo_type, private=not options.public, exist_ok=True)
+        is_private = api.repo_info(url.repo_id, repo_type=repo_type).private
+        if not options.public and not is_private:
+            raise ValueError(f"{url} is there already, and public: add --public, or choose another --repo_id")
+        if kind == "dataset":
+            push_dataset(api, options.folder, url.repo_id, private=bool(is_private))
+        else:
+            names = [path.relative_to(options.folder).as_posix() for path in files]
+            api.upload_folder(
+                repo_id=url.repo_id,
+                folder_path=options.folder,
+                allow_patterns=names,
+                commit_message=f"{options.folder.name}: {kind}",
+            )
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{options.repo_id}: {reason}. What was uploaded stays; the same command goes on") from error
+    print(f"Uploaded: {url}")
+
+
+def push_dataset(api, folder: Path, repo_id: str, *, private: bool) -> None:
+    """The splits as Parquet files, pictures in them, and the manifest that says where they come from."""
+    from datasets import load_from_disk
+
+    load_from_disk(str(folder)).push_to_hub(repo_id, private=private)
+    if (folder / "manifest.json").is_file():
+        api.upload_file(
+            path_or_fileobj=folder / "manifest.json", path_in_repo="manifest.json", repo_id=repo_id, repo_type="dataset"
+        )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; flags are not abbreviated."""
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="outputs/<run>, a merged model or a prepared dataset")
+    parser.add_argument("--repo_id", required=True, metavar="NAME/REPOSITORY", help="where it goes")
+    parser.add_argument("--public", action="store_true", help="everybody can read it")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and end")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command.run(lambda: main(parse_arguments()))
