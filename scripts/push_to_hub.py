@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetuning import command
 from finetuning.flags import Parser, nearest_path
-from finetuning.manifest import files_in, has_manifest, manifest_problems
+from finetuning.manifest import described_files, files_in, manifest_problems
 from finetuning.run_folder import ARGUMENTS, BOOKKEEPING, CARD, METRICS, files_of_result, open_run
 
 DATASET_FILES = ("dataset_dict.json", "dataset_info.json")
@@ -35,7 +35,7 @@ def kind_of(folder: Path) -> str:
         raise ValueError(
             f"{folder}: neither a run (outputs/...), nor a merged model, nor a prepared dataset{nearest_path(folder)}"
         )
-    if has_manifest(folder) and (problems := manifest_problems(folder)):
+    if described_files(folder) is not None and (problems := manifest_problems(folder)):
         raise ValueError(f"{folder}: not as it was written: {'; '.join(problems)}")
     return kind
 
@@ -80,8 +80,8 @@ def main(options: argparse.Namespace) -> None:
                 allow_patterns=names,
                 commit_message=f"{options.folder.name}: {kind}",
             )
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last of a file that broke off
+        reason = ": ".join(str(part).strip().splitlines()[0] for part in (error, error.__cause__) if part)
         raise ValueError(f"{options.repo_id}: {reason}. What was uploaded stays; the same command goes on") from error
     print(f"Uploaded: {url}")
 

@@ -84,14 +84,18 @@ class Handler(BaseHTTPRequestHandler):
         data = self.body()
         if self.headers.get("Authorization") != f"Bearer {self.server.token}" and "/info/lfs" not in self.path:
             return self.reply({"error": "Invalid username or password."}, 401)
+        if self.path == "/api/validate-yaml":  # of a card's head
+            return self.reply({"errors": [], "warnings": []})
         if self.path == "/api/repos/create":
             asked = json.loads(data)
             key = f"{asked.get('type', 'model')}s/{asked.get('organization') or 'me'}/{asked['name']}"
-            if key in self.server.repos:
-                return self.reply({"error": "You already created this repo", "url": self.server.endpoint}, 409)
-            self.server.repos[key] = {"private": bool(asked.get("private")), "files": {}}
             kind, _, name = key.partition("/")
-            return self.reply({"url": f"{self.server.endpoint}/{'datasets/' if kind == 'datasets' else ''}{name}"})
+            url = f"{self.server.endpoint}/{'datasets/' if kind == 'datasets' else ''}{name}"
+            if key in self.server.repos:
+                return self.reply({"error": "You already created this repo", "url": url}, 409)
+            is_private = asked.get("private") or asked.get("visibility") == "private"
+            self.server.repos[key] = {"private": bool(is_private), "files": {}}
+            return self.reply({"url": url})
         if self.path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {"oid": one["oid"], "size": one["size"]}
@@ -123,7 +127,8 @@ class Handler(BaseHTTPRequestHandler):
                 repo["files"][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             elif entry["key"] == "lfsFile":
                 repo["files"][entry["value"]["path"]] = self.server.objects[entry["value"]["oid"]]
-        return self.reply({"commitUrl": f"{self.server.endpoint}/commit", "commitOid": "0" * 40})
+        commit = f"{self.server.endpoint}/{'datasets/' if found[1] == 'datasets' else ''}{found[2]}/commit/{'0' * 40}"
+        return self.reply({"commitUrl": commit, "commitOid": "0" * 40})
 
 
 def is_large(name: str) -> bool:
