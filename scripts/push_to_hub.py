@@ -11,15 +11,17 @@ are there already are not sent again.
 """
 
 import argparse
+import shutil
+import tempfile
 from pathlib import Path
 
 from finetuning import command
 from finetuning.flags import Parser, nearest_path
-from finetuning.manifest import described_files, files_in, manifest_problems
+from finetuning.manifest import MANIFEST, described_files, files_in, manifest_problems
 from finetuning.run_folder import ARGUMENTS, BOOKKEEPING, CARD, METRICS, files_of_result, open_run
 
 DATASET_FILES = ("dataset_dict.json", "dataset_info.json")
-MERGE_REPORT = "merge_report.json"
+LARGEST_FILE = 500_000_000  # bytes of rows in a Parquet file
 
 
 def kind_of(folder: Path) -> str:
@@ -43,7 +45,7 @@ def kind_of(folder: Path) -> str:
 def files_to_upload(folder: Path, kind: str) -> list[Path]:
     """The files of a run or a model that go to the Hub."""
     if kind == "model":
-        return sorted(files_in(folder))
+        return sorted({*files_in(folder), *folder.glob(MANIFEST)})
     kept = [path for path in files_of_result(folder) if path.name not in BOOKKEEPING]
     return sorted({*kept, *(path for path in (folder / CARD, folder / METRICS) if path.is_file())})
 
@@ -70,31 +72,46 @@ def main(options: argparse.Namespace) -> None:
         is_private = api.repo_info(url.repo_id, repo_type=repo_type).private
         if not options.public and not is_private:
             raise ValueError(f"{url} is there already, and public: add --public, or choose another --repo_id")
-        if kind == "dataset":
-            push_dataset(api, options.folder, url.repo_id, private=bool(is_private))
-        else:
-            names = [path.relative_to(options.folder).as_posix() for path in files]
+        with tempfile.TemporaryDirectory() as parquet:
+            folder = options.folder
+            if kind == "dataset":
+                folder = Path(parquet) / "dataset"
+                write_parquet(options.folder, folder)
+                files = [path for path in folder.rglob("*") if path.is_file()]
             api.upload_folder(
                 repo_id=url.repo_id,
-                folder_path=options.folder,
-                allow_patterns=names,
+                repo_type=repo_type,
+                folder_path=folder,
+                allow_patterns=[path.relative_to(folder).as_posix() for path in files],
                 commit_message=f"{options.folder.name}: {kind}",
             )
     except (HfHubHTTPError, OSError, RuntimeError) as error:  # the last of a file that broke off
-        reason = ": ".join(str(part).strip().splitlines()[0] for part in (error, error.__cause__) if part)
+        reasons = [str(part).strip().splitlines()[0].rstrip(".") for part in (error, error.__cause__) if part]
+        reason = ": ".join(dict.fromkeys(reasons))
         raise ValueError(f"{options.repo_id}: {reason}. What was uploaded stays; the same command goes on") from error
     print(f"Uploaded: {url}")
 
 
-def push_dataset(api, folder: Path, repo_id: str, *, private: bool) -> None:
-    """The splits as Parquet files, pictures in them, and the manifest that says where they come from."""
-    from datasets import load_from_disk
+def write_parquet(folder: Path, target: Path) -> None:
+    """The splits of a prepared dataset as `data/<split>-<n>-of-<m>.parquet`, pictures in them, and its manifest.
 
-    load_from_disk(str(folder)).push_to_hub(repo_id, private=private)
+    The same dataset gives the same bytes: what is at the Hub already is not sent again.
+    """
+    from datasets import load_from_disk
+    from datasets.table import embed_table_storage
+    from tqdm import tqdm
+
+    (target / "data").mkdir(parents=True)
+    shards = []
+    for split, rows in load_from_disk(str(folder)).items():
+        number = max(-(-(rows.data.nbytes or 0) // LARGEST_FILE), 1)
+        shards += [(rows, f"{split}-{n:05}-of-{number:05}.parquet", n, number) for n in range(number)]
+    for rows, name, n, number in tqdm(shards, desc="Writing Parquet", unit="file"):
+        shard = rows.shard(number, n, contiguous=True).with_format("arrow")
+        shard = shard.map(embed_table_storage, batched=True, batch_size=100, keep_in_memory=True)
+        shard.with_format(None).to_parquet(target / "data" / name)
     if (folder / "manifest.json").is_file():
-        api.upload_file(
-            path_or_fileobj=folder / "manifest.json", path_in_repo="manifest.json", repo_id=repo_id, repo_type="dataset"
-        )
+        shutil.copyfile(folder / "manifest.json", target / "manifest.json")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if found := re.fullmatch(
-            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/main)?", self.path.partition("?")[0]
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.path.partition("?")[0]
         ):
             repo = self.server.repos.get("/".join(found.groups()))
             if repo is not None:
