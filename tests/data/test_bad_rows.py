@@ -1,12 +1,15 @@
 """A picture that does not decode is named with its dataset, split and row, or passed over with the next row in its place."""
 
+import json
+
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 
 from finetuning.data.bad_rows import pass_over_bad_rows
 from finetuning.data.dataset import open_split, with_undecoded_pictures
 from finetuning.training.trainer import rows_named
 from support.raw_data import draw
+from support.training import train
 
 
 @pytest.fixture
@@ -51,3 +54,17 @@ def test_an_error_of_a_row_gets_the_dataset_and_the_split(splits):
         raise ValueError("row 3, picture 1: bad")
     with pytest.raises(ValueError, match=r"^something else$"), rows_named(rows):
         raise ValueError("something else")
+
+
+def test_a_training_names_the_row_and_passes_over_it_when_told_to(tiny_llava, cctv_dataset, tmp_path):
+    rows = with_undecoded_pictures(load_from_disk(str(cctv_dataset))["train"])
+    images = rows["images"]
+    images[5][0]["bytes"] = images[5][0]["bytes"][:200]
+    damaged = rows.remove_columns("images").add_column("images", images, feature=List(Image(decode=False)))
+    DatasetDict({"train": damaged}).save_to_disk(str(tmp_path / "data"))
+    flags = ("--per_device_train_batch_size", str(len(rows)), "--max_steps", "1", "--dataloader_num_workers", "1")
+    with pytest.raises(ValueError, match=r"data, split train, row 5, picture 1 \(.*\): .*--skip_bad_rows 1"):
+        train(tiny_llava, tmp_path / "data", tmp_path / "run", *flags)
+    train(tiny_llava, tmp_path / "data", tmp_path / "run", *flags, "--skip_bad_rows", "1")
+    skipped = json.loads((tmp_path / "run" / "skipped_rows.json").read_text())["rows"]
+    assert [(row["split"], row["row"]) for row in skipped] == [("train", 5)]
