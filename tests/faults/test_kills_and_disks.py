@@ -27,22 +27,20 @@ from support.training import SAMPLE
 
 WHOLE = os.environ.get("FAULTS") == "whole"
 FAULTY_DISK = ROOT / "tests" / "support" / "faulty_disk.c"
-KILLED = ["train_llava", "generate", "prepare_cctv"]
-KILLED += (
-    ["evaluate_llava", "train_gemma", "merge_adapter", "check_data", "prepare_anime", "prepare_conversations"]
-    if WHOLE
-    else []
-)
+TRAININGS, USES = ["train_llava", "train_gemma"], ["evaluate_llava", "generate", "merge_adapter", "check_data"]
+PREPARATIONS = ["prepare_cctv", "prepare_anime", "prepare_conversations"]
+KILLED = [*TRAININGS, *USES, *PREPARATIONS] if WHOLE else ["train_llava", "prepare_cctv"]
 MOMENTS = {"train_llava": 50, "evaluate_llava": 30, "generate": 30} if WHOLE else {"train_llava": 2}
 # Ctrl-C: 20 moments of a training, 5 of each other command that runs long.
 PRESSED = ["train_llava", *(["evaluate_llava", "generate", "merge_adapter", "check_data"] if WHOLE else [])]
 PRESSES, OTHER_PRESSES = {"train_llava": 20 if WHOLE else 2}, 5
 OTHERS = 15 if WHOLE else 1  # moments of each other command; 200 in all
-ON_DISKS = ["train_llava", "prepare_cctv"]
-ON_DISKS += (
-    ["evaluate_llava", "generate", "merge_adapter", "check_data", "train_gemma", "prepare_anime"] if WHOLE else []
+TIMES = {"full": 6, "quota": 2, "inodes": 4, "readonly": 1}  # a limit each
+ON_DISKS = (
+    [(name, kind) for name in KILLED for kind in TIMES]
+    if WHOLE
+    else [("train_llava", "full"), ("prepare_cctv", "readonly")]
 )
-TIMES = {"full": 6, "quota": 2, "inodes": 4, "readonly": 1} if WHOLE else {"full": 1, "readonly": 1}
 WORDS = {
     "full": "no space left|disk full",
     "quota": "quota exceeded|disk full",
@@ -206,13 +204,14 @@ def test_killed_at_random_moments_a_command_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not WHOLE, reason="a launch that is killed ten times: make test-faults")
 def test_a_killed_loader_process_ends_the_training_in_a_sentence_and_it_goes_on(
     commands, undisturbed, tiny_llava, cctv_dataset, tmp_path
 ):
     expected, seconds, _ = undisturbed("train_llava")
     words = train_words("llava", tiny_llava, cctv_dataset, tmp_path / "run", dataloader_num_workers=1)
     draw, sentences = random.Random(0), 0
-    for _ in range(10 if WHOLE else 1):
+    for _ in range(10):
         job = commands.start(*words)
         deadline, wait = time.monotonic() + 60, draw.uniform(0, seconds / 4)
         while (
@@ -242,8 +241,7 @@ def loaders_of(process: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TIMES)
-@pytest.mark.parametrize("name", ON_DISKS)
+@pytest.mark.parametrize(("name", "kind"), ON_DISKS)
 def test_a_failing_disk_is_a_sentence_with_a_name_and_the_same_command_then_ends_well(
     commands, faulty_disk, case, undisturbed, tmp_path, name, kind
 ):
@@ -252,7 +250,7 @@ def test_a_failing_disk_is_a_sentence_with_a_name_and_the_same_command_then_ends
     expected, _, size = undisturbed(name)
     command, draw = case(name), random.Random(f"{name} {kind}")
     refused = 0
-    for number in range(TIMES[kind]):
+    for number in range(TIMES[kind] if WHOLE else 1):
         folder = tmp_path / f"work{number}"
         command.before(folder)
         limit = {"inodes": draw.randrange(8), "readonly": 0}.get(kind, int(size * draw.uniform(0, 0.9)))
