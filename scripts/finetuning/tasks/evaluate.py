@@ -1,11 +1,14 @@
 """One evaluation of a run: the questions of a split asked of base and tuned model, scored, and put on a page."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from tqdm import tqdm
@@ -213,13 +216,17 @@ def find_copies(exam: Exam) -> dict[str, str]:
     if "images" not in exam.questions.column_names:
         return copy_of
     first_place = {name: place for place, name in reversed(list(enumerate(names)))}
-    shown, thumbnails = [], []
-    for name, place in tqdm(
-        sorted(first_place.items(), key=lambda pair: pair[1]), desc="Looking for near-copies", unit="picture"
-    ):
-        if images := exam.questions[place]["images"]:
-            shown.append(name)
-            thumbnails.append(thumbnail(open_picture(images[0])))
+    places = sorted(first_place.values())
+
+    def look(place: int) -> np.ndarray | None:
+        images = exam.questions[place]["images"]
+        return thumbnail(open_picture(images[0])) if images else None
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # decoding pictures leaves Python's lock alone
+        looks = pool.map(look, places)
+        bar = tqdm(looks, total=len(places), desc="Looking for near-copies", unit="picture")
+        found = {names[place]: small for place, small in zip(places, bar, strict=True) if small is not None}
+    shown, thumbnails = list(found), list(found.values())
     return copy_of | {name: shown[first] for name, first in zip(shown, near_copies(thumbnails), strict=True)}
 
 
