@@ -304,4 +304,4 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         give_back(folder)
         kind = "llava" if hasattr(trainer.processing_class, "tokenizer") else "gemma"
         # Where it is, its score, what to do next: the last line.
-        print(f"{folder}: {measured.partition(':')[0]}. Next: python scripts/evaluate_{kind}.py --run {folder}")
+        print(f"{folder}: {said.partition(':')[0]}. Next: python scripts/evaluate_{kind}.py --run {folder}")
