@@ -57,10 +57,16 @@ def test_the_sentence_comes_again_behind_the_launchers_own_trace(tmp_path):
     launcher = f"import subprocess, sys; code = subprocess.call([sys.executable, '-c', {failing!r}]); sys.exit('TRACE')"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts"), "ACCELERATE_MIXED_PRECISION": "no"}
     environment.pop("SLURM_JOB_ID", None)
-    result = subprocess.run(
-        [sys.executable, "-c", launcher], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.stderr.split() == ["-c:", "no", "such", "thing", "TRACE", "-c:", "no", "such", "thing"]
+    said = []
+    for name in ("accelerate", "make"):
+        (tmp_path / name).write_text(launcher)
+        result = subprocess.run(
+            [sys.executable, tmp_path / name], env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        said.append(result.stderr.split())
+    again, once = said
+    assert once == ["-c:", "no", "such", "thing", "TRACE"]  # no launcher, though the environment is one's
+    assert again == ["-c:", "no", "such", "thing", "TRACE", "-c:", "no", "such", "thing"]
 
 
 @pytest.mark.parametrize("flag", [["--num_processes", "2"], ["--num-processes=2"]])

@@ -5,6 +5,7 @@ libraries warn of as they are imported is known (`known_warnings`).
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from finetuning import known_warnings
 from finetuning.failures import lost_loaders_named, sentence
 
 LAUNCHER = os.getppid()  # not of processes forked from this one
+LAUNCHERS = re.compile(r"(^|/)(accelerate|torchrun)$|accelerate[./]commands|torch[./]distributed[./]run")
 STOPPED = "stopped. Nothing is half written: the same command goes on, or begins anew"
 OTHERS = 2.0  # seconds that the first process of several has to say what all of them would say
 # After the launcher's own stack trace, if it prints one: when it has ended, and at most a minute later.
@@ -43,7 +45,9 @@ def launch_words() -> list[str]:
         words = Path(f"/proc/{LAUNCHER}/cmdline").read_text(encoding="utf-8").split("\0")
     except OSError:
         return []
-    return words if is_launched() and os.getppid() == LAUNCHER else []
+    # The environment alone does not tell: a training sets it for itself, and whom it starts inherits it.
+    is_launcher = os.getppid() == LAUNCHER and any(map(LAUNCHERS.search, words[:4]))
+    return words if is_launcher and is_launched() else []
 
 
 def say_last(sentence: str) -> None:
@@ -53,7 +57,8 @@ def say_last(sentence: str) -> None:
     is_quiet = {"--quiet", "-q"} & set(words) and os.environ.get("WORLD_SIZE", "1") == "1"
     # Slurm ends what is left of a step; its job file says --quiet.
     if words and not is_quiet and "SLURM_JOB_ID" not in os.environ:
-        subprocess.Popen(["sh", "-c", REPEAT, "sh", str(LAUNCHER), sentence], start_new_session=True)
+        words = ["sh", "-c", REPEAT, "sh", str(LAUNCHER), sentence]
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def refuse_lost_processes() -> None:
