@@ -62,6 +62,7 @@ from finetuning.data.collator import LlavaDataCollator
 from finetuning.flags import Parser
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 from finetuning.models.processing import CHAT_TEMPLATES
+from finetuning.models.published_names import publish
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?
@@ -430,6 +431,7 @@ def main() -> None:
         pretrain(model, processing_class, args)
     model.save_pretrained(args.output)
     processing_class.save_pretrained(args.output)
+    publish(args.output)
     print(f"{args.output}: {type(model).__name__} with {model.num_parameters():,} parameters")
 
 

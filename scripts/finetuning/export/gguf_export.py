@@ -25,6 +25,7 @@ from finetuning.tasks.exam import Exam, make_exam
 
 # Smallest share of equal answers of the fp16 file. Another engine rounds otherwise, so near ties may fall otherwise.
 LEAST_EQUAL = 0.96
+SMALLEST_LOG = -87.3  # of a normal fp32 number; a server says -3.4e38 of what is less likely
 ROOM = 256  # tokens of context beside prompt and answer
 
 
@@ -72,7 +73,8 @@ def reference_answers(
 def divergence(reference: torch.Tensor, given: dict[int, float]) -> float:
     """KL(reference || given) in nats over the tokens that `given` names and all others as one: a lower bound."""
     tokens = list(given)
-    ours, theirs = reference[tokens], torch.tensor(list(given.values()), dtype=torch.float64)
+    ours = reference[tokens]
+    theirs = torch.tensor(list(given.values()), dtype=torch.float64).clamp(min=SMALLEST_LOG)
     rest = [(1 - part.exp().sum()).clamp(min=1e-12).log() for part in (ours, theirs)]
     kl = (ours.exp() * (ours - theirs)).sum() + rest[0].exp() * (rest[0] - rest[1])
     return max(kl.item(), 0.0)

@@ -32,6 +32,7 @@ from finetuning.manifest import files_in, follow_umask, write_manifest
 from finetuning.model_card import write_model_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
 from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
+from finetuning.models.published_names import publish
 from finetuning.run_folder import adapter_base, find_again
 from finetuning.training.origin import refuse_changed_run
 
@@ -143,6 +144,7 @@ def merge_alone(
         model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         processing_class.chat_template = without_training_marks(processing_class.chat_template)
         processing_class.save_pretrained(unfinished)
+        publish(unfinished)
         # llama.cpp's converter reads the sentencepiece model, which transformers no longer saves.
         vocabulary = cached_file(
             base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False

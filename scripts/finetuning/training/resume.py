@@ -18,6 +18,7 @@ from finetuning.folder_lock import give_back, lock_inside, refuse_together, take
 from finetuning.manifest import write_manifest
 from finetuning.model_card import write_run_card
 from finetuning.models.adapter_start import write_against_base
+from finetuning.models.published_names import publish
 from finetuning.preflight.planned_step import beside_plan
 from finetuning.strategy import Strategy
 from finetuning.training import origin
@@ -282,6 +283,8 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
             write_against_base(folder, start)
         trainer.save_state()
     if trainer.is_world_process_zero():
+        if (folder / "config.json").is_file():  # full weights, that others read as they are
+            publish(folder)
         kept = kept_step(trainer.args, state)
         metrics = train_metrics | run_folder.final_metrics(state.log_history, state.global_step, kept)
         planned = run_folder.read_progress(folder).get("planned")
