@@ -14,7 +14,10 @@ import uvicorn
 from PIL import Image
 from serve import check_inputs
 
+from finetuning.data.count_tree import learn_forms
 from finetuning.inference.answer_queue import AnswerQueue, QueueFull
+from finetuning.inference.count_calibration import Calibration
+from finetuning.inference.count_distribution import CountReader
 from finetuning.inference.generation import answer_batch
 from finetuning.inference.openai_api import Limits, make_app
 from support.answering import load, picture
@@ -168,6 +171,24 @@ def test_the_page_shows_both_models_and_asks_for_the_token(service):
     page = httpx.get(service, trust_env=False).text
     assert 'data-model="base"' in page and 'data-model="mall"' in page
     assert 'id="token"' in page and TOKEN not in page and "script-src 'nonce-" in page
+
+
+def test_a_question_of_training_is_answered_with_its_count_and_interval(asked):
+    forms = learn_forms([QUESTION] * 3, ["There are 2.", "There are 3.", "There are 4."], [2, 3, 4])
+    reader, calibration = CountReader(*asked, forms, largest=20), Calibration(width=1.0, rows=400)
+    answers = AnswerQueue(*asked, max_new_tokens=4, most=8, reader=reader, calibration=calibration)
+    app = make_app(answers, called="mall", vision=True, limits=LIMITS, token=None, is_local=True, language="ko")
+    running = Running(app)
+    try:
+        messages = [{"role": "user", "content": content(data_url(picture(0)))}]
+        found = ask(running.url, {"messages": messages}).json()["count"]
+        assert 0 <= found["low"] <= found["count"] <= found["high"] <= 20 and 0 < found["probability"] <= 1
+        assert "count" not in ask(running.url, {"messages": messages, "model": "base"}).json()
+        assert "count" not in ask(running.url, {"messages": [{"role": "user", "content": "Hi"}]}).json()
+        page = httpx.get(running.url, trust_env=False).text
+        assert f">{QUESTION}</textarea>" in page and 'id="token"' not in page and "원본 모델" in page
+    finally:
+        running.stop()
 
 
 def test_a_full_queue_refuses_and_a_bad_row_harms_no_other(asked, monkeypatch):

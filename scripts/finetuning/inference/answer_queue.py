@@ -80,6 +80,11 @@ class AnswerQueue:
         """The models that can be asked: `tuned`, and `base` where an adapter can be switched off."""
         return ["tuned", "base"] if isinstance(self.model, PeftModel) else ["tuned"]
 
+    @property
+    def counting_questions(self) -> list[str]:
+        """Questions of training that are answered with a count and its interval, too."""
+        return [question for question in self.reader.trees.forms if question] if self.reader else []
+
     def submit(self, row: dict[str, Any], name: str = "tuned") -> Future:
         """A future `Reply`, or the ValueError of a row that cannot be asked. Raises QueueFull."""
         job = Job(row, name)

@@ -241,7 +241,7 @@ def make_app(
         language=language,
         names=["base", called] if "base" in names else [called],
         vision=vision,
-        questions=[question for question in (answers.reader.forms if answers.reader else {}) if question][:SUGGESTED],
+        questions=answers.counting_questions[:SUGGESTED],
         asks_token=token is not None,
         nonce=secrets.token_urlsafe(16),
     )
