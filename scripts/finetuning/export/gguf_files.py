@@ -91,6 +91,7 @@ def sentencepiece_model(tokenizer: dict[str, Any]) -> bytes:
     proto.trainer_spec.model_type = sentencepiece.TrainerSpec.BPE
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
     kinds = sentencepiece.ModelProto.SentencePiece
     for text, number in sorted(model["vocab"].items(), key=lambda item: item[1]):
         is_byte = len(text) == 6 and text.startswith("<0x")
