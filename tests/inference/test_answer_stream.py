@@ -11,7 +11,13 @@ from finetuning.inference.answer_stream import AnswerStream
 from finetuning.inference.answerer import LIKELIHOODS, Answerer
 from finetuning.inference.count_distribution import CountReader, read_by_transformers
 from finetuning.inference.generation import answer_rows
-from finetuning.inference.packed_prompts import tree_attention
+from finetuning.inference.packed_prompts import (
+    PackedPrompts,
+    Segment,
+    packed_attention,
+    tree_attention,
+    varlen_attention,
+)
 from finetuning.inference.prompt_reader import PromptReader, group_rows, image_ids_of
 from support.answering import QUESTIONS, load, one_by_one, text_rows, vision_rows
 
@@ -105,3 +111,34 @@ def test_attention_of_trees_and_their_ancestors_is_that_of_whole_rows():
     torch.testing.assert_close(attended, expected)
     scores = (query @ key.mT * 0.3).masked_fill(~sees, float("-inf"))
     torch.testing.assert_close(log_sum, scores.logsumexp(-1))
+
+
+def varlen_on_a_cpu(query, key, value, ends_q, ends_k, *lengths, scale, window_size=(-1, -1), return_aux):
+    """What torch's variable-length kernel computes on a GPU: each sequence by itself, and the log-sums (heads, tokens)."""
+    out, log_sum = torch.zeros_like(query), torch.full(query.shape[:2], float("-inf"))
+    spans = zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True)
+    for first, last, first_key, last_key in (map(int, span) for span in spans):
+        scores = torch.einsum("qhd,khd->hqk", query[first:last], key[first_key:last_key]) * scale
+        if window_size == (-1, 0):
+            mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(last_key - first_key - last + first)
+            scores = scores.masked_fill(~mask, float("-inf"))
+        log_sum[first:last] = scores.logsumexp(-1).T
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[first_key:last_key])
+    return out, log_sum.T
+
+
+def test_the_layout_of_a_gpu_attends_as_the_plain_one(monkeypatch):
+    """Prompts alone and shared ones, with trees behind both, by the code that a GPU runs around its kernel."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
+    torch.manual_seed(0)
+    sees = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    tree = {"sees": sees, "steps": torch.tensor([0, 1, 1])}
+    tokens = torch.arange
+    segments = [Segment(tokens(5)), Segment(tokens(4)), Segment(tokens(6)), Segment(tokens(7))]
+    segments += [Segment(tokens(3), 0, **tree), Segment(tokens(2), 2), Segment(tokens(1), 2), Segment(tokens(3), 3)]
+    segments += [Segment(tokens(3), 5, **tree), Segment(tokens(3), 7, **tree)]
+    prompts = PackedPrompts(segments)
+    assert prompts.positions[prompts.starts[8] :].tolist()[:3] == [8, 9, 9]
+    query, key, value = torch.randn(3, len(prompts.tokens), 2, 8)
+    expected = packed_attention(prompts, query, key, value, 0.3)
+    torch.testing.assert_close(varlen_attention(prompts, query, key, value, 0.3), expected)
