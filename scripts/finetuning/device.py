@@ -1,6 +1,7 @@
 """What the GPU (or the lack of one) decides: precision, types of weights, how many processes fit, the smallest memory."""
 
 import os
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -79,3 +80,13 @@ def smallest_gpu() -> int | None:
     """Bytes of memory of the smallest GPU that this machine's processes use; None without one."""
     used = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(index).total_memory for index in range(used)), default=None)
+
+
+def main_memory() -> int:
+    """Bytes of this machine's main memory, or of what its control group (a container, a Slurm job) may have."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return installed
+    return min(installed, int(limit)) if limit.isdecimal() else installed

@@ -16,11 +16,13 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.dataset import open_dataset
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
+from finetuning.device import main_memory
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.model_shape import ModelShape
 from finetuning.models.parts import count_parameters, decoder_layers
 from finetuning.models.processing import load_processing_class
 from finetuning.preflight.layer_memory import FusedLayer
+from finetuning.preflight.memory import Job, main_memory_problems
 from finetuning.preflight.planned_step import Batch, Training
 from finetuning.preflight.planner import TEMPLATES
 from finetuning.preflight.recipe_settings import DEFAULTS, read_settings
@@ -243,3 +245,17 @@ def test_a_plan_imports_no_torch(cctv_dataset, tiny_llava):
     code = f"import sys; sys.path.insert(0, 'scripts'); sys.argv = ['plan.py', *{words}]; import plan; plan.main(); print('torch' in sys.modules)"
     done = run_command("-c", code)
     assert done.stdout.rstrip().endswith("False"), done.stderr
+
+
+def test_main_memory_must_hold_what_is_offloaded():
+    zero_3 = Strategy("ZeRO", 3, num_processes=4, offloads=("optimizer", "weights"))
+    job = Job(trained=10**9, frozen=6 * 10**9, quantisable=0, is_lora=True, strategy=zero_3)
+    needed = (2 * 7 + 2 + 12) * 10**9  # weights, gradients, masters and Adam's two numbers, of all four processes
+    assert main_memory_problems(job, needed, 4, on_gpu=True) == []
+    (problem,) = main_memory_problems(job, needed - 1, 4, on_gpu=True)
+    assert "26.1 GiB" in problem and "without offload" in problem
+    plain = dataclasses.replace(job, strategy=Strategy("one process"))
+    assert main_memory_problems(plain, 0, 1, on_gpu=True) == []
+    (problem,) = main_memory_problems(plain, 2**30, 1, on_gpu=False)
+    assert "train on a GPU" in problem
+    assert 0 < main_memory() < 2**50

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
-from finetuning.device import compute_capability, smallest_gpu
+from finetuning.device import compute_capability, main_memory, smallest_gpu
 from finetuning.models.parts import count_parameters
 from finetuning.preflight.features import (
     fp8_problems,
@@ -19,7 +19,13 @@ from finetuning.preflight.features import (
     rate_problems,
     start_problems,
 )
-from finetuning.preflight.memory import bytes_of_optimizer, describe_job, memory_problems, place_without_weights
+from finetuning.preflight.memory import (
+    bytes_of_optimizer,
+    describe_job,
+    main_memory_problems,
+    memory_problems,
+    place_without_weights,
+)
 from finetuning.preflight.precision import precision_problems
 from finetuning.preflight.strategies import image_problems, strategy_problems
 
@@ -73,6 +79,8 @@ def refuse_what_cannot_work(
         job = describe_job(placed, script_args, training_args, model_args)
         problems += processor_problems(training_args, sum(part["total"] for part in counts.values()))
         problems += memory_problems(job, None if training_args.use_cpu else smallest_gpu())
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        problems += main_memory_problems(job, main_memory(), local, on_gpu=not training_args.use_cpu)
     problems += disk_problems(training_args, counts, len(train_rows))
     if problems:
         raise ValueError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -122,6 +122,25 @@ def memory_problems(job: Job, gpu_memory: int | None) -> list[str]:
     ]
 
 
+def main_memory_problems(job: Job, main_memory: int, processes: int, *, on_gpu: bool) -> list[str]:
+    """Why `main_memory` (bytes of this machine) cannot hold what its `processes` keep there: what is offloaded, or all on a CPU."""
+    strategy = job.strategy
+    needs = least_memory(replace(job, strategy=replace(strategy, offloads=())))
+    kept = needs
+    if on_gpu:
+        away = {*strategy.offloads, *(["gradients"] if "optimizer" in strategy.offloads else [])}
+        kept = {name: size for name, size in needs.items() if name in away}
+    needed = processes * sum(kept.values())
+    if needed <= main_memory:
+        return []
+    parts = ", ".join(f"{name} {processes * size / GIB:.1f}" for name, size in kept.items())
+    way = "launch without offload, or on more machines" if on_gpu else "train on a GPU, or take a smaller model"
+    return [
+        f"main memory: this machine's {processes} process{'es' if processes > 1 else ''} must hold at least "
+        f"{needed / GIB:.1f} GiB there ({parts}), and it has {main_memory / GIB:.1f}: {way}"
+    ]
+
+
 def ways_out(job: Job, gpu_memory: int) -> list[str]:
     """What would fit, the least change first."""
     ways = []
