@@ -64,6 +64,10 @@ def read_split(dataset: str, split: str) -> pa.Table:
     for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         with pa.ipc.open_stream(pa.memory_map(str(folder / file["filename"]))) as reader:
             table = reader.read_all()
+        if "messages" not in table.column_names:
+            raise ValueError(
+                f"{dataset}: split {split!r} has no column messages: prepare it with the commands of data_prep/"
+            )
         tables.append(table.select([name for name in ("messages", "images", "image_id") if name in table.column_names]))
     return pa.concat_tables(tables)
 
@@ -160,7 +164,18 @@ def spans_of(text: str) -> list[tuple[int, int]]:
 
 
 def lengths_of(table: pa.Table, counter: RowCounter, *, shares_prefix: bool) -> Lengths:
-    """Lengths of the rows of a table; of sequences of dialogues about one image where `shares_prefix`."""
+    """Lengths of the rows of a table; of sequences of dialogues about one image where `shares_prefix`.
+
+    Raises ValueError for rows that are not as the data contract has them.
+    """
+    try:
+        return count_lengths(table, counter, shares_prefix=shares_prefix)
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise ValueError(f"rows that cannot be counted ({type(error).__name__}: {error}): try check_data.py") from error
+
+
+def count_lengths(table: pa.Table, counter: RowCounter, *, shares_prefix: bool) -> Lengths:
+    """`lengths_of`, of rows as the data contract has them."""
     pictures = pictures_of(table)
     groups = group_rows(table, pictures) if shares_prefix else [[row] for row in range(len(table))]
     characters = pc.utf8_length(pc.struct_field(flat_messages(table), "content"))
