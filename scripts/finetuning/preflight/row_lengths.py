@@ -209,7 +209,7 @@ def row_sums(lists: pa.ChunkedArray, values: pa.Array) -> list[int]:
 
 def pictures_of(table: pa.Table) -> list[int]:
     """Number of pictures of each row."""
-    if "images" not in table.column_names:
+    if "images" not in table.column_names or pa.types.is_null(table.column("images").type):
         return [0] * len(table)
     return [length or 0 for length in pc.list_value_length(table.column("images")).to_pylist()]
 
