@@ -11,8 +11,7 @@ from conftest import ROOT
 from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset
 from finetuning.model_shape import ModelShape
-from finetuning.models.loading import load_config
-from finetuning.models.processing import load_processing_class
+from finetuning.models.processing import load_config, load_processing_class
 from finetuning.preflight.planned_step import Training
 from finetuning.preflight.planner import Workload, make_plan
 from finetuning.preflight.recipe_settings import DEFAULTS
