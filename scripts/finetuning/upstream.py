@@ -146,6 +146,13 @@ ENTRIES = [
     Entry("transformers.modeling_utils.PreTrainedModel", "_no_split_modules", "names what FSDP2 wraps"),
     Entry("deepspeed.runtime.zero.stage_1_and_2", "is_invalid_grad_norm", "never waits for the norm", ("norm",)),
     Entry("deepspeed.runtime.zero.stage3", "is_invalid_grad_norm", "never waits for the norm", ("norm",)),
+    Entry("torch.distributed.checkpoint.filesystem", "pickle", "runs no code that a checkpoint's .metadata holds"),
+    Entry(
+        "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner",
+        "load_bytes",
+        "reads plain values, and runs no code that a file holds",
+        ("read_item, value",),
+    ),
     Entry(ENGINE, "load", "reads tensors, and runs no code that a file holds", ("path, map_location",)),
     Entry(ZERO, "_update_model_bit16_weights", "keeps the views that there are", ("group_index",)),
     Entry(ZERO, "scaled_global_norm", "computes the norm in one launch, on the GPU", ("norm_type",)),

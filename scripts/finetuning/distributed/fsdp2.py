@@ -1,6 +1,9 @@
-"""FSDP2: which modules it wraps, and what it reduces in fp32."""
+"""FSDP2: which modules it wraps, what it reduces in fp32, and how its checkpoints are read."""
 
+import io
+import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -8,6 +11,19 @@ from torch import nn
 
 from finetuning import upstream
 from finetuning.models.parts import base_model_of, frozen_tower_of
+
+# What describes a sharded checkpoint (its `.metadata`), by module. PyTorch pickles it.
+DESCRIBES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.serialization": {"_get_layout"},
+}  # fmt: skip
 
 
 def set_wrap_classes(model: nn.Module) -> None:
@@ -41,3 +57,39 @@ def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
         param_dtype = None if quantised else policy.param_dtype
         exact = replace(policy, param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=None)
         upstream.replace(plugin, "mixed_precision_policy", exact)
+
+
+def read_tensors_only() -> None:
+    """Let PyTorch read sharded checkpoints without running what is pickled in them: their description, and bytes in them."""
+    from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    upstream.replace(filesystem, "pickle", SimpleNamespace(load=load_description, dump=pickle.dump))
+    upstream.replace(DefaultLoadPlanner, "load_bytes", load_bytes_as_values)
+
+
+def load_description(file: io.BufferedIOBase) -> Any:
+    """`pickle.load` of a `.metadata` that builds nothing but what describes a checkpoint. Raises ValueError for more."""
+    return _DescriptionReader(file).load()
+
+
+class _DescriptionReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_type_of_numbers = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name not in DESCRIBES.get(module, ()) and not is_type_of_numbers:
+            raise ValueError(
+                f"a checkpoint's .metadata holds {module}.{name}, which describes no tensor and could run code: continue "
+                "from another checkpoint, or begin anew"
+            )
+        return super().find_class(module, name)
+
+
+def load_bytes_as_values(self: Any, read_item: Any, value: io.BytesIO) -> None:
+    """`DefaultLoadPlanner.load_bytes` with `weights_only`: learning rates and the like are plain values."""
+    from torch.distributed.checkpoint._traverse import set_element
+
+    loaded, name = torch.load(value, weights_only=True), read_item.dest_index.fqn
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+    else:
+        self.state_dict[name] = loaded
