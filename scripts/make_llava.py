@@ -30,6 +30,7 @@ from transformers import (
 from finetuning.families import dialogue_form
 from finetuning.flags import Parser
 from finetuning.models.processing import SAFE, load_config, template_path
+from finetuning.models.published_names import publish
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding, as published
 
@@ -114,6 +115,7 @@ def main() -> None:
     processor.chat_template = template.read_text(encoding="utf-8")
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
+    publish(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters; train its projector first (docs/training.md)")
 
 
