@@ -165,15 +165,18 @@ def test_an_answer_that_changed_on_disk_is_not_scored(tmp_path):
             folder.kept(["tuned"])
 
 
-def test_a_damaged_dataset_is_refused_by_the_name_of_its_file(cctv_dataset):
+def test_a_damaged_dataset_is_refused_by_the_name_of_its_file(cctv_dataset, tmp_path):
+    folder = tmp_path / "cctv"  # tests before this one may have left caches beside the rows that all share
+    shutil.copytree(cctv_dataset, folder, ignore=shutil.ignore_patterns("cache-*"))
+
     def rows() -> DatasetDict:
-        return open_dataset(str(cctv_dataset), vision=True)
+        return open_dataset(str(folder), vision=True)
 
     whole = {split: list(of_split) for split, of_split in rows().items()}
-    assert not [path for path in all_files(cctv_dataset) if path.name.startswith("cache-")]  # nothing is written there
-    for path in all_files(cctv_dataset):
+    assert not [path for path in all_files(folder) if path.name.startswith("cache-")]  # nothing is written there
+    for path in all_files(folder):
         for what, contents in damages(path):
-            name = str(path.relative_to(cctv_dataset))
+            name = str(path.relative_to(folder))
             with damaged(path, contents):
                 if name == "rejects.csv" or (name == MANIFEST and contents is None):
                     assert {split: list(of_split) for split, of_split in rows().items()} == whole
