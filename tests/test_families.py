@@ -190,6 +190,7 @@ def test_a_batch_without_pictures_sees_an_empty_one_and_learns_the_same(folder, 
     assert any(grad.any() for name, grad in loss_and_grads(model, seen)[1].items() if "projector" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
 def test_answers_are_those_of_generate_one_row_at_a_time(adapter, folder, processor):
     model = random_model(folder).eval().requires_grad_(False)

@@ -32,6 +32,7 @@ def in_order(batches, name="tuned"):
     return [answers[row] for row in sorted(answers)]
 
 
+@pytest.mark.slow
 def test_answers_of_both_models_while_batches_overlap(tiny_llava, monkeypatch):
     model, processor = load(tiny_llava, adapter=True)
     rows = vision_rows()
