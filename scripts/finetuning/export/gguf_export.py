@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from finetuning.data.collator import prompt_batch, stop_tokens
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.export.gguf_files import stage, write_mmproj
 from finetuning.export.llama_cpp import Answer, LlamaCpp, ask, convert, quantise, serving
 from finetuning.families import is_vision
 from finetuning.folder_lock import one_at_a_time
+from finetuning.inference.generation import generate_greedily
 from finetuning.manifest import files_in, follow_umask, write_manifest
 from finetuning.models.loading import load_for_inference
 from finetuning.models.processing import load_config
@@ -50,19 +50,14 @@ def reference_answers(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     references = []
     for row in tqdm(rows, desc="Asking the merged model", unit="question"):
-        inputs = prompt_batch(processing_class, [row]).to(model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        output = model.generate(
-            **inputs,
-            do_sample=False,
+        output, length = generate_greedily(
+            model,
+            processing_class,
+            [row],
             max_new_tokens=max_new_tokens,
-            eos_token_id=stop_tokens(processing_class),
-            pad_token_id=tokenizer.pad_token_id,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        length = inputs["input_ids"].shape[1]
         tokens = output.sequences[0, length:].tolist()
         logits = torch.cat(output.logits).double().log_softmax(-1).cpu()
         text = tokenizer.decode(tokens, skip_special_tokens=True).strip()

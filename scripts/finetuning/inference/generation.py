@@ -216,6 +216,31 @@ def answer_batch(
     What `answer_rows` is held against, and what proofs of merged models ask.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    output, length = generate_greedily(
+        model,
+        processing_class,
+        rows,
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        synced_gpus=Strategy.from_environment().shards_weights,  # a process whose answers are done goes on until all are
+    )
+    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def generate_greedily(
+    model: PreTrainedModel,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    **more: Any,
+) -> tuple[Any, int]:
+    """What transformers' `generate` returns for the prompts of `rows`, left-padded, and their length in tokens.
+
+    `more` goes to `generate` as it is.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     inputs = prompt_batch(processing_class, rows).to(model.device)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -225,8 +250,6 @@ def answer_batch(
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(processing_class),
         pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer,
-        synced_gpus=Strategy.from_environment().shards_weights,  # a process whose answers are done goes on until all are
+        **more,
     )
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return output, inputs["input_ids"].shape[1]
