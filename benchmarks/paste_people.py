@@ -32,6 +32,10 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from finetuning import command
+
 DIFFERENT = 32  # of 255: more than light and noise do
 ROWS = {"top": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "bottom": (2 / 3, 1)}
 COLUMNS = {"left": (0, 1 / 3), "center": (1 / 3, 2 / 3), "right": (2 / 3, 1)}
@@ -340,7 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"paste_people.py: {error}")
+    command.run(main)

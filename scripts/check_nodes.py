@@ -8,6 +8,10 @@ there, and add a number up (NCCL where there are GPUs). Exits with 1 and one lin
 within 20 seconds is one.
 """
 
+from finetuning import command  # first: see there
+
+# isort: split
+
 import datetime
 import json
 import os
@@ -96,7 +100,7 @@ def sum_over_nodes(store: dist.Store, rank: int, world: int) -> str | None:
 
 
 def main() -> None:
-    """Check this node and the others, as slurm/train.slurm asks; exit status 1 and every problem of any node otherwise."""
+    """Check this node and the others, as slurm/train.slurm asks. Raises ValueError with every problem of any node."""
     parser = Parser(__doc__)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
@@ -107,11 +111,8 @@ def main() -> None:
         processes = int(os.environ["PROCESSES_PER_NODE"])
         names = os.environ["NODE_NAMES"].split()
     except KeyError as error:
-        sys.exit(f"check_nodes.py: {error.args[0]} is not set: this command is run by slurm/train.slurm")
-    try:
-        script_args, training_args, model_args = parse_arguments(Path(args.script), flags)
-    except ValueError as error:
-        sys.exit(f"check_nodes.py: {error}")
+        raise ValueError(f"{error.args[0]} is not set: this command is run by slurm/train.slurm") from error
+    script_args, training_args, model_args = parse_arguments(Path(args.script), flags)
     gpus = processes if "SLURM_GPUS_ON_NODE" in os.environ else 0
     problems = launch_problems(args.script, args.strategy, world * processes) + gpu_problems(gpus)
     problems += file_problems(
@@ -122,16 +123,15 @@ def main() -> None:
     )
     host = socket.gethostname()
     if rank == 0 and (taken := port_problem(port)):
-        sys.exit("\n".join(f"check_nodes.py: {host}: {problem}" for problem in [taken, *problems]))
+        raise ValueError(lines_of(host, [taken, *problems]))
     try:
         # The first node may be the last to have read its Python files.
         store = dist.TCPStore(address, port, world, rank == 0, 3 * PATIENCE, wait_for_workers=False)
         store.set(f"node-{rank}", json.dumps([host, problems]))
     except RuntimeError as error:
-        sys.exit(f"check_nodes.py: {host} does not reach {address}:{port} ({str(error).splitlines()[0]})")
+        raise ValueError(f"{host} does not reach {address}:{port} ({str(error).splitlines()[0]})") from error
     if rank == 0:
-        if not report(store, names):
-            sys.exit(1)
+        refuse_bad_nodes(store, names)
         store.set("all-there", "yes")
     else:
         try:
@@ -140,26 +140,30 @@ def main() -> None:
             sys.exit(1)  # the first node has said what is wrong
     failure = sum_over_nodes(store, rank, world)
     if failure:
-        sys.exit(f"check_nodes.py: {host}: {failure}")
+        raise ValueError(f"{host}: {failure}")
     if rank == 0:
         print(f"Nodes checked: {world}, {processes} processes each; they reach each other")
     dist.destroy_process_group()
 
 
-def report(store: dist.Store, names: list[str]) -> bool:
-    """Print the problems of all nodes, on the first one; whether there are none."""
+def lines_of(host: str, problems: list[str]) -> str:
+    """A line for each problem of a node, which it names."""
+    return "\n".join(f"{host}: {problem}" for problem in problems)
+
+
+def refuse_bad_nodes(store: dist.Store, names: list[str]) -> None:
+    """Raise ValueError with the problems of all nodes, on the first one."""
     lines = []
     for rank, name in enumerate(names):
         try:
             store.wait([f"node-{rank}"], PATIENCE)
             host, problems = json.loads(store.get(f"node-{rank}"))
-            lines += [f"{host}: {problem}" for problem in problems]
+            lines += [lines_of(host, problems)] if problems else []
         except RuntimeError:
             lines.append(f"{name}: did not reach {os.environ['MASTER_ADDR']} within {PATIENCE.seconds} s")
-    for line in lines:
-        print(f"check_nodes.py: {line}", file=sys.stderr)
-    return not lines
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

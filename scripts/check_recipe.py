@@ -6,11 +6,11 @@ The words of slurm/train.slurm. Prints the dataset, the run's folder, and what e
 all that is wrong otherwise.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetuning import command
 from finetuning.command_line import read_command
 from finetuning.flags import Parser
 from finetuning.strategy import Strategy, launch_problems
@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 
 
 def main() -> None:
-    """Print what the job will do, or end with status 1 and all that is wrong."""
+    """Print what the job will do. Raises ValueError with all that is wrong."""
     parser = Parser(__doc__)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
@@ -34,14 +34,11 @@ def main() -> None:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        sys.exit("check_recipe.py: " + "\n".join(problems))
+        raise ValueError("\n".join(problems))
     from finetuning.arguments import parse_arguments  # PyTorch comes with it, once the words are right
 
-    try:
-        recipe = parse_arguments(RECIPE, words)
-        memory = "" if args.quiet else memory_line(args.strategy, *recipe)
-    except ValueError as error:
-        sys.exit(f"check_recipe.py: {error}")
+    recipe = parse_arguments(RECIPE, words)
+    memory = "" if args.quiet else memory_line(args.strategy, *recipe)
     dataset, run = recipe[0].dataset_name, recipe[1].output_dir
     print(f"{dataset}\n{run}" if args.quiet else f"{args.script} under {args.strategy}: {dataset} -> {run}\n{memory}")
 
@@ -71,4 +68,4 @@ def memory_line(
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -8,7 +8,6 @@ Causes are in scripts/diagnoses.yaml; docs/troubleshooting.md shows all of them.
 a cause known (log), 1 a problem of the machine, or a log that is not understood.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -20,6 +19,9 @@ from importlib import metadata
 from pathlib import Path
 
 import yaml
+
+from finetuning import command
+from finetuning.flags import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DIAGNOSES = Path(__file__).with_name("diagnoses.yaml")
@@ -314,9 +316,9 @@ def hub() -> tuple[str, str, str | None]:
     return "Hub", f"{'token set' if token else 'no token (gated models need HF_TOKEN)'}; {held}", wrong
 
 
-def main() -> int:
-    """Check the machine, or read a log; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Check the machine, or read a log; exit status 1 where something is wrong, or the log is not understood."""
+    parser = Parser(__doc__)
     parser.add_argument("log", nargs="?", help="a log, or - for standard input; without one the machine is checked")
     parser.add_argument("--language", choices=sorted(WORDS), default="en")
     args = parser.parse_args()
@@ -327,16 +329,18 @@ def main() -> int:
             print(f"{'!' if wrong else ' '} {what:22} {found}" + (f"\n    {wrong}" if wrong else ""), flush=True)
         if not problems:
             print(WORDS[args.language]["well"])
-        return 1 if problems else 0
+            return
+        sys.exit(1)
     if args.log != "-" and not Path(args.log).is_file():
-        sys.exit(
-            f"doctor.py: {args.log}: no such file. Expected a log, such as slurm/logs/train-123.log, or - to read a pipe"
+        raise ValueError(
+            f"{args.log}: no such file. Expected a log, such as slurm/logs/train-123.log, or - to read a pipe"
         )
     data = sys.stdin.buffer.read() if args.log == "-" else Path(args.log).read_bytes()
     text, known = describe_log(data.decode("utf-8", errors="replace"), args.language)
     print(text)
-    return 0 if known else 1
+    if not known:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

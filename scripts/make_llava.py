@@ -8,7 +8,10 @@ is drawn at random. The vocabulary gets a token for pictures, and one for paddin
 projector alone, stage 2 goes on with LoRA: docs/training.md has both commands.
 """
 
-import sys
+from finetuning import command  # first: see there
+
+# isort: split
+
 from pathlib import Path
 
 import torch
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the projector's weights")
     args = parser.parse_args()
     if args.output.exists():
-        sys.exit(f"make_llava.py: {args.output} is there already: delete it or choose another --output")
+        raise ValueError(f"{args.output} is there already: delete it or choose another --output")
     refuse_other_parts(args.language_model, args.vision_tower)
     set_seed(args.seed)
     language_model = AutoModelForCausalLM.from_pretrained(args.language_model, use_safetensors=True, **SAFE)
@@ -120,7 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_llava.py: {error}")
+    command.run(main)

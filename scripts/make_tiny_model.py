@@ -18,7 +18,6 @@ import json
 import math
 import os
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -420,11 +419,11 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     args = parser.parse_args()
     if args.pretrain and args.architecture != "llava":
-        sys.exit("make_tiny_model.py: --pretrain is for --architecture llava: leave it out")
+        raise ValueError("--pretrain is for --architecture llava: leave it out")
     if args.text is not None and (args.architecture != "gemma" or not args.text.is_file()):
-        sys.exit(f"make_tiny_model.py: --text {args.text}: expected a file, and --architecture gemma")
+        raise ValueError(f"--text {args.text}: expected a file, and --architecture gemma")
     if (args.output / "config.json").exists():
-        sys.exit(f"make_tiny_model.py: {args.output} holds a model already: delete it or choose another --output")
+        raise ValueError(f"{args.output} holds a model already: delete it or choose another --output")
     set_seed(args.seed)
     model, processing_class = MAKERS[args.architecture](args)
     if args.pretrain:

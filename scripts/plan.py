@@ -9,7 +9,6 @@ in training. Without --gpu it plans for this machine's GPU, or for every kind it
 where something fits, 1 where nothing does or the recipe is wrong.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -18,9 +17,10 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from finetuning.flags import LANGUAGES, positive
+from finetuning import command
+from finetuning.command_line import read_command
+from finetuning.flags import LANGUAGES, Parser, positive
 from finetuning.preflight.planner import Plan, Workload, all_plans, read_workload
-from finetuning.preflight.recipe_settings import read_settings
 from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import Gpu, gpu_named, known_gpus
 from finetuning.strategy import STRATEGIES
@@ -32,6 +32,7 @@ PARTS_IN_KOREAN = {
     "products": "행렬 곱", "attention": "어텐션", "element-wise": "원소별 연산", "4-bit weights": "4비트 풀기",
     "communication": "통신", "waiting for the host": "호스트를 기다림",
 }  # fmt: skip
+RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 STRATEGY_FILES = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
 WORDS = {
     "en": {
@@ -265,10 +266,9 @@ def print_plans(
 
 
 def main() -> None:
+    """Plan the recipe on each GPU that is asked for; exit status 1 where it fits none. Raises ValueError for wrong words."""
     gpus = known_gpus()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="recipe, as in training")
     parser.add_argument("--gpu", nargs="+", choices=[*gpus, "all"], help="kinds of GPU to plan for")
     parser.add_argument("--gpus", type=positive, default=1, help="how many of them (default %(default)s)")
@@ -277,11 +277,9 @@ def main() -> None:
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of what is printed (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print every plan as JSON, in bytes and seconds")
     args, flags = parser.parse_known_args()
-    try:
-        prices = parse_prices(args.price, gpus)
-        workload = read_workload(read_settings(args.config, flags))
-    except ValueError as error:
-        sys.exit(f"plan.py: {error}")
+    prices = parse_prices(args.price, gpus)
+    _, settings = read_command(RECIPE, ["--config", str(args.config), *flags])
+    workload = read_workload(vars(settings))
     here = gpu_of_this_machine() if args.gpu is None else None
     chosen = (
         [here] if here else list(gpus.values()) if args.gpu in (None, ["all"]) else [gpus[name] for name in args.gpu]
@@ -300,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -7,14 +7,15 @@ the recipe's output_dir. Further flags go to every run. slurm/sweep.slurm trains
 """
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import yaml
 
+from finetuning import command
 from finetuning.flags import Parser
+from finetuning.recipe_file import read_yaml, repeated_keys
 
 LONGEST_NAME = 200  # of a folder; file systems take 255 bytes, and a lock beside it has a longer name
 
@@ -23,9 +24,12 @@ def read_grid(path: Path) -> list[dict[str, Any]]:
     """All combinations of a grid, the last key turning fastest. Raises ValueError for anything but keys with lists."""
     if not path.is_file():
         raise ValueError(f"{path}: no such grid")
-    grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    root = read_yaml(path)
+    grid = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise ValueError(f"{path}: expected keys of the recipe with lists of values, such as lora_r: [16, 64]")
+    if root is not None and (repeated := [*repeated_keys(path, root)]):
+        raise ValueError("\n".join(repeated))
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -35,7 +39,10 @@ def words_of(point: dict[str, Any], recipe: str, parent: str | None, flags: list
     for key, value in point.items():
         words += [f"--{key}", *(str(part) for part in (value if isinstance(value, list) else [value]))]
     if parent is None:
-        parent = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["output_dir"]
+        written = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        if not isinstance(written, dict) or "output_dir" not in written:
+            raise ValueError(f"{recipe} says no output_dir: add it, or give --output_dir for all runs")
+        parent = written["output_dir"]
     name = ",".join(f"{key}={as_name(value)}" for key, value in point.items())
     return [*words, "--output_dir", str(Path(parent) / name)]
 
@@ -62,7 +69,7 @@ def folder_problems(points: list[list[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Print one point of the grid as words of a training command, or check every point."""
+    """Print one point of the grid as words of a training command, or check every point. Raises ValueError with all mistakes."""
     parser = Parser(__doc__)
     parser.add_argument("script", help="training command, such as scripts/train_llava.py")
     parser.add_argument("strategy", help="file of accelerate_configs/, without .yaml")
@@ -73,13 +80,10 @@ def main() -> None:
     wanted.add_argument("--count", action="store_true", help="check every point, print how many there are")
     wanted.add_argument("--point", type=int, help="print the words that train this point, one on a line")
     args, flags = parser.parse_known_args()
-    try:
-        points = [words_of(point, args.recipe, args.output_dir, flags) for point in read_grid(args.grid)]
-    except (ValueError, OSError, KeyError) as error:
-        sys.exit(f"sweep.py: {error}")
+    points = [words_of(point, args.recipe, args.output_dir, flags) for point in read_grid(args.grid)]
     if args.point is not None:
         if not 0 <= args.point < len(points):
-            sys.exit(f"sweep.py: {args.grid} has points 0 to {len(points) - 1}, not {args.point}")
+            raise ValueError(f"{args.grid} has points 0 to {len(points) - 1}, not {args.point}")
         print("\n".join([args.script, args.strategy, *points[args.point]]))
         return
     # Only here: a job that asks for its point should not wait for these imports.
@@ -93,9 +97,9 @@ def main() -> None:
         except ValueError as error:
             problems.append(f"point {number}: {error}")
     if problems:
-        sys.exit("sweep.py: " + "\n".join(problems))
+        raise ValueError("\n".join(problems))
     print(len(points) if args.count else "\n".join(f"{n}: {' '.join(words)}" for n, words in enumerate(points)))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,6 +10,7 @@ Exits with 1 when something is damaged or missing, or when there is nothing to c
 import sys
 from pathlib import Path
 
+from finetuning import command
 from finetuning.flags import Parser
 from finetuning.manifest import MANIFEST, has_manifest, manifest_problems
 from finetuning.run_folder import checkpoints, evaluations, read_metrics
@@ -49,8 +50,9 @@ def main() -> None:
         for whole, line in lines:
             all_whole &= whole
             print(line)
-    sys.exit(0 if all_whole else 1)
+    if not all_whole:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

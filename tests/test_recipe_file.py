@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from finetuning.arguments import parse_arguments
+from finetuning.command_line import read_command
 
 GIVEN = "model_name_or_path: models/tiny\ndataset_name: data/tiny\noutput_dir: outputs/try\n"
 RECIPE = ROOT / "scripts" / "configs" / "llava_qlora.yaml"
@@ -73,3 +75,9 @@ def test_values_that_are_meant_well_pass(tmp_path):
     script_args, training_args, _ = parse_arguments(RECIPE, ["--config", str(tmp_path / "recipe.yaml")])
     assert (script_args.checkpoint_layers, training_args.learning_rate) == ("8", 1e-4)
     assert training_args.eval_strategy == "no"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPE.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_is_read_without_pytorch(recipe):
+    _, settings = read_command(RECIPE, ["--config", str(recipe)])
+    assert settings.output_dir == yaml.safe_load(recipe.read_text(encoding="utf-8"))["output_dir"]

@@ -153,6 +153,8 @@ def read_command(
             "hub_token: others can read command lines, recipes and job files. Set HF_TOKEN in the environment, or log in "
             "once with hf auth login"
         )
+    if not settings.model_name_or_path:
+        problems.append("model_name_or_path is not set: expected a folder, or a model's name on the Hub")
     if both_asked_for(argv, written, settings):
         problems.append(
             f"max_steps: {settings.max_steps} and num_train_epochs: {settings.num_train_epochs} say both how long to train, "

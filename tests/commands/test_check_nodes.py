@@ -42,7 +42,7 @@ def test_a_port_that_is_taken_is_told_with_everything_else(monkeypatch, tiny_lla
         f"check_nodes.py: {host}: port {port}, where the nodes are to meet, is taken by another program"
         in result.stderr
     )
-    assert f"check_nodes.py: {host}: {tmp_path / 'no-data-here'}: no dataset here" in result.stderr
+    assert f"\n{host}: {tmp_path / 'no-data-here'}: no dataset here" in result.stderr
 
 
 def test_what_is_wrong_on_one_node_ends_the_check_on_all(tiny_llava, cctv_dataset, tmp_path):

@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT
 
 from finetuning.arguments import parse_arguments
+from finetuning.command_line import flag_parser
 from finetuning.data.dataset import open_dataset
 from finetuning.model_shape import ModelShape
 from finetuning.models.processing import load_config, load_processing_class
 from finetuning.preflight.planned_step import Training
 from finetuning.preflight.planner import Workload, make_plan
-from finetuning.preflight.recipe_settings import DEFAULTS
 from finetuning.preflight.row_lengths import Lengths, Sequence
 from finetuning.preflight.step_time import gpu_named, known_gpus
 from finetuning.run_folder import read_progress
@@ -35,7 +35,7 @@ def test_what_a_log_says_is_compared():
 
 
 def test_steps_epochs_and_the_end_follow_from_rows():
-    settings = DEFAULTS | {
+    settings = {action.dest: action.default for action in flag_parser()._actions} | {
         "model_name_or_path": "x",
         "dataset_name": "y",
         "num_train_epochs": 2.0,

@@ -1,5 +1,6 @@
 """What was planned of a run, beside what it did: refused before weights are loaded, said first, compared at the end."""
 
+import dataclasses
 import datetime
 from pathlib import Path
 from statistics import median
@@ -11,7 +12,6 @@ from accelerate import PartialState
 from finetuning import run_folder
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.preflight.planner import Plan, bits_of, make_plan, read_workload
-from finetuning.preflight.recipe_settings import DEFAULTS
 from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import gpu_named
 from finetuning.strategy import Strategy
@@ -30,7 +30,7 @@ def plan_run(script_args: ScriptArguments, training_args: TrainingArguments, mod
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     gpu = gpu_named(properties.name, properties.total_memory)
     groups = (script_args, training_args, model_args)
-    settings = {name: next(getattr(group, name) for group in groups if hasattr(group, name)) for name in DEFAULTS}
+    settings = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
     settings |= {"optim": training_args.optim.value, "eval_strategy": training_args.eval_strategy.value}
     settings["global_batch_size"] = None  # divided already
     try:
