@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
@@ -23,122 +24,89 @@ from finetuning.tracking import refuse_unknown_trackers
 PLACEMENTS = ["frozen", "lora", "full"]
 
 
+def setting(default: Any, help: str, *, choices: list[str] | None = None) -> Any:
+    """A field of a dataclass that is a flag: its default, what `--help` says, and what it may be."""
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
 @dataclass
 class ScriptArguments:
     """Which data, and what is trained."""
 
     dataset_name: str = field(metadata={"help": "Folder that data_prep wrote, or a Hub dataset with the same columns."})
-    dataset_mixer: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Other prepared folders or Hub datasets whose training rows are mixed in, with a weight each: "
-            '{"data/general": 0.2} takes a fifth of its rows, 2 takes each twice.'
-        },
+    dataset_mixer: dict | str | None = setting(  # noqa: RUF009 - makes a field
+        None,
+        "Other prepared folders or Hub datasets whose training rows are mixed in, with a weight each: "
+        '{"data/general": 0.2} takes a fifth of its rows, 2 takes each twice.',
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_validation_split: str = field(
-        default="validation", metadata={"help": "Split to evaluate on while training."}
+    dataset_train_split: str = setting("train", "Split to train on.")
+    dataset_validation_split: str = setting("validation", "Split to evaluate on while training.")
+    task: str | None = setting(
+        None,
+        "How answers are scored: count, yes_no, choice, short_answer, number or free_text. Unset: what the "
+        "column task says, else what the train answers look like.",
     )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "How answers are scored: count, yes_no, choice, short_answer, number or free_text. Unset: what the "
-            "column task says, else what the train answers look like."
-        },
+    language_model: str = setting("lora", "How the language model is trained.", choices=PLACEMENTS)
+    projector: str = setting("frozen", "How the projector is trained.", choices=PLACEMENTS)
+    vision_tower: str = setting("frozen", "How the vision tower is trained.", choices=PLACEMENTS)
+    image_aspect_ratio: str = setting(
+        "pad",
+        "pad: the whole picture, made square with the mean colour, as LLaVA-1.5 was trained; crop: its "
+        "centre square, as the published processor does (a 4:3 frame loses a quarter of its people).",
+        choices=["pad", "crop"],
     )
-    language_model: str = field(
-        default="lora", metadata={"help": "How the language model is trained.", "choices": PLACEMENTS}
+    image_max_tiles: int | None = setting(
+        None, "LLaVA-NeXT, OneVision: tiles of a picture at most; fewer cost less and see less. Unset: all."
     )
-    projector: str = field(default="frozen", metadata={"help": "How the projector is trained.", "choices": PLACEMENTS})
-    vision_tower: str = field(
-        default="frozen", metadata={"help": "How the vision tower is trained.", "choices": PLACEMENTS}
+    number_loss: str | None = setting(
+        None,
+        "Added to cross entropy where answers are counts: crps, the ranked probability score of the model's "
+        "distribution over all counts, in people; ntl, the number token loss, of digits one by one. Unset: none.",
+        choices=["crps", "ntl"],
     )
-    image_aspect_ratio: str = field(
-        default="pad",
-        metadata={
-            "help": "pad: the whole picture, made square with the mean colour, as LLaVA-1.5 was trained; crop: its "
-            "centre square, as the published processor does (a 4:3 frame loses a quarter of its people).",
-            "choices": ["pad", "crop"],
-        },
+    number_loss_weight: float = setting(0.3, "What number_loss is multiplied by.")
+    eval_answers: int = setting(64, "Validation rows that are answered and scored at each evaluation; 0 for none.")
+    eval_max_new_tokens: int = setting(32, "Longest answer at an evaluation, in tokens.")
+    log_adapter: bool = setting(False, "Store the finished run's adapter in W&B, as an artifact.")
+    fused_lora: bool = setting(
+        True, "Compute LoRA in fewer passes over memory; false: PEFT's own code, which computes the same."
     )
-    image_max_tiles: int | None = field(
-        default=None,
-        metadata={
-            "help": "LLaVA-NeXT, OneVision: tiles of a picture at most; fewer cost less and see less. Unset: all."
-        },
+    base_precision: str | None = setting(
+        None,
+        "fp8_backward: gradients pass through the language model's frozen 16-bit weights in FP8, the forward pass "
+        "stays in 16 bits. Faster on compute capability 8.9 and newer, for one byte more a weight. Unset: 16 bits.",
+        choices=["fp8_backward"],
     )
-    number_loss: str | None = field(
-        default=None,
-        metadata={
-            "help": "Added to cross entropy where answers are counts: crps, the ranked probability score of the model's "
-            "distribution over all counts, in people; ntl, the number token loss, of digits one by one. Unset: none.",
-            "choices": ["crps", "ntl"],
-        },
+    checkpoint_layers: str = setting(
+        "auto",
+        "Decoder layers computed again in the backward pass to save memory: auto (the fewest that fit the "
+        "GPU), all, or a number. Needs gradient_checkpointing: true; without it none are.",
     )
-    number_loss_weight: float = field(default=0.3, metadata={"help": "What number_loss is multiplied by."})
-    eval_answers: int = field(
-        default=64, metadata={"help": "Validation rows that are answered and scored at each evaluation; 0 for none."}
+    cuda_graphs: bool = setting(
+        False,
+        "Text models: launch each pass as one CUDA graph, several times as fast where steps are so small that the "
+        "GPU waits for the host. Needs LoRA on one GPU, and the memory to checkpoint no layer.",
     )
-    eval_max_new_tokens: int = field(default=32, metadata={"help": "Longest answer at an evaluation, in tokens."})
-    log_adapter: bool = field(
-        default=False, metadata={"help": "Store the finished run's adapter in W&B, as an artifact."}
+    share_image_prefix: bool | None = setting(
+        None,
+        "Train all dialogues about an image as one sequence, which pays for the image once; a batch then "
+        "counts images. Unset: where an image has several dialogues.",
     )
-    fused_lora: bool = field(
-        default=True,
-        metadata={"help": "Compute LoRA in fewer passes over memory; false: PEFT's own code, which computes the same."},
+    accept_changes: bool = setting(
+        False,
+        "Continue a run although its data, its base model or its template are no longer those that it was "
+        "begun with; begun_with.json notes it.",
     )
-    base_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "fp8_backward: gradients pass through the language model's frozen 16-bit weights in FP8, the forward pass "
-            "stays in 16 bits. Faster on compute capability 8.9 and newer, for one byte more a weight. Unset: 16 bits.",
-            "choices": ["fp8_backward"],
-        },
+    skip_bad_rows: int = setting(
+        0,
+        "Pass over at most so many rows whose pictures do not decode; the next row stands in for each. They are "
+        "looked for before the start, and kept in skipped_rows.json. 0: the first one ends the training.",
     )
-    checkpoint_layers: str = field(
-        default="auto",
-        metadata={
-            "help": "Decoder layers computed again in the backward pass to save memory: auto (the fewest that fit the "
-            "GPU), all, or a number. Needs gradient_checkpointing: true; without it none are."
-        },
+    dry_run: bool = setting(
+        False,
+        "Check everything, pass the longest batch through the model without its weights, print the plan, and end.",
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={
-            "help": "Text models: launch each pass as one CUDA graph, several times as fast where steps are so small that the "
-            "GPU waits for the host. Needs LoRA on one GPU, and the memory to checkpoint no layer."
-        },
-    )
-    share_image_prefix: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Train all dialogues about an image as one sequence, which pays for the image once; a batch then "
-            "counts images. Unset: where an image has several dialogues."
-        },
-    )
-    accept_changes: bool = field(
-        default=False,
-        metadata={
-            "help": "Continue a run although its data, its base model or its template are no longer those that it was "
-            "begun with; begun_with.json notes it."
-        },
-    )
-    skip_bad_rows: int = field(
-        default=0,
-        metadata={
-            "help": "Pass over at most so many rows whose pictures do not decode; the next row stands in for each. They are "
-            "looked for before the start, and kept in skipped_rows.json. 0: the first one ends the training."
-        },
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Check everything, pass the longest batch through the model without its weights, print the plan, and end."
-        },
-    )
-    overwrite_completed_run: bool = field(
-        default=False, metadata={"help": "Train a completed run anew; its folder is kept under another name."}
-    )
+    overwrite_completed_run: bool = setting(False, "Train a completed run anew; its folder is kept under another name.")
 
     def __post_init__(self):
         self.checkpoint_layers = str(self.checkpoint_layers)  # a recipe's 8 is a number
@@ -178,60 +146,41 @@ def parse_mixer(given: dict | str | None, own: str) -> dict[str, float] | None:
 class TrainingArguments(SFTConfig):
     """TRL's SFTConfig; precision follows the GPU unless the recipe says, and only answers are supervised."""
 
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows a step, over all processes. Set, the recipe computes the same on any number of GPUs: "
-            "per_device_train_batch_size is then the most that one GPU takes at once, and accumulation follows."
-        },
+    global_batch_size: int | None = setting(
+        None,
+        "Rows a step, over all processes. Set, the recipe computes the same on any number of GPUs: "
+        "per_device_train_batch_size is then the most that one GPU takes at once, and accumulation follows.",
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so many evaluations without a better metric_for_best_model; unset: train to the end."
-        },
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a better metric_for_best_model; unset: train to the end."
     )
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 mixed precision; unset: follows the GPU."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest row in tokens; unset: nothing is cut (a cut image cannot be used)."}
+    bf16: bool | None = setting(None, "bf16 mixed precision; unset: follows the GPU.")
+    max_length: int | None = setting(None, "Longest row in tokens; unset: nothing is cut (a cut image cannot be used).")
+    learning_rate_projector: float | None = setting(
+        None, "Learning rate of the projector; unset: learning_rate. LLaVA's recipe: a tenth."
     )
-    learning_rate_projector: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the projector; unset: learning_rate. LLaVA's recipe: a tenth."},
+    learning_rate_vision_tower: float | None = setting(None, "Learning rate of the vision tower; unset: learning_rate.")
+    lora_plus_ratio: float | None = setting(
+        None, "LoRA+: how many times the rate of A the matrices B learn with; 16 in its paper. Unset: 1."
     )
-    learning_rate_vision_tower: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower; unset: learning_rate."}
+    truncate: bool = setting(
+        False, "Cut rows of text that are longer than max_length; without it they are refused by number."
     )
-    lora_plus_ratio: float | None = field(
-        default=None,
-        metadata={"help": "LoRA+: how many times the rate of A the matrices B learn with; 16 in its paper. Unset: 1."},
-    )
-    truncate: bool = field(
-        default=False,
-        metadata={"help": "Cut rows of text that are longer than max_length; without it they are refused by number."},
-    )
-    assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise the assistant's turns only."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "A loss that is not finite stops the run; looking for one again would stall the GPU."},
+    assistant_only_loss: bool = setting(True, "Supervise the assistant's turns only.")
+    logging_nan_inf_filter: bool = setting(
+        False, "A loss that is not finite stops the run; looking for one again would stall the GPU."
     )
 
-    dataloader_persistent_workers: bool = field(
-        default=True,
-        metadata={"help": "Loader processes live on from epoch to epoch, and read the next one's first batches ahead."},
+    dataloader_persistent_workers: bool = setting(
+        True, "Loader processes live on from epoch to epoch, and read the next one's first batches ahead."
     )
-    ddp_broadcast_buffers: bool = field(
-        default=False,
-        metadata={
-            "help": "DDP: send the first process's buffers to all before each forward pass. Nothing changes them here, and "
-            "the processes would wait for each other."
-        },
+    ddp_broadcast_buffers: bool = setting(
+        False,
+        "DDP: send the first process's buffers to all before each forward pass. Nothing changes them here, and "
+        "the processes would wait for each other.",
     )
-    ddp_bucket_cap_mb: int | None = field(
-        default=200,
-        metadata={
-            "help": "DDP: gradients averaged in one message. Each message slows the products beside it: few are best."
-        },
+    ddp_bucket_cap_mb: int | None = setting(
+        200, "DDP: gradients averaged in one message. Each message slows the products beside it: few are best."
     )
 
     @property
@@ -283,20 +232,16 @@ class TrainingArguments(SFTConfig):
 class ModelArguments(ModelConfig):
     """TRL's ModelConfig; weights follow the run's precision unless the recipe says."""
 
-    dtype: str | None = field(
-        default="auto",
-        metadata={
-            "help": "Type of the base weights; auto: the 16-bit type of the run, float32 where they are trained.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    dtype: str | None = setting(
+        "auto",
+        "Type of the base weights; auto: the 16-bit type of the run, float32 where they are trained.",
+        choices=["auto", "bfloat16", "float16", "float32"],
     )
-    init_lora_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "How LoRA begins. Unset: A random, B zero; gaussian, orthogonal: PEFT's other draws; pissa, "
-            "pissa_niter_16 (faster), olora: from the base's largest directions, saved as plain LoRA of twice the rank.",
-            "choices": ["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"],
-        },
+    init_lora_weights: str | None = setting(
+        None,
+        "How LoRA begins. Unset: A random, B zero; gaussian, orthogonal: PEFT's other draws; pissa, "
+        "pissa_niter_16 (faster), olora: from the base's largest directions, saved as plain LoRA of twice the rank.",
+        choices=["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"],
     )
 
 
