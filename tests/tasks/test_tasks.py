@@ -22,7 +22,7 @@ def question(reference: str, text: str = "?", references: list[str] | None = Non
 
 
 def summary(task, questions, answers):
-    return task.summarise(questions, answers, task.scores(questions, answers))
+    return task.summarise(task.scores(questions, answers))
 
 
 @pytest.mark.parametrize(

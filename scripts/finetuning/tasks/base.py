@@ -21,7 +21,10 @@ from finetuning.pages import Say, Table
 MODELS = ("base", "tuned")
 Question = Mapping[str, Any]
 Words = tuple[str, str]  # English, Korean
+Questions, Answers, Scores = Sequence[Question], Sequence[str], Sequence[dict[str, float]]
 Summary = dict[str, float | int | None]
+Trivial = tuple[str, Words]  # an answer, what to call it
+COMMONEST: Words = ("commonest in train", "학습 데이터에서 가장 흔함")
 LINE_KEYS = ("row", "image_id", "question", "reference", "references")
 
 
@@ -66,16 +69,21 @@ class Task:
 
     def turn(self, row: Question) -> int:
         """Place of the answer in `messages` that is asked for: the first one. Raises Unscorable."""
-        for place, message in enumerate(row["messages"]):
+        messages = row["messages"]
+        for place, message in enumerate(messages):
             if message["role"] == "assistant" and place and message["content"].strip():
+                self.refuse_reference(messages[place - 1]["content"], message["content"])
                 return place
         raise Unscorable("no answer with text follows a question")
+
+    def refuse_reference(self, question: str, reference: str) -> None:
+        """Raise Unscorable where a row's own answer is none that this task reads."""
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         """Numbers of one answer: at least one for each of `measures`, by its key."""
         raise NotImplementedError
 
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         """What one would answer without looking, read off the train split: key -> (answer, what to call it)."""
         raise NotImplementedError
 
@@ -83,27 +91,19 @@ class Task:
         """How an answer was understood, for people."""
         raise NotImplementedError
 
-    def scores(self, questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, float]]:
+    def scores(self, questions: Questions, answers: Answers) -> list[dict[str, float]]:
         """`score` of each question and its answer."""
         return [self.score(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
-    def summarise(
-        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
-    ) -> Summary:
+    def summarise(self, scores: Scores) -> Summary:
         """`n`, and the mean of each number of `scores` over the answers that have it."""
         keys = dict.fromkeys(key for score in scores for key in score)
         return {"n": len(scores)} | {key: statistics.fmean(s[key] for s in scores if key in s) for key in keys}
 
-    def metrics(
-        self,
-        questions: Sequence[Question],
-        answers: Sequence[str],
-        scores: Sequence[dict[str, float]],
-        train: Sequence[Question],
-    ) -> dict[str, float]:
+    def metrics(self, questions: Questions, answers: Answers, scores: Scores, train: Questions) -> dict[str, float]:
         """Metrics of an evaluation while training, `<task>_<number>`; beside the first measure, each trivial answer's."""
         first = self.measures[0].key
-        summary = self.summarise(questions, answers, scores)
+        summary = self.summarise(scores)
         metrics = {f"{self.name}_{key}": value for key, value in summary.items() if value is not None}
         for key, (answer, _) in self.trivial_answers(train).items():
             trivial = self.scores(questions, [answer] * len(questions))
@@ -145,9 +145,7 @@ class Task:
         values = [value for key, value in metrics.items() if key.startswith(start)]
         return None if not values else min(values) if measure.lower_is_better else max(values)
 
-    def table(
-        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
-    ) -> dict[str, list[Any]]:
+    def table(self, questions: Questions, answers: Answers, scores: Scores) -> dict[str, list[Any]]:
         """Columns for the trackers, beside the pictures and the questions: truth, answer, and how good it is."""
         return {
             "truth": [self.truth(question) for question in questions],
@@ -177,7 +175,7 @@ class Task:
         names = dict(labels) | {key: say(*words) for key, (_, words) in trivial.items()}
         given = dict(answers) | {key: [answer] * len(asked.questions) for key, (answer, _) in trivial.items()}
         scores = {model: self.scores(asked.questions, texts) for model, texts in given.items()}
-        summaries = {model: self.summarise(asked.questions, given[model], scores[model]) for model in given}
+        summaries = {model: self.summarise(scores[model]) for model in given}
         called = {key: names[key] for key in trivial}
         return Findings(
             title=say(*self.title),
@@ -312,6 +310,12 @@ def describe_questions(asked: Asked, say: Say) -> str:
         + (f"; 그중 {copies:,}장은 다른 사진과 거의 같아 하나로 셉니다" if copies else "")
         + (f"; 채점하지 않은 행 {others:,}개" if others else ""),
     )
+
+
+def always(answer: str, why: Words, *, shown: str | None = None) -> Trivial:
+    """A trivial answer and what to call it: `always red (commonest in train)`; `shown` stands for the answer there."""
+    shown = shown or answer
+    return answer, (f"always {shown} ({why[0]})", f"항상 {shown} ({why[1]})")
 
 
 def commonest(values: Sequence[Any]) -> Any | None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from finetuning.pages import Say
 from finetuning.tasks.answer_text import answer_forms, normalise, without_copula
-from finetuning.tasks.base import Measure, Question, Summary, Task, Unscorable, Words, commonest
+from finetuning.tasks.base import COMMONEST, Measure, Question, Questions, Task, Trivial, Unscorable, always, commonest
 
 CIRCLED = {chr(ord("①") + number): str(number + 1) for number in range(20)}
 # "A. red", "(B) green", "C: blue", "1) one", "① one", "가. 하나": a label, then its text up to the next label or line.
@@ -84,44 +84,25 @@ class Choice(Task):
         "아무거나 고를 때: 1 / 보기 수의 평균입니다. 보기에 없는 답은 틀린 답입니다.",
     )
 
-    def turn(self, row: Question) -> int:
-        turn = super().turn(row)
-        options = read_options(row["messages"][turn - 1]["content"])
+    def refuse_reference(self, question: str, reference: str) -> None:
+        options = read_options(question)
         if not options:
             raise Unscorable("its question lists no options")
-        if parse_choice(row["messages"][turn]["content"], options) is None:
+        if parse_choice(reference, options) is None:
             raise Unscorable("its answer is none of the question's options")
-        return turn
 
     def chosen(self, question: Question, answer: str) -> str | None:
         """The letter that an answer chooses; None where it is not to be told."""
         return parse_choice(answer, read_options(question["question"]))
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
-        chosen = self.chosen(question, answer)
-        return {"accuracy": float(chosen is not None and chosen == self.chosen(question, question["reference"]))}
+        chosen, options = self.chosen(question, answer), read_options(question["question"])
+        right = chosen is not None and chosen == self.chosen(question, question["reference"])
+        return {"accuracy": float(right), "unread": float(chosen is None), "chance": 1 / len(options)}
 
-    def summarise(
-        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
-    ) -> Summary:
-        unread = [self.chosen(question, answer) is None for question, answer in zip(questions, answers, strict=True)]
-        chances = [1 / len(read_options(question["question"])) for question in questions]
-        number = len(unread)
-        return super().summarise(questions, answers, scores) | {
-            "unread": sum(unread) / number,
-            "chance": sum(chances) / number,
-        }
-
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         label = commonest([self.chosen(question, question["reference"]) for question in train])
-        if label is None:
-            return {}
-        return {
-            "train_commonest": (
-                label,
-                (f"always {label} (commonest in train)", f"항상 {label} (학습 데이터에서 가장 흔함)"),
-            )
-        }
+        return {} if label is None else {"train_commonest": always(label, COMMONEST)}
 
     def remark(self, question: Question, answer: str, say: Say) -> str:
         chosen = self.chosen(question, answer)

@@ -11,11 +11,16 @@ from finetuning.evaluation.verdict import judge
 from finetuning.pages import Say, Table
 from finetuning.tasks.base import (
     MODELS,
+    Answers,
     Asked,
     Measure,
     Question,
+    Questions,
+    Scores,
     Task,
+    Trivial,
     Unscorable,
+    always,
     describe_questions,
 )
 from finetuning.tasks.count_parser import parse_count
@@ -60,12 +65,12 @@ class Count(Task):
             "exact": float(count == question["count"]),
         }
 
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, tuple[str, str]]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         counts = image_counts(train)
         if not counts:
             return {}
         return {
-            key: (str(guess), (f"always {guess} ({key.replace('_', ' ')})", f"항상 {guess} ({KOREAN_GUESSES[key]})"))
+            key: always(str(guess), (key.replace("_", " "), KOREAN_GUESSES[key]))
             for key, guess in trivial_guesses(counts).items()
         }
 
@@ -86,13 +91,7 @@ class Count(Task):
             f"{count}명으로 읽음, {f'{off}명 틀림' if off else '맞음'}",
         )
 
-    def metrics(
-        self,
-        questions: Sequence[Question],
-        answers: Sequence[str],
-        scores: Sequence[dict[str, float]],
-        train: Sequence[Question],
-    ) -> dict[str, float]:
+    def metrics(self, questions: Questions, answers: Answers, scores: Scores, train: Questions) -> dict[str, float]:
         """`count_...`: the numbers of `score_counts`, and `count_mae_train_median`, `count_mae_train_mean`.
 
         Those two are what always answering the median or mean of the train counts would cost: below these lines a model
@@ -120,9 +119,7 @@ class Count(Task):
         comparison = "better than" if error < baseline else "no better than"
         return f"{text}: {comparison} always answering the training median ({baseline:.2f})"
 
-    def table(
-        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
-    ) -> dict[str, list[Any]]:
+    def table(self, questions: Questions, answers: Answers, scores: Scores) -> dict[str, list[Any]]:
         return {
             "truth": [question["count"] for question in questions],
             "answer": list(answers),

@@ -1,9 +1,9 @@
 """The task `free_text`: sentences. What is scored is shared words, which says little of what is true."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from finetuning.pages import Say
-from finetuning.tasks.base import Measure, Question, Task, Words
+from finetuning.tasks.base import Measure, Question, Questions, Task, Trivial, always
 from finetuning.tasks.text_scores import rouge_l, token_f1
 
 TYPICAL_OF = 40  # train answers among which the most typical one is looked for
@@ -38,19 +38,14 @@ class FreeText(Task):
             "words": float(len(answer.split())),
         }
 
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         """The train answer that shares most words with the others: more than the commonest, which may occur once."""
         answers = [question["reference"] for question in train[:: max(1, len(train) // TYPICAL_OF)]][:TYPICAL_OF]
         if not answers:
             return {}
         answer = max(answers, key=lambda answer: sum(token_f1(answer, other) for other in answers))
         shown = answer if len(answer) <= 40 else answer[:39] + "…"
-        return {
-            "train_typical": (
-                answer,
-                (f"always {shown!r} (typical of train)", f"항상 {shown!r} (학습 데이터에 전형적)"),
-            )
-        }
+        return {"train_typical": always(answer, ("typical of train", "학습 데이터에 전형적"), shown=repr(shown))}
 
     def is_right(self, score: Mapping[str, float]) -> bool:
         return score["token_f1"] == 1

@@ -3,11 +3,10 @@
 import re
 import statistics
 import unicodedata
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from finetuning.pages import Say
-from finetuning.tasks.base import Measure, Question, Summary, Task, Unscorable, Words
+from finetuning.tasks.base import Measure, Question, Questions, Scores, Summary, Task, Trivial, Unscorable, always
 from finetuning.tasks.count_parser import parse_count
 
 # Unit -> (what it measures, how many of that quantity's first unit it is). Other words after a number (3 red cars, 3대)
@@ -115,11 +114,9 @@ class Number(Task):
         "않은 답을 0이라고 답한 것으로 칩니다.",
     )
 
-    def turn(self, row: Question) -> int:
-        turn = super().turn(row)
-        if parse_number(row["messages"][turn]["content"]) is None:
+    def refuse_reference(self, question: str, reference: str) -> None:
+        if parse_number(reference) is None:
             raise Unscorable("its answer does not state one number")
-        return turn
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
         truth = parse_number(question["reference"])
@@ -136,14 +133,12 @@ class Number(Task):
             scores |= {"mae": error} | ({"relative_error": error / abs(right)} if right else {})
         return scores
 
-    def summarise(
-        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
-    ) -> Summary:
+    def summarise(self, scores: Scores) -> Summary:
         errors = [score["mae"] for score in scores if "mae" in score]
-        means = {"mae": None, "relative_error": None} | super().summarise(questions, answers, scores)
+        means = {"mae": None, "relative_error": None} | super().summarise(scores)
         return means | {"median_error": statistics.median(errors) if errors else None}
 
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         values = []
         for question in train:
             truth = parse_number(question["reference"])
@@ -151,7 +146,7 @@ class Number(Task):
         if not values:
             return {}
         middle = f"{statistics.median_low(values):g}"
-        return {"train_median": (middle, (f"always {middle} (train median)", f"항상 {middle} (학습 데이터의 중앙값)"))}
+        return {"train_median": always(middle, ("train median", "학습 데이터의 중앙값"))}
 
     def remark(self, question: Question, answer: str, say: Say) -> str:
         truth = parse_number(question["reference"])

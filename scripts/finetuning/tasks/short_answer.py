@@ -1,10 +1,10 @@
 """The task `short_answer`: a word or a few, such as a name, a colour, a text in a picture; one or more references."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from finetuning.pages import Say
 from finetuning.tasks.answer_text import same_answer
-from finetuning.tasks.base import Measure, Question, Task, Words, commonest
+from finetuning.tasks.base import COMMONEST, Measure, Question, Questions, Task, Trivial, always, commonest
 from finetuning.tasks.text_scores import ENOUGH_REFERENCES, anls, vqa_accuracy, vqa_punctuation, vqa_words
 
 
@@ -43,12 +43,9 @@ class ShortAnswer(Task):
             scores |= {"accuracy": vqa, "vqa_accuracy": vqa}
         return scores
 
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         answer = commonest([question["reference"] for question in train])
-        if answer is None:
-            return {}
-        words = (f"always {answer!r} (commonest in train)", f"항상 {answer!r} (학습 데이터에서 가장 흔함)")
-        return {"train_commonest": (answer, words)}
+        return {} if answer is None else {"train_commonest": always(answer, COMMONEST, shown=repr(answer))}
 
     def is_right(self, score: Mapping[str, float]) -> bool:
         return score["exact"] == 1

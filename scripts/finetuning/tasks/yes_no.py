@@ -2,10 +2,9 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 from finetuning.pages import Say
-from finetuning.tasks.base import Measure, Question, Summary, Task, Unscorable, Words, commonest
+from finetuning.tasks.base import Measure, Question, Questions, Scores, Summary, Task, Trivial, Unscorable, commonest
 
 YES = re.compile(
     r"^(?:(?:the )?answer(?: is)?:? )?(?:yes|yeah|yep|yup|true|correct)\b"
@@ -49,34 +48,26 @@ class YesNo(Task):
         "답이 시작하는 말로 판정합니다. 예나 아니요로 시작하지 않는 답은 틀린 답입니다.",
     )
 
-    def turn(self, row: Question) -> int:
-        turn = super().turn(row)
-        if parse_yes_no(row["messages"][turn]["content"]) is None:
+    def refuse_reference(self, question: str, reference: str) -> None:
+        if parse_yes_no(reference) is None:
             raise Unscorable("its answer begins with neither yes nor no")
-        return turn
 
     def score(self, question: Question, answer: str) -> dict[str, float]:
-        return {"accuracy": float(parse_yes_no(answer) is parse_yes_no(question["reference"]))}
+        said, true = parse_yes_no(answer), parse_yes_no(question["reference"])
+        yes = {"yes_share": float(said is True), "true_yes_share": float(true is True), "unread": float(said is None)}
+        return {"accuracy": float(said is true)} | yes
 
-    def summarise(
-        self, questions: Sequence[Question], answers: Sequence[str], scores: Sequence[dict[str, float]]
-    ) -> Summary:
-        said = [parse_yes_no(answer) for answer in answers]
-        true = [parse_yes_no(question["reference"]) for question in questions]
-        hits = sum(s is True and t for s, t in zip(said, true, strict=True))
-        precision, recall = (hits / max(sum(map(bool, part)), 1) for part in (said, true))
-        return super().summarise(questions, answers, scores) | {
-            "precision": precision,
-            "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-            "yes_share": sum(map(bool, said)) / len(said),
-            "true_yes_share": sum(map(bool, true)) / len(true),
-            "unread": said.count(None) / len(said),
-        }
+    def summarise(self, scores: Scores) -> Summary:
+        hits = sum(score["yes_share"] and score["true_yes_share"] for score in scores)
+        precision, recall = (
+            hits / max(sum(score[key] for score in scores), 1) for key in ("yes_share", "true_yes_share")
+        )
+        f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+        return super().summarise(scores) | {"precision": precision, "recall": recall, "f1": f1}
 
-    def trivial_answers(self, train: Sequence[Question]) -> dict[str, tuple[str, Words]]:
+    def trivial_answers(self, train: Questions) -> dict[str, Trivial]:
         answer = commonest(["yes" if parse_yes_no(question["reference"]) else "no" for question in train])
-        trivial: dict[str, tuple[str, Words]] = {"always_yes": ("yes", ("always yes", "항상 예"))}
+        trivial: dict[str, Trivial] = {"always_yes": ("yes", ("always yes", "항상 예"))}
         if answer == "no":
             trivial["train_commonest"] = (
                 "no",
