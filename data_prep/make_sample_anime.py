@@ -8,13 +8,12 @@ each that must be rejected: an anime_id twice, a name twice, a row that is cut o
 seed gives the same bytes.
 """
 
-import argparse
 import csv
 import io
 import random
 from pathlib import Path
 
-from preparing import command
+from preparing import Parser, command
 from preparing.dataset_writer import refuse_existing_output
 
 COLUMNS = [
@@ -167,7 +166,7 @@ def draw_row(anime_id: int, name: str, english_name: str, other_name: str, choos
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the CSV file; must not exist yet")
     parser.add_argument("--titles", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from preparing import command
+from preparing import Parser, command
 from preparing.dataset_writer import refuse_existing_output
 
 MAX_PEOPLE = 20
@@ -165,7 +165,7 @@ def parse_num_frames(text: str) -> int:
 
 def main() -> None:
     """Draw the frames, and write labels.csv and messages.txt beside them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--frames", type=parse_num_frames, default=400, help="how many (default %(default)s)")
     parser.add_argument("--size", type=parse_size, default=(160, 120), metavar="WxH", help="default 160x120")

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import pyarrow
 
-from preparing import command
+from preparing import Parser, command
 from preparing.anime_table import Title, open_table, read_titles
 from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.ledger import Ledger
@@ -239,7 +239,7 @@ def find_leaks(splits: dict[str, list[dict[str, Any]]], series_by_id: dict[int, 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked as far as it can be without reading the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--csv", type=Path, required=True, help="the table, as downloaded")
     parser.add_argument(
         "--columns",

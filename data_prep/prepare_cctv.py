@@ -210,9 +210,7 @@ def describe_labels(path: Path, labels: Labels) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--frames", type=Path, required=True, help="folder of images, one subfolder per video if several"
     )

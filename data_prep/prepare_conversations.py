@@ -34,7 +34,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from preparing import command
+from preparing import Parser, command
 from preparing.conversations import (
     IMAGES_FEATURE,
     MESSAGES_FEATURE,
@@ -461,9 +461,7 @@ def make_row(
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="file (.json .jsonl .csv), folder or Hub name")
     parser.add_argument("--input_split", default="train", help="split of a folder or Hub dataset (default %(default)s)")
     parser.add_argument("--images", type=Path, help="folder that the names of images are looked up in")

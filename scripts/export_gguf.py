@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from finetuning import command
-from finetuning.flags import positive
+from finetuning.flags import Parser, positive
 from finetuning.model_files import config_of
 
 
@@ -81,9 +81,7 @@ def describe(report: dict) -> str:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a merged folder, such as models/llava-merged")
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/llava-gguf")
     parser.add_argument("--llama_cpp", type=Path, required=True, help="a checkout of llama.cpp, built")

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from finetuning import command
-from finetuning.flags import LANGUAGES, add_answering_flags, positive
+from finetuning.flags import LANGUAGES, Parser, add_answering_flags, positive
 from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, read_count_settings
 
@@ -134,9 +134,7 @@ def main(options: argparse.Namespace) -> None:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="a base (folder or Hub name), outputs/<run>, or a merged folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=positive, default=8000, help="(default %(default)s)")

@@ -7,9 +7,11 @@ who can change a file can change the manifest. It reads as fast as memory does, 
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,21 @@ def _hash_of(described: Any) -> str:
     """`xxh3_128` of `{"size", "xxh3_128"}`; "" for anything else."""
     names = set(described) if isinstance(described, dict) else set()
     return names.difference({"size"}).pop() if "size" in names and len(names) == 2 else ""
+
+
+@contextmanager
+def made_whole(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, which becomes it with its manifest at the end; nothing stays where the block raises."""
+    unfinished = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        follow_umask(files_in(unfinished))
+        write_manifest(unfinished)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def follow_umask(paths: Iterable[Path]) -> None:

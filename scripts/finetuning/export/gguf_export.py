@@ -17,7 +17,7 @@ from finetuning.export.llama_cpp import Answer, LlamaCpp, ask, convert, quantise
 from finetuning.families import is_vision
 from finetuning.folder_lock import one_at_a_time
 from finetuning.inference.generation import generate_greedily
-from finetuning.manifest import files_in, follow_umask, write_manifest
+from finetuning.manifest import made_whole
 from finetuning.models.loading import load_for_inference
 from finetuning.models.processing import load_config
 from finetuning.run_folder import write_json
@@ -148,62 +148,53 @@ def export(
     config = load_config(str(model_folder), "main")
     vision = is_vision(config)
     exam = open_exam(dataset_name, split, questions, vision=vision)
-    unfinished = output.with_name(output.name + ".unfinished")
-    with one_at_a_time(output, "an export"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
-            # Files
-            staged, files = unfinished / "staged", {"f16": unfinished / "model-f16.gguf"}
-            stage(model_folder, staged)
-            convert(llama_cpp, staged, files["f16"])
-            for kind in tqdm(kinds, desc="Quantising", unit="file"):
-                files[kind] = unfinished / f"model-{kind}.gguf"
-                quantise(llama_cpp, files["f16"], files[kind], kind)
-            model, processing_class = load_for_inference(str(model_folder))
-            mmproj = unfinished / "mmproj-f16.gguf" if vision else None
-            if mmproj is not None:
-                write_mmproj(model_folder, model.config, processing_class, mmproj)
+    with one_at_a_time(output, "an export"), made_whole(output) as unfinished:
+        # Files
+        staged, files = unfinished / "staged", {"f16": unfinished / "model-f16.gguf"}
+        stage(model_folder, staged)
+        convert(llama_cpp, staged, files["f16"])
+        for kind in tqdm(kinds, desc="Quantising", unit="file"):
+            files[kind] = unfinished / f"model-{kind}.gguf"
+            quantise(llama_cpp, files["f16"], files[kind], kind)
+        model, processing_class = load_for_inference(str(model_folder))
+        mmproj = unfinished / "mmproj-f16.gguf" if vision else None
+        if mmproj is not None:
+            write_mmproj(model_folder, model.config, processing_class, mmproj)
 
-            # Proof: the merged model, then each file by llama.cpp itself
-            references = reference_answers(model, processing_class, exam.questions, max_new_tokens)
-            report = {
-                "model": str(model_folder),
-                "llama_cpp": llama_cpp.version,
-                "merged_model": {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type},
-                "dataset": dataset_name,
-                "split": split,
-                "least_equal": LEAST_EQUAL,
+        # Proof: the merged model, then each file by llama.cpp itself
+        references = reference_answers(model, processing_class, exam.questions, max_new_tokens)
+        report = {
+            "model": str(model_folder),
+            "llama_cpp": llama_cpp.version,
+            "merged_model": {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type},
+            "dataset": dataset_name,
+            "split": split,
+            "least_equal": LEAST_EQUAL,
+        }
+        report["merged_model"]["scores"] = scores_of(exam, [reference.text for reference in references])
+        del model
+        gc.collect()
+        context = max(reference.prompt_tokens for reference in references) + max_new_tokens + ROOM
+        answers = {}
+        for kind, file in files.items():
+            with serving(llama_cpp, file, mmproj, context, unfinished / "server.log") as client:
+                answers[kind] = ask(client, exam.questions, max_new_tokens, f"Asking {file.name}")
+        report["files"] = {
+            kind: {
+                "file": file.name,
+                "size": file.stat().st_size,
+                **compare(references, answers[kind]),
+                "scores": scores_of(exam, [answer.text for answer in answers[kind]]),
             }
-            report["merged_model"]["scores"] = scores_of(exam, [reference.text for reference in references])
-            del model
-            gc.collect()
-            context = max(reference.prompt_tokens for reference in references) + max_new_tokens + ROOM
-            answers = {}
-            for kind, file in files.items():
-                with serving(llama_cpp, file, mmproj, context, unfinished / "server.log") as client:
-                    answers[kind] = ask(client, exam.questions, max_new_tokens, f"Asking {file.name}")
-            report["files"] = {
-                kind: {
-                    "file": file.name,
-                    "size": file.stat().st_size,
-                    **compare(references, answers[kind]),
-                    "scores": scores_of(exam, [answer.text for answer in answers[kind]]),
-                }
-                for kind, file in files.items()
-            }
-            check_proof(report)
-            report["answers"] = [
-                {"question": fact["question"], "reference": fact["reference"], "merged": reference.text}
-                | {kind: answers[kind][place].text for kind in files}
-                for place, (fact, reference) in enumerate(zip(exam.facts, references, strict=True))
-            ]
-            shutil.rmtree(staged)
-            (unfinished / "server.log").unlink()
-            write_json(unfinished / "export_report.json", report)
-            follow_umask(files_in(unfinished))
-            write_manifest(unfinished)
-            unfinished.rename(output)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for kind, file in files.items()
+        }
+        check_proof(report)
+        report["answers"] = [
+            {"question": fact["question"], "reference": fact["reference"], "merged": reference.text}
+            | {kind: answers[kind][place].text for kind in files}
+            for place, (fact, reference) in enumerate(zip(exam.facts, references, strict=True))
+        ]
+        shutil.rmtree(staged)
+        (unfinished / "server.log").unlink()
+        write_json(unfinished / "export_report.json", report)
     return report

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
 from finetuning.export.merging import (
@@ -28,7 +30,7 @@ from finetuning.export.merging import (
 from finetuning.failures import writing
 from finetuning.families import is_vision
 from finetuning.folder_lock import one_at_a_time
-from finetuning.manifest import files_in, follow_umask, write_manifest
+from finetuning.manifest import made_whole
 from finetuning.model_card import write_model_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
 from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
@@ -52,26 +54,30 @@ def choose_device(num_bytes: int) -> str:
     return "cpu"
 
 
-def merge(
-    run: Path,
-    output: Path,
-    arguments: dict,
-    *,
-    dtype_name: str | None,
-    rows: int,
-    max_shard_size: str,
-    accept_changes: bool = False,
-) -> dict:
-    """The merged model in `output`, its report and card; `arguments` are the run's. Returns the report.
+@dataclass(frozen=True)
+class Parts:
+    """What is merged, and how: found before any weights are loaded."""
 
-    Raises ValueError where it does not fit, where another process does it, where run, base or data are not what was
-    trained, or where the merge is not proven: nothing is left behind then.
-    """
-    with one_at_a_time(output, "a merge"), writing(output, SafetensorError):
-        data = find_again(run, arguments.get("dataset_name", "")) or None
-        changes = refuse_changed_run(run, arguments, adapter_base(run), data, accept_changes=accept_changes)
-        accepted = {"accepted_changes": changes} if changes else {}
-        return merge_alone(run, output, arguments, dtype_name, rows, max_shard_size, accepted)
+    base: str
+    revision: str
+    dtype: torch.dtype
+    device: str
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase
+    probes: list[dict]
+
+
+def find_parts(run: Path, output: Path, arguments: dict, dtype_name: str | None, rows: int) -> Parts:
+    """Base, precision, device and questions of a merge. Raises ValueError where it cannot be done, or does not fit."""
+    adapter = PeftConfig.from_pretrained(run)
+    check_adapter_is_complete(run, adapter.modules_to_save or [])
+    base, revision = adapter_base(run), arguments.get("model_revision", "main")
+    config = load_config(base, revision)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{base}: this base is stored quantised, and merging into it would lose what was trained")
+    dtype = getattr(torch, dtype_name) if dtype_name else dtype_of_run(arguments)
+    device = where_it_fits(output, num_weights(config) * dtype.itemsize)
+    probes = make_probes(is_vision(config), find_again(run, arguments.get("dataset_name", "")) or None, rows)
+    return Parts(base, revision, dtype, device, load_saved_processing_class(run), probes)
 
 
 def answers_of(
@@ -108,81 +114,83 @@ def load_with_adapter(run: Path, base: str, dtype: torch.dtype, device: str, rev
     return model
 
 
-def merge_alone(
+def save_merged(model: PeftModel, parts: Parts, folder: Path, max_shard_size: str) -> dict:
+    """Merge, and write model, processor and template to `folder`; what `merge_in_place` says of it."""
+    merged, changes = merge_in_place(model)
+    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    processing_class = parts.processing_class
+    processing_class.chat_template = without_training_marks(processing_class.chat_template)
+    processing_class.save_pretrained(folder)
+    publish(folder)
+    # llama.cpp's converter reads the sentencepiece model, which transformers no longer saves.
+    vocabulary = cached_file(
+        parts.base, "tokenizer.model", revision=parts.revision, _raise_exceptions_for_missing_entries=False
+    )
+    if vocabulary:
+        shutil.copyfile(vocabulary, folder / "tokenizer.model")
+    return changes
+
+
+def merge(
     run: Path,
     output: Path,
     arguments: dict,
+    *,
     dtype_name: str | None,
     rows: int,
     max_shard_size: str,
-    accepted: dict[str, list[str]],
+    accept_changes: bool = False,
 ) -> dict:
-    # Whether it can be merged: before any weights are loaded
-    adapter = PeftConfig.from_pretrained(run)
-    check_adapter_is_complete(run, adapter.modules_to_save or [])
-    base, revision = adapter_base(run), arguments.get("model_revision", "main")
-    config = load_config(base, revision)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{base}: this base is stored quantised, and merging into it would lose what was trained")
-    dtype = getattr(torch, dtype_name) if dtype_name else dtype_of_run(arguments)
-    device = where_it_fits(output, num_weights(config) * dtype.itemsize)
-    processing_class = load_saved_processing_class(run)
-    probes = make_probes(is_vision(config), find_again(run, arguments.get("dataset_name", "")) or None, rows)
+    """The merged model in `output`, its report and card; `arguments` are the run's. Returns the report.
 
-    # Base + adapter, as it should be; and the base alone
-    model = load_with_adapter(run, base, dtype, device, revision)
-    follow_tiles(model.config, processing_class)
-    tuned = observe(model, processing_class, probes, description="Asking base + adapter")
-    with model.disable_adapter():
-        untuned = observe(model, processing_class, probes, description="Asking the base", follow=tuned)
+    Raises ValueError where it does not fit, where another process does it, where run, base or data are not what was
+    trained, or where the merge is not proven: nothing is left behind then.
+    """
+    with one_at_a_time(output, "a merge"), writing(output, SafetensorError):
+        data = find_again(run, arguments.get("dataset_name", "")) or None
+        accepted = refuse_changed_run(run, arguments, adapter_base(run), data, accept_changes=accept_changes)
+        parts = find_parts(run, output, arguments, dtype_name, rows)
+        place = {"": parts.device}
 
-    # Merge and save; what is not proven does not stay
-    unfinished = output.with_name(output.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        model, changes = merge_in_place(model)
-        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-        processing_class.chat_template = without_training_marks(processing_class.chat_template)
-        processing_class.save_pretrained(unfinished)
-        publish(unfinished)
-        # llama.cpp's converter reads the sentencepiece model, which transformers no longer saves.
-        vocabulary = cached_file(
-            base, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        if vocabulary:
-            shutil.copyfile(vocabulary, unfinished / "tokenizer.model")
-        del model
-        gc.collect()
+        # Base + adapter, as it should be; and the base alone
+        model = load_with_adapter(run, parts.base, parts.dtype, parts.device, parts.revision)
+        follow_tiles(model.config, parts.processing_class)
+        tuned = observe(model, parts.processing_class, parts.probes, description="Asking base + adapter")
+        with model.disable_adapter():
+            untuned = observe(model, parts.processing_class, parts.probes, description="Asking the base", follow=tuned)
 
-        # Proof: what lies on disk, asked the same
-        model = load_base_model(str(unfinished), dtype=dtype, device_map={"": device}).eval()
-        reloaded = load_saved_processing_class(unfinished)
-        merged = observe(model, reloaded, probes, description="Asking the merged model", follow=tuned)
-        del model
-        gc.collect()
-        report = {
-            "run": str(run),
-            "base_model": base,
-            "base_revision": revision,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            **accepted,
-            **changes,
-            "tolerance": {"mean_kl": TOLERANCE[str(dtype).removeprefix("torch.")], "share_of_training": LARGEST_SHARE},
-            "base_against_tuned": compare_observations(tuned, untuned),
-            "merged_against_tuned": compare_observations(tuned, merged),
-            "answers": answers_of(probes, untuned, tuned, merged),
-        }
-        check_proof(report)
-        if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
-            model, _ = load_for_inference(str(run), dtype=dtype)
-            trained = observe(model, processing_class, probes, description="Asking as trained (4 bits)", follow=tuned)
-            report["quantised_run_against_merged"] = compare_observations(merged, trained)
-        write_merge_report(unfinished, report)
-        write_model_card(unfinished, run, report)
-        follow_umask(files_in(unfinished))
-        write_manifest(unfinished)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # Merge and save; what is not proven does not stay
+        with made_whole(output) as folder:
+            changes = save_merged(model, parts, folder, max_shard_size)
+            del model
+            gc.collect()
+
+            # Proof: what lies on disk, asked the same
+            model = load_base_model(str(folder), dtype=parts.dtype, device_map=place).eval()
+            reloaded = load_saved_processing_class(folder)
+            merged = observe(model, reloaded, parts.probes, description="Asking the merged model", follow=tuned)
+            del model
+            gc.collect()
+            precision = str(parts.dtype).removeprefix("torch.")
+            report = {
+                "run": str(run),
+                "base_model": parts.base,
+                "base_revision": parts.revision,
+                "dtype": precision,
+                "device": parts.device,
+                **({"accepted_changes": accepted} if accepted else {}),
+                **changes,
+                "tolerance": {"mean_kl": TOLERANCE[precision], "share_of_training": LARGEST_SHARE},
+                "base_against_tuned": compare_observations(tuned, untuned),
+                "merged_against_tuned": compare_observations(tuned, merged),
+                "answers": answers_of(parts.probes, untuned, tuned, merged),
+            }
+            check_proof(report)
+            if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
+                model, _ = load_for_inference(str(run), dtype=parts.dtype)
+                as_trained = "Asking as trained (4 bits)"
+                trained = observe(model, parts.processing_class, parts.probes, description=as_trained, follow=tuned)
+                report["quantised_run_against_merged"] = compare_observations(merged, trained)
+            write_merge_report(folder, report)
+            write_model_card(folder, run, report)
     return report
