@@ -32,7 +32,7 @@ from typing import Any
 
 import datasets
 
-from preparing import command, harmless
+from preparing import Parser, command, harmless
 from preparing.annotations import count_class, read_annotations
 from preparing.cctv import check_images, check_numbers, find_frames, find_photos, group_frames, pass_problems_on
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE
