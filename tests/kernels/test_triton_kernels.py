@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.kernels import dropout, fp8, gated_mlp, nf4, quick_gelu, rms_norm, rotary
+from finetuning.kernels import dropout, fp8, gated_mlp, int8, nf4, quick_gelu, rms_norm, rotary
 from finetuning.kernels.nf4 import dequantize_4bit
 
-MODULES = (dropout, fp8, gated_mlp, nf4, quick_gelu, rms_norm, rotary)
+MODULES = (dropout, fp8, gated_mlp, int8, nf4, quick_gelu, rms_norm, rotary)
 
 
 def kernel_cases() -> dict[str, tuple[torch.Tensor, ...]]:
@@ -25,6 +25,11 @@ def kernel_cases() -> dict[str, tuple[torch.Tensor, ...]]:
     wide = torch.zeros(6, 50)  # rows that lie apart
     packed = torch.randint(256, (120, 1), dtype=torch.uint8)  # blocks of 8 numbers in rows of 40
     scales, code = torch.rand(30), torch.randn(16)
+    in_int8 = tuple(map(int8.quantize_rows_to_int8, (torch.randn(70, 384), torch.randn(40, 384))))
+    rows_in_int8 = int8.quantize_rows_to_int8(torch.randn(6, 300)[:, :256])
+    x_a, b, blocks = torch.randn(70, 16), torch.randn(16, 40), torch.zeros(40, 16)
+    blocks[:24, :8], blocks[24:, 8:] = 1.0, 2.0
+    spans = torch.tensor([[0, 8]] * 24 + [[8, 16]] * 16, dtype=torch.int32)
     rotated = rotary.split_and_rotate(qkv, cos, sin, (3, 2))
     rows_apart = torch.zeros(6, 90)
     rotary.split_and_rotate_backward(*rotated, cos, sin, rows_apart[:, :84])
@@ -37,6 +42,10 @@ def kernel_cases() -> dict[str, tuple[torch.Tensor, ...]]:
         "drop of rows that lie apart": (dropout.hashed_dropout(wide[:, :40], torch.tensor([2**31 - 3, 12345]), 0.4),),
         "dequantize_4bit": (dequantize_4bit(packed, scales, code, 8, wide[:, :40]), wide[:, 40:]),
         "quantize_rows_to_fp8": (fp8.quantize_rows_to_fp8(hidden)[1],),
+        "quantize_rows_to_int8": (rows_in_int8[1], int8.dequantize_rows(*rows_in_int8, torch.float32)),
+        "int8_linear": (int8.int8_linear(*in_int8, torch.zeros(70, 40)),),
+        "int8_linear with a low-rank part": (int8.int8_linear(*in_int8, torch.ones(70, 40), (x_a, b), adds=True),),
+        "int8_linear with two": (int8.int8_linear(*in_int8, torch.zeros(70, 40), (x_a, blocks.T), spans),),
         "quick_gelu": (quick_gelu.quick_gelu(3 * hidden),),
     }
     for is_gelu in (False, True):
