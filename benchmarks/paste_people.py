@@ -12,10 +12,14 @@ Without --labels they go over the empty scene, and labels.csv holds the heads of
 nine parts: many small questions about one picture teach a small model to look sooner than one large number does. They are
 the turns of one dialogue, the whole frame first, so that a frame is one row.
 
+Or the whole frame is followed by all cells of a grid of seven by seven, row by row: where people stand, in digits (9 stands
+for more, too).
+
 With --labels the training frames themselves are changed: people who stand alone are pasted in or painted over, and the
 label follows; three in ten stay as they were. The frames after --first follow unchanged, to validate and to test on:
 `--split ordered --train NUMBER` of prepare_cctv.py. With --subtract every frame written is the difference from the empty
-scene, grey where nothing stands.
+scene, grey where nothing stands. With --mirror every second frame that was made is mirrored, and left is right in its labels;
+frames that follow unchanged never are.
 """
 
 import argparse
@@ -39,6 +43,7 @@ from finetuning import command
 DIFFERENT = 32  # of 255: more than light and noise do
 ROWS = {"top": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "bottom": (2 / 3, 1)}
 COLUMNS = {"left": (0, 1 / 3), "center": (1 / 3, 2 / 3), "right": (2 / 3, 1)}
+GRID = 7  # rows, and cells of a row
 KOREAN = {"top": "위", "middle": "가운데", "bottom": "아래", "left": "왼쪽", "center": "중앙", "right": "오른쪽"}
 # Feet's and body's height as shares of the frame's, read off the mall camera by eye.
 FEET, TALL = (0.10, 0.15, 0.25, 0.40, 0.62, 0.80, 1.00, 1.30), (0.05, 0.065, 0.13, 0.16, 0.22, 0.24, 0.27, 0.31)
@@ -56,8 +61,17 @@ def parts() -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
     )
 
 
+def grid(heads: list[tuple[float, float]]) -> str:
+    """How many heads are in each cell of a row, 9 at most, and a letter before each row: "a0010200 b0000310 ..."."""
+    cells = np.zeros((GRID, GRID), int)
+    for x, y in heads:
+        cells[int(y * GRID), int(x * GRID)] += 1
+    rows = ("".join(map(str, row)) for row in cells.clip(max=9).tolist())
+    return " ".join(f"{letter}{row}" for letter, row in zip("abcdefg", rows, strict=True))
+
+
 def messages() -> str:
-    """The text of messages.txt: the count of the frame, then those of its nine parts or of its rows and columns."""
+    """The text of messages.txt: the count of the frame, then those of its nine parts, its rows and columns, or its grid."""
     cells = [f"{row}_{column}" for row in ROWS for column in COLUMNS]
     dialogues = []
     for names in (cells, [*ROWS, *COLUMNS]):
@@ -68,6 +82,10 @@ def messages() -> str:
             place = " ".join(KOREAN[word] for word in name.split("_"))
             korean += [f"사용자: {place}에는 몇 명 있나요?", f"어시스턴트: {{{name}}}명."]
         dialogues += ["\n".join(english), "\n".join(korean)]
+    dialogues += [
+        "\n".join([*english[:2], "USER: Count each cell of the grid.", "ASSISTANT: {grid}"]),
+        "\n".join([*korean[:2], "사용자: 칸마다 세어 주세요.", "어시스턴트: {grid}"]),
+    ]
     return "\n\n".join(dialogues) + "\n"
 
 
@@ -99,6 +117,7 @@ class Camera:
     most: int
     folder: Path
     subtracts: bool
+    mirrors: bool
 
 
 camera: Camera
@@ -209,11 +228,13 @@ def paste(picture: np.ndarray, chosen: list[Cutout], rng: np.random.Generator) -
     return seen
 
 
-def write(picture: np.ndarray, number: int) -> None:
+def write(picture: np.ndarray, number: int, *, mirrored: bool = False) -> None:
     """Write (height, width, 3) of 0 to 255 as a JPEG; half the difference from the empty scene and 128 if it is subtracted."""
     if camera.subtracts:
         light = np.float32(np.median(picture[::4, ::4] - camera.scene[::4, ::4]))
         picture = (picture - light - camera.scene) / 2 + 128
+    if mirrored:
+        picture = picture[:, ::-1]
     image = Image.fromarray(picture.round().clip(0, 255).astype(np.uint8))
     image.save(camera.folder / "frames" / f"{number:06}.jpg", quality=92)
 
@@ -226,17 +247,19 @@ def another_moment(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return picture * np.float32(rng.normal(1, 0.04)) + np.float32(rng.normal(0, 3)) + noise
 
 
-def crowd(number: int) -> dict[str, int]:
+def crowd(number: int) -> dict[str, int | str]:
     """Write a frame of people over the empty scene; its labels."""
     rng = np.random.default_rng(number)
     picture = camera.scene.astype(np.float32)
     heads = paste(picture, place(int(rng.integers(0, camera.most + 1)), rng), rng)
-    write(another_moment(picture, rng), number)
-    inside = [(min(max(x, 0), 0.999), min(max(y, 0), 0.999)) for x, y in heads]
-    return {
+    mirrored = camera.mirrors and rng.random() < 0.5
+    write(another_moment(picture, rng), number, mirrored=mirrored)
+    inside = [(min(max(1 - x if mirrored else x, 0), 0.999), min(max(y, 0), 0.999)) for x, y in heads]
+    counts = {
         name: sum(low <= x < high and up <= y < down for x, y in inside)
         for name, ((low, high), (up, down)) in parts().items()
     }
+    return counts | {"grid": grid(inside)}
 
 
 def change(number: int) -> dict[str, int]:
@@ -257,7 +280,7 @@ def change(number: int) -> dict[str, int]:
         taken = np.abs(picture - light - camera.scene).max(-1) > DIFFERENT
         free = [person for person in place(int(rng.integers(0, 20)), rng) if stands_free(person, taken)]
         count += len(paste(picture, free, rng))
-    write(another_moment(picture, rng), number)
+    write(another_moment(picture, rng), number, mirrored=camera.mirrors and rng.random() < 0.5)
     return {"count": max(0, count)}
 
 
@@ -293,7 +316,7 @@ def write_all(shared: Camera, number: int) -> None:
         Pool(initializer=take, initargs=(shared,)) as pool,
         (shared.folder / "labels.csv").open("w", encoding="utf-8", newline="") as file,
     ):
-        table = csv.DictWriter(file, ["id", *(["count"] if shared.counts else parts())])
+        table = csv.DictWriter(file, ["id", *(["count"] if shared.counts else [*parts(), "grid"])])
         table.writeheader()
         made = pool.imap(change if shared.counts else crowd, range(1, number + 1), 20)
         left = pool.imap(leave, zip(range(number + 1, number + 1 + len(after)), after, strict=True), 20)
@@ -316,6 +339,7 @@ def main() -> None:
     )
     parser.add_argument("--size", help="WIDTHxHEIGHT of the frames written, stretched; left out: as the frames are")
     parser.add_argument("--subtract", action="store_true", help="write differences from the empty scene")
+    parser.add_argument("--mirror", action="store_true", help="mirror every second frame that is made")
     args = parser.parse_args()
     if args.output.exists():
         raise ValueError(f"{args.output} exists already: choose another --output")
@@ -339,7 +363,8 @@ def main() -> None:
     if not cutouts:
         raise ValueError(f"{args.frames}: nothing in these frames is as tall and as narrow as a person standing alone")
     split = counts[: args.first], counts[args.first :]
-    write_all(Camera(scene, cutouts, paths, *split, args.most, args.output, args.subtract), args.number)
+    shared = Camera(scene, cutouts, paths, *split, args.most, args.output, args.subtract, args.mirror)
+    write_all(shared, args.number)
     print(f"{args.output}: {args.number} frames of {len(cutouts):,} people cut out of {args.first}")
 
 
