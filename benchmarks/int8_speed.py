@@ -81,7 +81,7 @@ def ways(x: torch.Tensor, weight: torch.Tensor, x_a: torch.Tensor, b: torch.Tens
         low_rank = torch.mm(x_a, b.T)
         return low_rank.add_(fp8_linear(x, *fp8_weight, out_dtype=x.dtype))
 
-    return {
+    known = {
         "bf16": lambda: torch.mm(joined_x, joined_w.T),
         "FP8, rows": fp8_rows,
         "FP8, rows, quantised and added": fp8_as_trained,
@@ -91,6 +91,17 @@ def ways(x: torch.Tensor, weight: torch.Tensor, x_a: torch.Tensor, b: torch.Tens
         "INT8, quantised": lambda: int8.int8_linear(int8.quantize_rows_to_int8(x), int8_weight, out, (x_a, b.T)),
         "quantisation to INT8": lambda: int8.quantize_rows_to_int8(x),
     }
+    return {name: call for name, call in known.items() if runs(name, call)}
+
+
+def runs(name: str, call: Callable) -> bool:
+    """Whether cuBLASLt of this torch has that product; says so where it has not."""
+    try:
+        call()
+    except RuntimeError as error:
+        print(f"{name}: left out, {str(error).splitlines()[0]}", flush=True)
+        return False
+    return True
 
 
 def check(tokens: int, width: int, features: int, tile: int8.Tile) -> dict[str, float]:
@@ -143,10 +154,13 @@ def milliseconds(calls: dict[str, Callable], rounds: int, bar: tqdm) -> dict[str
 
 def print_table(title: str, rows: dict[str, dict[str, float]], form: str) -> None:
     """One Markdown table: a row for each key of `rows`."""
-    columns = list(next(iter(rows.values())))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, row in rows.items():
-        print(f"| {name} | {' | '.join(format(row[column], form) for column in columns)} |", flush=True)
+        print(
+            f"| {name} | {' | '.join(format(row[column], form) if column in row else '' for column in columns)} |",
+            flush=True,
+        )
 
 
 def main() -> None:
