@@ -36,13 +36,13 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from clock import Clock
-from fp8_base import hold_base_in_fp8
 
 from finetuning.arguments import TrainingArguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
 from finetuning.families import is_vision
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
+from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import (
     count_image_tokens_once,
@@ -65,7 +65,7 @@ class Variant:
     dropout: float = 0.0
     checkpoint_layers: str = "0"
     nf4: bool = False
-    fp8: str = ""  # backward: as base_precision has it; both: forward too
+    base: str = ""  # base_precision: fp8_backward or int8
     questions: int = 1  # dialogues about each image
     shared: bool = False
     packed: int = 0  # rows of a text are packed into sequences of so many tokens
@@ -82,8 +82,9 @@ LLAVA = {
     "TRL by hand": Variant(),
     "this project": Variant(ours=True),
     "this project, dropout 0.05": Variant(ours=True, dropout=0.05),
-    "this project, FP8 backward": Variant(ours=True, fp8="backward"),
-    "this project, FP8 base": Variant(ours=True, fp8="both"),
+    "this project, FP8 backward": Variant(ours=True, base="fp8_backward"),
+    "this project, INT8": Variant(ours=True, base="int8"),
+    "this project, NF4 to INT8": Variant(ours=True, nf4=True, base="int8"),
     "TRL, NF4": Variant(nf4=True, dropout=0.05, checkpoint_layers="all"),
     "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="17"),
     # With --memory_gib: the recipes for small cards beside the same rows at once, and beside TRL row by row.
@@ -116,12 +117,14 @@ LLAVA = {
     "Unsloth, NF4": Variant(unsloth=True, nf4=True, checkpoint_layers="all"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),
     "this project, 3 questions, shared": Variant(ours=True, questions=3, shared=True),
+    "this project, 3 questions, shared, INT8": Variant(ours=True, questions=3, shared=True, base="int8"),
 }
 GEMMA = {
     "TRL, one row a step": Variant(checkpoint_layers="all", dropout=0.05, batch_size=1),
     "TRL, packed": Variant(checkpoint_layers="all", packed=1024),
     "TRL, packed, by hand": Variant(packed=1024),
     "this project, packed": Variant(ours=True, packed=1024),
+    "this project, packed, INT8": Variant(ours=True, packed=1024, base="int8"),
     "TRL, NF4, 4 rows a step, one by one": Variant(
         nf4=True, checkpoint_layers="all", dropout=0.05, batch_size=1, accumulate=4, optim="paged_adamw_8bit"
     ),
@@ -286,14 +289,16 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
         trainer = SFTTrainer(model=model, train_dataset=rows, peft_config=lora, **common)
     else:
         model = get_peft_model(model, lora)
+        if variant.base == "int8":
+            hold_base_in_int8(model)
         fused = fuse_lora(model)
         ignore_right_padding(model)
         vision_tower_without_autocast(model)
         count_image_tokens_once(model)
         if variant.shared:
             enable_shared_prefix(model)
-        if variant.fp8:
-            (hold_base_in_fp8 if variant.fp8 == "both" else pass_gradients_in_fp8)(model)
+        if variant.base == "fp8_backward":
+            pass_gradients_in_fp8(model)
         if vision:
             common["data_collator"] = (SharedPrefixCollator if variant.shared else LlavaDataCollator)(processing_class)
         checkpoint_layers = variant.checkpoint_layers

@@ -73,9 +73,10 @@ class ScriptArguments:
     )
     base_precision: str | None = setting(
         None,
-        "fp8_backward: gradients pass through the language model's frozen 16-bit weights in FP8, the forward pass "
-        "stays in 16 bits. Faster on compute capability 8.9 and newer, for one byte more a weight. Unset: 16 bits.",
-        choices=["fp8_backward"],
+        "int8: products with the language model's frozen weights run in INT8, forward and backward, on compute capability "
+        "9.0 (H100, H200). fp8_backward: gradients alone pass through them, in FP8, from 8.9 on, for one byte more a "
+        "weight. Unset: 16 bits.",
+        choices=["fp8_backward", "int8"],
     )
     checkpoint_layers: str = setting(
         "auto",

@@ -94,10 +94,11 @@ def test_copies_follow_weights_that_are_replaced_and_wait_for_training():
     assert torch.equal(after, 2 * before)
 
 
-def test_a_recipe_may_say_fp8_backward_and_nothing_else():
+def test_a_recipe_may_say_fp8_backward_or_int8_and_nothing_else():
     recipe = ROOT / "scripts" / "configs" / "llava_lora.yaml"
     words = ["--config", str(recipe), "--base_precision"]
     assert parse_arguments(recipe, [*words, "fp8_backward"])[0].base_precision == "fp8_backward"
+    assert parse_arguments(recipe, [*words, "int8"])[0].base_precision == "int8"
     assert parse_arguments(recipe, words[:2])[0].base_precision is None
     with pytest.raises(ValueError, match="invalid choice: 'fp8'"):
         parse_arguments(recipe, [*words, "fp8"])

@@ -611,24 +611,53 @@ def test_fp8_against_all_that_it_cannot_do(
     training_args = training_arguments(tmp_path)
     launch_by(monkeypatch, how)
     given = training_args, ModelArguments(**model), capability, load_config(str(published_llava))
-    found = features.fp8_problems(script_arguments(base_precision="fp8_backward", **script), *given)
+    found = features.base_precision_problems(script_arguments(base_precision="fp8_backward", **script), *given)
     assert len(found) == bool(messages)
     assert all(message in found[0] for message in messages)
-    assert features.fp8_problems(script_arguments(**script), *given) == []
+    assert features.base_precision_problems(script_arguments(**script), *given) == []
 
 
 def test_fp8_against_models_that_it_does_not_fit(tmp_path):
     given = script_arguments(base_precision="fp8_backward"), training_arguments(tmp_path), ModelArguments(), H200
-    assert features.fp8_problems(*given, LlamaConfig(num_key_value_heads=4)) == []
-    (problem,) = features.fp8_problems(
+    assert features.base_precision_problems(*given, LlamaConfig(num_key_value_heads=4)) == []
+    (problem,) = features.base_precision_problems(
         *given, LlamaConfig(hidden_size=72, intermediate_size=100, num_attention_heads=9)
     )
     assert problem == (
         "base_precision: fp8_backward cannot go with layers of width 72, 100 (multiples of 16 would do): leave "
         "base_precision out, or change that"
     )
-    (problem,) = features.fp8_problems(*given, Gemma2Config())
+    (problem,) = features.base_precision_problems(*given, Gemma2Config())
     assert "a model of type gemma2 (llama or mistral or qwen2 or gemma would do)" in problem
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "config", "message"),
+    [
+        ({}, H200, LlamaConfig(num_key_value_heads=4), None),
+        (QLORA, H200, LlamaConfig(num_key_value_heads=4), None),
+        ({}, (8, 9), LlamaConfig(), "compute capability 8.9 (9.0 would do)"),
+        ({}, (10, 0), LlamaConfig(), "compute capability 10.0 (9.0 would do)"),
+        ({}, None, LlamaConfig(), "a CPU (compute capability 9.0 would do)"),
+        ({"lora_r": 4}, H200, LlamaConfig(), "lora_r: 4 (a multiple of 8 would do)"),
+        (
+            {},
+            H200,
+            LlamaConfig(hidden_size=576, num_attention_heads=9),
+            "layers of width 576 (multiples of 128 would do)",
+        ),
+    ],
+)
+def test_int8_against_what_it_cannot_do(tmp_path, model, capability, config, message):
+    found = features.base_precision_problems(
+        script_arguments(base_precision="int8"),
+        training_arguments(tmp_path),
+        ModelArguments(**{"lora_r": 64} | model),
+        capability,
+        config,
+    )
+    assert len(found) == (message is not None)
+    assert message is None or f"base_precision: int8 cannot go with {message}" in found[0]
 
 
 def test_what_is_trained_is_counted_without_weights(tmp_path, published_llava):

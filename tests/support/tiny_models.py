@@ -33,9 +33,9 @@ def tiny_llava(attention: str = "sdpa", **text_settings) -> LlavaForConditionalG
     return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
-def tiny_gemma(attention: str = "sdpa") -> GemmaForCausalLM:
+def tiny_gemma(attention: str = "sdpa", head_dim: int = 16, **text_settings) -> GemmaForCausalLM:
     torch.manual_seed(0)
-    config = GemmaConfig(**TEXT, num_key_value_heads=1, head_dim=16)
+    config = GemmaConfig(**TEXT | text_settings, num_key_value_heads=1, head_dim=head_dim)
     model = GemmaForCausalLM._from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # zero at the start, as 1 + weight: something to tell the offset by

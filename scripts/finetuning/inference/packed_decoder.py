@@ -15,7 +15,9 @@ from finetuning.families import FAMILIES
 from finetuning.inference.packed_prompts import PackedPrompts, packed_attention
 from finetuning.kernels.decode_attention import decode_attention, slots_of
 from finetuning.kernels.dispatch import runs_triton
+from finetuning.kernels.frozen_weights import Int8Weights
 from finetuning.kernels.gated_mlp import gated_activation
+from finetuning.kernels.int8_base import Int8Linear
 from finetuning.kernels.lora_layers import (
     FUSED_LAYERS,
     IS_GELU,
@@ -49,6 +51,7 @@ class Linears:
     def __init__(self, modules: list[nn.Module], fused: ProjectionStack | None, dtype: torch.dtype):
         self.modules, self.fused, self.dtype = modules, fused, dtype
         self.is_4bit = fused is not None and hasattr(fused.layers[0].get_base_layer().weight, "quant_state")
+        self.is_int8 = fused is not None and isinstance(fused.frozen, Int8Weights)
         self.bias = None if fused is None else stacked_bias(fused)
         self.stack = None
         plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
@@ -85,7 +88,9 @@ class Linears:
         if self.reads_4bit(len(x)):
             y = torch.cat([layer.get_base_layer()(x) for layer in fused.layers], dim=-1)
             return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.is_active else y
-        if fused.is_active:
+        if self.is_int8:
+            y = fused.frozen.product(fused, x, torch.mm(x, fused.a.T) if fused.is_active else None)
+        elif fused.is_active:
             y = torch.mm(self.extended(x, wide), fused.frozen.weight_and_b(fused).T)
         else:
             y = torch.mm(x, fused.weight().T)
@@ -96,6 +101,9 @@ class Linears:
         one_product = not self.reads_4bit(len(x)) and (self.fused is not None or self.stack is not None)
         if not one_product or residual.dtype != self.dtype:
             return add_residual(self(x, wide), residual)
+        if self.is_int8:
+            x_a = torch.mm(x, self.fused.a.T) if self.has_lora else None
+            return self.fused.frozen.product(self.fused, x, x_a, residual)
         if not self.has_lora:
             weight = self.stack if self.fused is None else self.fused.weight()
             return residual.addmm_(x, weight.T)
@@ -265,6 +273,8 @@ def compute_dtype(linear: nn.Module) -> torch.dtype:
     device_type = base.weight.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
+    if isinstance(base, Int8Linear):
+        return base.dtype
     state = getattr(base.weight, "quant_state", None)
     return base.weight.dtype if state is None else state.dtype
 

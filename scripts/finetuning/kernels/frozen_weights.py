@@ -1,6 +1,7 @@
 """The frozen base weights of linear layers that read the same activation, as one matrix W, by how they are stored.
 
     DenseWeights             one tensor with room for LoRA: B lies behind W and s A below it, so a use copies nothing
+    Int8Weights              INT8 values and scales of rows (`int8_base.py`), multiplied as they are
     FourBitWeights           one packed tensor (NF4, FP4), dequantized in one call at each use
     ShardedWeights           of ZeRO-3 or FSDP2: there while their decoder layer is all-gathered, copied at each use
     ShardedFourBitWeights    the same in 4 bits, dequantized at each use
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from finetuning import upstream
+from finetuning.kernels.int8 import dequantize_rows, int8_linear, quantize_rows_to_int8
+from finetuning.kernels.int8_base import Int8Linear
 from finetuning.kernels.nf4 import dequantize_4bit
 
 if TYPE_CHECKING:
@@ -139,6 +142,61 @@ class DenseWeights(FrozenWeights):
         return super().weight_and_a(stack) if self.joined is None else self.joined[:, : stack.in_features]
 
 
+class Int8Weights(FrozenWeights):
+    """INT8 weights, stacked; the layers' own become views. For gradients W^T is kept too, quantised from what W is here.
+
+    The contracted axis must be contiguous in memory, hence the second copy.
+    """
+
+    joins_a = False
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__(layers)
+        self.reset()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of inputs and outputs."""
+        return self.bases[0].dtype
+
+    def reset(self) -> None:
+        """Drop stack and copy: the next `refresh` makes them."""
+        self.values: Tensor | None = None
+        self.transposed: tuple[Tensor, Tensor] | None = None
+
+    def refresh(self, stack: "ProjectionStack") -> None:
+        """Stack the weights at first use; copy them for gradients in the first pass that has any."""
+        if self.values is None:
+            self.values = concatenate_and_rebind(
+                [base.weight.data for base in self.bases], [base.weight for base in self.bases], "data"
+            )
+            self.scale = torch.cat([base.scale for base in self.bases])
+            spans = torch.empty(sum(stack.sizes), 2, dtype=torch.int32)
+            for rows, columns in stack.b_blocks:
+                spans[rows] = torch.tensor([columns.start, columns.stop], dtype=torch.int32)
+            self.spans = spans.to(self.device)
+        if self.transposed is None and stack.layers[0].training and stack.parameters[0].requires_grad:
+            self.transposed = quantize_rows_to_int8(self.weight(stack).T.contiguous())
+
+    def write_into(self, rows: Tensor) -> None:
+        """One dequantization of the stack."""
+        rows.copy_(dequantize_rows(self.values, self.scale, rows.dtype))
+
+    def product(self, stack: "ProjectionStack", x: Tensor, x_a: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """[x, x_a] [W, B]^T (tokens, sum of out), added to `out` where it is given; x W^T without `x_a`."""
+        adds = out is not None
+        out = x.new_empty(len(x), sum(stack.sizes)) if out is None else out
+        low_rank = () if x_a is None else ((x_a, stack.b.T), self.spans)
+        return int8_linear(quantize_rows_to_int8(x), (self.values, self.scale), out, *low_rank, adds=adds)
+
+    def grad_of_x(self, stack: "ProjectionStack", grad: Tensor, grad_a: Tensor | None, out: Tensor | None) -> Tensor:
+        """[grad, grad_a] [W; s A] (tokens, in); without `grad_a`, grad W added to `out`."""
+        adds = out is not None
+        out = grad.new_empty(len(grad), stack.in_features) if out is None else out
+        low_rank = None if grad_a is None else (grad_a, stack.a)
+        return int8_linear(quantize_rows_to_int8(grad), self.transposed, out, low_rank, adds=adds)
+
+
 class FourBitWeights(FrozenWeights):
     """bitsandbytes' weights, stacked as they are: packed values and block scales become views of the stack's."""
 
@@ -227,6 +285,8 @@ class ShardedFourBitWeights(ShardedWeights):
 
 def frozen_weights_of(layers: list[nn.Module], *, sharded: bool) -> FrozenWeights:
     """The kind that the weights of `layers` are; `sharded`: a strategy all-gathers them layer by layer."""
+    if isinstance(layers[0].get_base_layer(), Int8Linear):
+        return Int8Weights(layers)
     if hasattr(layers[0].get_base_layer().weight, "quant_state"):
         return (ShardedFourBitWeights if sharded else FourBitWeights)(layers)
     return (ShardedWeights if sharded else DenseWeights)(layers)

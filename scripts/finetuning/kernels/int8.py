@@ -76,8 +76,8 @@ def int8_linear(
     if runs_triton(x_values):
         launch_int8_linear(x, weight, out, low_rank, spans, adds, tile_of(*out.shape))
         return out
-    # Exact in fp64, as the sums in int32 are.
-    product = (x_values.double() @ w_values.double().T).to(upcast(out).dtype) * x_scale[:, None] * w_scale
+    kind = upcast(out).dtype
+    product = (x_values.to(kind) @ w_values.to(kind).T) * x_scale[:, None] * w_scale
     if low_rank is not None:
         product += upcast(low_rank[0]) @ upcast(low_rank[1])
     return out.copy_(product + out if adds else product)

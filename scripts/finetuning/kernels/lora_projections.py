@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetuning import upstream
 from finetuning.kernels.dropout import hashed_dropout
-from finetuning.kernels.frozen_weights import frozen_weights_of
+from finetuning.kernels.frozen_weights import Int8Weights, frozen_weights_of
 
 
 class ProjectionStack:
@@ -96,8 +96,13 @@ class ProjectionStack:
         allocate = self.a.new_empty if self.a.is_cuda else self.a.new_zeros
         return allocate(rows, self.row_length(width))[:, : width + sum(self.ranks)]
 
-    def allocate_input(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Memory for x (tokens, in), and the same extended by low-rank columns, (tokens, in + sum of ranks)."""
+    def allocate_input(self, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Memory for x (tokens, in), and the same extended by low-rank columns, (tokens, in + sum of ranks).
+
+        INT8 products read both parts where they are.
+        """
+        if isinstance(self.frozen, Int8Weights):
+            return self.a.new_empty(tokens, self.in_features), None
         extended = self.allocate_rows(tokens, self.in_features)
         return extended[:, : self.in_features], extended
 
@@ -136,6 +141,8 @@ class ProjectionStack:
         `extended` is what `allocate_input` gave with x; without it x is copied.
         """
         x_a = torch.mm(x if seeds is None else hashed_dropout(x, seeds, self.dropout), self.a.T)
+        if isinstance(self.frozen, Int8Weights):
+            return self.frozen.product(self, x, x_a), x_a
         if extended is None:
             extended = self.concatenate_low_rank(x, x_a)
         else:
@@ -159,6 +166,8 @@ class ProjectionStack:
             extended = self.concatenate_low_rank(grad, grad_a)
         if extended is not None:
             return torch.mm(extended, self.frozen.weight_and_a(self)), grad_a, grads_b
+        if isinstance(self.frozen, Int8Weights) and seeds is None:
+            return self.frozen.grad_of_x(self, grad, grad_a, None), grad_a, grads_b
         grad_x = torch.mm(grad_a, self.a)
         if seeds is not None:
             grad_x = hashed_dropout(grad_x, seeds, self.dropout)
@@ -168,6 +177,8 @@ class ProjectionStack:
         """grad_x (tokens, in) += grad W, in place; grad is (tokens, sum of out)."""
         if self.fp8_weight is not None:
             return self.fp8_weight.add_product(grad_x, grad)
+        if isinstance(self.frozen, Int8Weights):
+            return self.frozen.grad_of_x(self, grad, None, grad_x)
         return grad_x.addmm_(grad, self.weight())
 
     def split_by_layer(self, stacked: Tensor) -> Tensor:

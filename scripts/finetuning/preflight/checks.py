@@ -12,7 +12,7 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.device import compute_capability, main_memory, smallest_gpu
 from finetuning.models.parts import count_parameters
 from finetuning.preflight.features import (
-    fp8_problems,
+    base_precision_problems,
     graph_problems,
     number_loss_problems,
     option_problems,
@@ -62,7 +62,7 @@ def refuse_what_cannot_work(
         *row_problems(training_args, train_rows),
         *image_problems(script_args, training_args, train_rows),
         *graph_problems(script_args, training_args, model_args, train_rows, capability),
-        *fp8_problems(script_args, training_args, model_args, capability, config),
+        *base_precision_problems(script_args, training_args, model_args, capability, config),
         *number_loss_problems(script_args, training_args, model_args, config, train_rows),
         *option_problems(training_args, capability),
         *rate_problems(script_args, training_args),

@@ -81,11 +81,18 @@ def describe_job(
         **count_numbers(placed),
         is_lora="lora" in script_args.placement.values(),
         strategy=replace(Strategy.from_environment(), num_processes=training_args.world_size),
-        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+        bits=bits_of(model_args, script_args.base_precision),
         dtype=model_args.dtype,
         # Pages of the optimizer's state may lie in main memory.
         optimizer_bytes=0 if optim.startswith("paged") else bytes_of_optimizer(optim),
     )
+
+
+def bits_of(model_args: ModelArguments, base_precision: str | None) -> int | None:
+    """Of a base that is stored in fewer than 16. INT8 takes as much as 16 bits: a copy is kept for gradients."""
+    if base_precision == "int8":
+        return None
+    return 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
 
 
 def least_memory(job: Job) -> dict[str, float]:

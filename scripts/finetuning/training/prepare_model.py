@@ -8,6 +8,7 @@ from finetuning.distributed.deepspeed_zero import set_up_deepspeed
 from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.distributed.fsdp2 import read_tensors_only, set_wrap_classes
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
+from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import (
     count_image_tokens_once,
@@ -30,9 +31,11 @@ def prepare_model(
 
     ZeRO and FSDP2 depend on it: it names what they wrap, shards frozen layers and completes DeepSpeed's configuration.
     Fused LoRA rounds once where PEFT rounds twice, so losses in 16 bits differ in the last digits from those of
-    `fused_lora: false`. `lacks_pictures`: some batches may have no picture. FP8 costs some precision of the gradients. The other patches compute the same.
+    `fused_lora: false`. `lacks_pictures`: some batches may have no picture. FP8 costs some precision of the
+    gradients, INT8 of the products. The other patches compute the same.
     """
     # Kernels
+    in_int8 = hold_base_in_int8(model) if script_args.base_precision == "int8" else 0
     fused = fuse_lora(model, sharded=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
     in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision == "fp8_backward" else 0
     ignore_right_padding(model)
@@ -54,8 +57,9 @@ def prepare_model(
         enable_shared_prefix(model)
 
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
+    held = f"; {in_int8} base layers in INT8" if in_int8 else ""
     passed = f"; gradients pass through the weights of {in_fp8} layers in FP8" if in_fp8 else ""
     # DoRA, 8 bits, and what a sharding strategy leaves out of decoder layers.
     others = sum(isinstance(module, LoraLayer) for module in model.modules()) - fused
     by_peft = f", {others} by PEFT's own code" if others else ""
-    return f"  {fused} LoRA layers computed in one piece{by_peft}{passed}{shared}"
+    return f"  {fused} LoRA layers computed in one piece{by_peft}{held}{passed}{shared}"

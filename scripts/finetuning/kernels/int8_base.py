@@ -1,0 +1,103 @@
+"""`base_precision: int8`: products with the frozen weights of the decoder layers run in INT8, forward and backward.
+
+Weights and activations have 8 bits and one scale a row, after a rotation (`int8.py`). A gradient passes through the
+weights as the forward product reads them. The low-rank part stays in 16 bits, and the sum is rounded once.
+"""
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetuning.kernels.int8 import ROTATED, dequantize_rows, int8_linear, quantize_rows_to_int8
+from finetuning.models.parts import decoder_layers
+
+try:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+except ImportError:
+    dequantize_4bit = Linear4bit = None
+
+# Projection -> the product that it is part of, as `lora_layers.projection_stacks` has them
+STACK_OF = {name: "qkv" for name in ("q_proj", "k_proj", "v_proj")}
+STACK_OF |= {"o_proj": "o", "gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
+
+
+class Int8Linear(nn.Linear):
+    """A frozen linear layer; `weight` (out, in) is INT8 and rotated, `scale` (out,) is fp32.
+
+    Its inputs and outputs have `dtype`, that of the weights before.
+    """
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None):
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        values, scale = quantize_rows_to_int8(weight)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        # As integers: `model.bfloat16()`, as DeepSpeed calls it, would round them.
+        self.register_buffer("scale_bits", scale.view(torch.int32), persistent=False)
+        self.bias, self.dtype = bias, weight.dtype
+
+    @property
+    def scale(self) -> Tensor:
+        """One factor for each row of `weight`, (out,) in fp32."""
+        return self.scale_bits.view(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out). Where a gradient is asked for, x is not quantised."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, dequantize_rows(self.weight, self.scale, x.dtype), self.bias)
+        flat = x.reshape(-1, self.in_features)
+        out = x.new_empty(len(flat), self.out_features)
+        int8_linear(quantize_rows_to_int8(flat), (self.weight, self.scale), out)
+        return (out if self.bias is None else out.add_(self.bias)).view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def hold_base_in_int8(model: nn.Module, keep: Collection[str] = ()) -> int:
+    """Quantise the frozen linear layers of `model`'s decoder, 16-bit or 4-bit ones, in place. Returns how many.
+
+    Before `fuse_lora`, with PEFT's layers around them or without. `keep`: names as `stack_name` gives them, which stay as
+    they are. One layer after the other, so that no more than one is there twice.
+    """
+    held = 0
+    for number, layer in enumerate(decoder_layers(model)):
+        for parent, name, linear, projection in frozen_linears(layer):
+            if stack_name(number, projection) not in keep:
+                setattr(parent, name, int8_linear_of(linear))
+                held += 1
+    return held
+
+
+def frozen_linears(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """(parent, name in it, the linear layer, its projection) of a decoder layer's projections, PEFT's wrapping left out."""
+    found = []
+    for path, parent in layer.named_modules():
+        for name, child in parent.named_children():
+            projection = path.rpartition(".")[2] if name == "base_layer" else name
+            if projection in STACK_OF and type(child) in (nn.Linear, Linear4bit):
+                found.append((parent, name, child, projection))
+    return found
+
+
+def stack_name(layer: int, projection: str) -> str:
+    """The name of a projection's stack, as `3.down`: its layer, and which product it is part of."""
+    return f"{layer}.{STACK_OF[projection]}"
+
+
+def int8_linear_of(linear: nn.Linear) -> Int8Linear:
+    """The same layer in INT8."""
+    weight, state = linear.weight.data, getattr(linear.weight, "quant_state", None)
+    return Int8Linear(weight if state is None else dequantize_4bit(weight, state), linear.bias)
+
+
+def refuse_int8(model: nn.Module) -> None:
+    """Raise ValueError where `model`'s decoder cannot run in INT8 on the device that it is on."""
+    linears = [linear for layer in decoder_layers(model) for *_, linear, _ in frozen_linears(layer)]
+    device = next(model.parameters()).device
+    uneven = sorted({width for linear in linears for width in linear.weight.shape if width % ROTATED})
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        where = "the CPU" if device.type != "cuda" else torch.cuda.get_device_name(device)
+        raise ValueError(f"base_precision: int8 was made for compute capability 9.0, and this is {where}: leave it out")
+    if uneven and all(type(linear) is nn.Linear for linear in linears):
+        raise ValueError(f"base_precision: int8 needs layers of width 128 and multiples, not {uneven}: leave it out")
