@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -77,6 +77,7 @@ class Variant:
     unsloth: bool = False  # by Unsloth, in its own environment
 
 
+SMALL = Variant(nf4=True, dropout=0.05, checkpoint_layers="all", optim="paged_adamw_8bit")  # for small cards
 LLAVA = {
     "TRL as it comes": Variant(whole_model=True, dropout=0.05, checkpoint_layers="all"),
     "TRL by hand": Variant(),
@@ -89,30 +90,10 @@ LLAVA = {
     "this project, NF4, 14.5 GiB": Variant(ours=True, nf4=True, checkpoint_layers="17"),
     # With --memory_gib: the recipes for small cards beside the same rows at once, and beside TRL row by row.
     "this project, NF4, 8 at once": Variant(ours=True, nf4=True, dropout=0.05, checkpoint_layers="auto"),
-    "this project, NF4, 4 at once": Variant(
-        ours=True,
-        nf4=True,
-        dropout=0.05,
-        checkpoint_layers="auto",
-        batch_size=4,
-        accumulate=2,
-        optim="paged_adamw_8bit",
-    ),
-    "this project, NF4, 1 at once": Variant(
-        ours=True,
-        nf4=True,
-        dropout=0.05,
-        checkpoint_layers="auto",
-        batch_size=1,
-        accumulate=8,
-        optim="paged_adamw_8bit",
-    ),
-    "TRL, NF4, 4 at once": Variant(
-        nf4=True, dropout=0.05, checkpoint_layers="all", batch_size=4, accumulate=2, optim="paged_adamw_8bit"
-    ),
-    "TRL, NF4, 1 at once": Variant(
-        nf4=True, dropout=0.05, checkpoint_layers="all", batch_size=1, accumulate=8, optim="paged_adamw_8bit"
-    ),
+    "this project, NF4, 4 at once": replace(SMALL, ours=True, checkpoint_layers="auto", batch_size=4, accumulate=2),
+    "this project, NF4, 1 at once": replace(SMALL, ours=True, checkpoint_layers="auto", batch_size=1, accumulate=8),
+    "TRL, NF4, 4 at once": replace(SMALL, batch_size=4, accumulate=2),
+    "TRL, NF4, 1 at once": replace(SMALL, batch_size=1, accumulate=8),
     "Unsloth": Variant(unsloth=True),
     "Unsloth, NF4": Variant(unsloth=True, nf4=True, checkpoint_layers="all"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),

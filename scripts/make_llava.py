@@ -33,7 +33,7 @@ from transformers import (
 from finetuning.families import dialogue_form
 from finetuning.flags import Parser
 from finetuning.models.processing import SAFE, load_config, template_path
-from finetuning.models.published_names import publish
+from finetuning.models.published_names import save
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding, as published
 
@@ -116,9 +116,7 @@ def main() -> None:
     template = template_path(model.config, None)
     assert template is not None  # of a family that is known
     processor.chat_template = template.read_text(encoding="utf-8")
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    publish(args.output)
+    save(model, processor, args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters; train its projector first (docs/training.md)")
 
 

@@ -18,7 +18,9 @@ import json
 import math
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -26,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
+    BaseImageProcessor,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -49,7 +52,10 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Qwen2Config,
     SiglipVisionConfig,
     VipLlavaConfig,
@@ -61,7 +67,7 @@ from finetuning.data.collator import LlavaDataCollator
 from finetuning.flags import Parser
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 from finetuning.models.processing import CHAT_TEMPLATES
-from finetuning.models.published_names import publish
+from finetuning.models.published_names import save
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?
@@ -146,14 +152,17 @@ def text_settings(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) 
     }
 
 
-def one_view_processor(args: argparse.Namespace, template: str) -> LlavaProcessor:
-    """A processor that shows a picture as one view."""
-    tokenizer, size = llama_tokenizer(), args.image_size
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_pad=True
+def clip_processor(
+    make: Callable[..., ProcessorMixin], image_processor: Callable[..., BaseImageProcessor], template: str,
+    args: argparse.Namespace, **views: Any,
+) -> ProcessorMixin:  # fmt: skip
+    """A processor for a CLIP tower with a tokenizer of its own; `views` are settings of its image processor."""
+    size = args.image_size
+    return make(
+        image_processor=image_processor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **views
         ),
-        tokenizer=tokenizer,
+        tokenizer=llama_tokenizer(),
         patch_size=args.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -161,48 +170,42 @@ def one_view_processor(args: argparse.Namespace, template: str) -> LlavaProcesso
     )
 
 
-def make_llava(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def one_view_model(
+    make: Callable[..., PreTrainedModel], configure: Callable[..., PreTrainedConfig], layer: int | list[int],
+    processor: ProcessorMixin, args: argparse.Namespace,
+) -> PreTrainedModel:  # fmt: skip
+    """A model with random weights that sees a picture as one view, by these layers of its tower."""
+    tokenizer = processor.tokenizer
+    config = configure(
+        vision_config=clip_config(args),
+        text_config=LlamaConfig(**text_settings(tokenizer, args), num_key_value_heads=4),
+        image_token_index=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        vision_feature_layer=layer,
+    )
+    return make(config)
+
+
+def make_llava(args: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A LLaVA with random weights, and its processor."""
-    processor = one_view_processor(args, "llava.jinja")
-    tokenizer = processor.tokenizer
-    config = LlavaConfig(
-        vision_config=clip_config(args),
-        text_config=LlamaConfig(**text_settings(tokenizer, args), num_key_value_heads=4),
-        image_token_index=processor.image_token_id,
-        pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
-        vision_feature_layer=-2,
-    )
-    return LlavaForConditionalGeneration(config), processor
+    processor = clip_processor(LlavaProcessor, LlavaImageProcessor, "llava.jinja", args, do_pad=True)
+    return one_view_model(LlavaForConditionalGeneration, LlavaConfig, -2, processor, args), processor
 
 
-def make_vipllava(args: argparse.Namespace) -> tuple[VipLlavaForConditionalGeneration, LlavaProcessor]:
+def make_vipllava(args: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A ViP-LLaVA with random weights, which reads three layers of its tower, and its processor."""
-    processor = one_view_processor(args, "vipllava.jinja")
-    tokenizer = processor.tokenizer
-    config = VipLlavaConfig(
-        vision_config=clip_config(args),
-        text_config=LlamaConfig(**text_settings(tokenizer, args), num_key_value_heads=4),
-        image_token_index=processor.image_token_id,
-        pad_token_id=tokenizer.pad_token_id,  # pyrefly: ignore[unexpected-keyword] - of any config
-        vision_feature_layer=[-2, -3, 1],
-    )
-    return VipLlavaForConditionalGeneration(config), processor
+    processor = clip_processor(LlavaProcessor, LlavaImageProcessor, "vipllava.jinja", args, do_pad=True)
+    return one_view_model(VipLlavaForConditionalGeneration, VipLlavaConfig, [-2, -3, 1], processor, args), processor
 
 
-def make_llava_next(args: argparse.Namespace) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+def make_llava_next(args: argparse.Namespace) -> tuple[LlavaNextForConditionalGeneration, ProcessorMixin]:
     """A LLaVA-NeXT around a Mistral with random weights, and its processor: a view of all and up to four tiles."""
-    tokenizer, size = llama_tokenizer(), args.image_size
+    size = args.image_size
     pinpoints = [[size * rows, size * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-    processor = LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
-        ),
-        tokenizer=tokenizer,
-        patch_size=args.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=(CHAT_TEMPLATES / "llava_mistral.jinja").read_text(encoding="utf-8"),
+    processor = clip_processor(
+        LlavaNextProcessor, LlavaNextImageProcessor, "llava_mistral.jinja", args, image_grid_pinpoints=pinpoints
     )
+    tokenizer = processor.tokenizer
     config = LlavaNextConfig(
         vision_config=clip_config(args),
         text_config=MistralConfig(**text_settings(tokenizer, args), num_key_value_heads=2, sliding_window=None),
@@ -428,9 +431,7 @@ def main() -> None:
     model, processing_class = MAKERS[args.architecture](args)
     if args.pretrain:
         pretrain(model, processing_class, args)
-    model.save_pretrained(args.output)
-    processing_class.save_pretrained(args.output)
-    publish(args.output)
+    save(model, processing_class, args.output)
     print(f"{args.output}: {type(model).__name__} with {model.num_parameters():,} parameters")
 
 

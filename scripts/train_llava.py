@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 from transformers import set_seed
 
-from finetuning import tracking
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments, parse_arguments
 from finetuning.data.bad_rows import pass_over_bad_rows
 from finetuning.data.collator import LlavaDataCollator
@@ -36,14 +35,12 @@ from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import rows_without_image, searches_unused_parameters
 from finetuning.tasks.exam import counting_questions, open_exam
-from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import settle_best
 from finetuning.training.dry_run import dry_run
 from finetuning.training.number_loss import make_number_loss
-from finetuning.training.origin import fingerprints
-from finetuning.training.planned_run import note_plan, plan_run
+from finetuning.training.planned_run import plan_run
 from finetuning.training.prepare_model import prepare_model
-from finetuning.training.resume import describe_run, finish, resolved_arguments, start_or_continue
+from finetuning.training.resume import begin, describe_run, finish
 from finetuning.training.stop_signals import end_with_launcher
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
@@ -77,17 +74,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     if script_args.dry_run:
         dry_run(script_args, training_args, model_args, config, train_rows, processor)
         return
-    script_args.checkpoint_layers = kept_choice(training_args.output_dir, script_args.checkpoint_layers)
-    checkpoint = start_or_continue(
-        training_args.output_dir,
-        resolved_arguments(script_args, training_args, model_args),
-        fingerprints(script_args, training_args, model_args, config),
-        overwrite_completed=script_args.overwrite_completed_run,
-        accept_changes=script_args.accept_changes,
-        skipped_rows=skipped,
-    )
-    note_plan(Path(training_args.output_dir), plan)
-    training_args.report_to = tracking.set_up(training_args.output_dir, training_args.run_name, training_args.report_to)
+    checkpoint = begin(script_args, training_args, model_args, config, plan, skipped_rows=skipped)
 
     # Model
     if script_args.image_max_tiles is not None:

@@ -1,17 +1,14 @@
 """Every family with pictures: audited, fused, trained, resumed, merged, on two processes; the real classes at toy size."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import train_llava
 from datasets import load_from_disk
-from merge_adapter import check_inputs
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -29,7 +26,6 @@ from finetuning.data.collator import LlavaDataCollator, with_pictures
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.distributed.empty_picture import see_an_empty_picture
-from finetuning.export.merge_run import merge
 from finetuning.families import dialogue_form, family_of, largest_picture, template_of
 from finetuning.inference.generation import answer_batch, generate_answers
 from finetuning.inference.packed_decoder import reason_against
@@ -42,14 +38,9 @@ from finetuning.models.parts import count_parameters
 from finetuning.models.processing import follow_tiles, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable
 from finetuning.training.activation_checkpointing import with_largest_pictures
-from support.families import FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
+from support.families import CLIP_L_336, FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
 from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora
-from support.training import SAMPLE
-
-CLIP_L_336 = CLIPVisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-    patch_size=14, projection_dim=768,
-)  # fmt: skip
+from support.training import SAMPLE, assert_equal_adapters, folders, interrupted, merge_with_proof
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -205,7 +196,7 @@ def test_answers_are_those_of_generate_one_row_at_a_time(adapter, folder, proces
 
 def train(model, dataset, output, *flags: str):
     train_llava.main(*parse_arguments(SAMPLE, [
-        *("--model_name_or_path", str(model), "--dataset_name", str(dataset), "--output_dir", str(output)),
+        *folders(model, dataset, output),
         *("--eval_strategy", "no", "--save_strategy", "no", "--eval_answers", "0", *flags),
     ]))  # fmt: skip
     return output
@@ -280,25 +271,10 @@ def run(trained, dataset, tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_at_the_same_bits_and_merges_with_proof(run, trained, dataset, tmp_path):
-    interrupted = tmp_path / "again"
-    shutil.copytree(run, interrupted)
-    for path in (interrupted / "checkpoint-4", *interrupted.glob("*.safetensors"), interrupted / "metrics.json"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train(trained, dataset, interrupted, *LORA, *SAVED)
-    assert json.loads((interrupted / "trainer_state.json").read_text())["global_step"] == 4
-    weights, expected = (load_file(each / "adapter_model.safetensors") for each in (interrupted, run))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
-    report = merge(
-        run,
-        tmp_path / "merged",
-        check_inputs(run, tmp_path / "merged"),
-        dtype_name="float32",
-        rows=2,
-        max_shard_size="5GB",
-    )
-    assert report["merged_against_tuned"]["mean_kl"] < 1e-6
-    assert report["merged_against_tuned"]["equal_answers"] == len(report["answers"])
+    again = train(trained, dataset, interrupted(run, tmp_path / "again"), *LORA, *SAVED)
+    assert json.loads((again / "trainer_state.json").read_text())["global_step"] == 4
+    assert_equal_adapters(again, run)
+    assert merge_with_proof(run, tmp_path / "merged")["merged_against_tuned"]["mean_kl"] < 1e-6
 
 
 @pytest.mark.slow

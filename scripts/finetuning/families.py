@@ -117,12 +117,7 @@ FAMILIES = {
             like=("llama",),
         ),
         Family(
-            "vipllava",
-            {"vicuna": "vipllava.jinja"},
-            ("pixel_values",),
-            (CLIP,),
-            features_of_one_view,
-            can_crop=True,
+            "vipllava", {"vicuna": "vipllava.jinja"}, ("pixel_values",), (CLIP,), features_of_one_view, can_crop=True
         ),
         Family(
             "llava_next",

@@ -8,11 +8,13 @@ who holds it, and which file to delete where that machine is down.
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import SoftFileLock, Timeout
+
+from finetuning.main_process import refuse_together
 
 PATIENCE = 1.0  # seconds to wait for a lock, in which a stale one is found and taken over
 HALF_MADE = 10.0  # seconds after which a lock without a record is one whose maker was killed
@@ -33,20 +35,6 @@ def take_lock(path: Path, what: str, *, owner_has_ended: bool = False) -> None:
     whatever host. Raises ValueError in all processes, which says who has it.
     """
     refuse_together(lambda: try_lock(path, what, owner_has_ended=owner_has_ended))
-
-
-def refuse_together(find_problem: Callable[[], str | None]) -> None:
-    """Raise ValueError in all processes with what the main process finds; nothing where it finds nothing."""
-    # Not with the others above: preparation locks folders too, and waits for no PyTorch.
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    problem = find_problem() if state.is_main_process else None
-    if state.num_processes > 1:
-        (problem,) = broadcast_object_list([problem])
-    if problem:
-        raise ValueError(problem)
 
 
 def try_lock(path: Path, what: str, *, owner_has_ended: bool = False) -> str | None:

@@ -11,7 +11,6 @@ import evaluate_llava
 import generate
 import pytest
 import torch
-import train_llava
 import yaml
 from conftest import ROOT, run_command, run_here
 from datasets import Dataset, DatasetDict, Image, List
@@ -19,13 +18,13 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image as PilImage
 from transformers import LlavaForConditionalGeneration
 
-from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.pictures import open_picture
 from finetuning.inference.count_file import settings_of
 from finetuning.models.processing import load_processing_class
 from finetuning.run_folder import EvaluationFolder, open_run
 from finetuning.tasks.exam import make_exam
+from support.training import train
 
 
 @pytest.fixture(scope="module")
@@ -234,20 +233,12 @@ def sevens(tmp_path_factory):
 def test_a_planted_improvement_is_found(sevens, tiny_llava, tmp_path, capsys, request):
     """Every weight is trained, so the base is another model than the run's: it is loaded for its own answers."""
     flags = [
-        *(
-            "--model_name_or_path",
-            str(tiny_llava),
-            "--dataset_name",
-            str(sevens),
-            "--output_dir",
-            str(tmp_path / "run"),
-        ),
         *("--language_model", "full", "--projector", "full", "--vision_tower", "frozen", "--max_steps", "25"),
-        *("--save_strategy", "no", "--eval_strategy", "no", "--per_device_train_batch_size", "8"),
+        *("--per_device_train_batch_size", "8"),
     ]
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(1)
-    train_llava.main(*parse_arguments(ROOT / "scripts" / "configs" / "llava_sample.yaml", flags))
+    train(tiny_llava, sevens, tmp_path / "run", *flags)
     evaluate(tmp_path / "run", "--max_new_tokens", "8")
     shown = capsys.readouterr().out
     # Every picture shows seven people: who always says seven is right without looking.

@@ -1,19 +1,16 @@
 """Rows of several sets train as one: as many as their weights say, the same after a restart, each named by its number."""
 
 import json
-import shutil
 
 import pytest
-import torch
 from datasets import load_from_disk
-from safetensors.torch import load_file
 
 from finetuning.arguments import ScriptArguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.preflight.strategies import rows_without_image
 from support.families import dataset_of, dialogue, picture
-from support.training import train
+from support.training import assert_equal_adapters, interrupted, train
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +78,5 @@ def test_a_mixed_run_resumes_to_the_same_bits(sets, tiny_llava, tmp_path):
     flags = ("--dataset_mixer", json.dumps({str(general): 0.5}), "--save_strategy", "steps", "--save_steps", "2")
     flags += ("--eval_answers", "0", "--vision_tower", "frozen")
     run = train(tiny_llava, own, tmp_path / "run", *flags)
-    again = tmp_path / "again"
-    shutil.copytree(run, again)
-    for path in (again / "checkpoint-4", *again.glob("*.safetensors"), again / "metrics.json"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train(tiny_llava, own, again, *flags)
-    weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, run))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    again = train(tiny_llava, own, interrupted(run, tmp_path / "again"), *flags)
+    assert_equal_adapters(again, run)

@@ -19,7 +19,7 @@ from finetuning.inference.packed_prompts import (
     varlen_attention,
 )
 from finetuning.inference.prompt_reader import PromptReader, group_rows, image_ids_of
-from support.answering import QUESTIONS, load, one_by_one, text_rows, vision_rows
+from support.answering import QUESTIONS, both_one_by_one, load, one_by_one, text_rows, vision_rows
 
 
 def prompts_of(processing_class, rows):
@@ -36,9 +36,7 @@ def in_order(batches, name="tuned"):
 def test_answers_of_both_models_while_batches_overlap(tiny_llava, monkeypatch):
     model, processor = load(tiny_llava, adapter=True)
     rows = vision_rows()
-    tuned = one_by_one(model, processor, rows)
-    with model.disable_adapter():
-        base = one_by_one(model, processor, rows)
+    tuned, base = both_one_by_one(model, processor, rows)
     monkeypatch.setattr(answer_stream, "FIRST_CHUNK_TOKENS", 1)
     answerer = Answerer(model, processor, max_new_tokens=12, batch_size=2)
     decode, threads = answerer.decode, []

@@ -9,7 +9,7 @@ from finetuning.inference.answerer import Answerer
 from finetuning.inference.generation import answer_batch, answer_one, answer_rows, generate_answers
 from finetuning.inference.packed_decoder import reason_against
 from finetuning.inference.prompt_reader import PromptReader, group_rows, image_ids_of
-from support.answering import load, one_by_one, text_rows, vision_rows
+from support.answering import both_one_by_one, load, one_by_one, text_rows, vision_rows
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -26,9 +26,7 @@ def test_answers_are_those_of_generate_one_row_at_a_time(kind, adapter, request)
 def test_base_and_tuned_come_together_and_pictures_are_seen_once(tiny_llava, monkeypatch):
     model, processor = load(tiny_llava, adapter=True)
     rows = vision_rows()
-    tuned = one_by_one(model, processor, rows)
-    with model.disable_adapter():
-        base = one_by_one(model, processor, rows)
+    tuned, base = both_one_by_one(model, processor, rows)
     assert tuned != base
     seen = []
     llava = model.get_base_model().model

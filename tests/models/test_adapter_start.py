@@ -1,23 +1,19 @@
 """PiSSA and OLoRA begin as their papers say, leave the model as it was, and are saved as LoRA that fits the base itself."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from merge_adapter import check_inputs
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from finetuning.arguments import ModelArguments, ScriptArguments
 from finetuning.data.collator import LlavaDataCollator
-from finetuning.export.merge_run import merge
 from finetuning.models.adapter_start import write_against_base
 from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.preflight.features import start_problems
 from support.families import rows_of_all_shapes
-from support.training import build, train
+from support.training import assert_equal_adapters, build, interrupted, merge_with_proof, train
 
 STARTS = ["pissa", "pissa_niter_16", "olora"]
 
@@ -72,22 +68,9 @@ def test_a_run_from_pissa_resumes_to_the_same_bits_and_merges(tiny_llava, cctv_d
     run = train(tiny_llava, cctv_dataset, tmp_path / "run", *flags)
     config = json.loads((run / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 128, True)
-    again = tmp_path / "again"
-    shutil.copytree(run, again)
-    for path in (again / "checkpoint-4", *again.glob("*.safetensors"), again / "metrics.json"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train(tiny_llava, cctv_dataset, again, *flags)
-    weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, run))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
-    report = merge(
-        run,
-        tmp_path / "merged",
-        check_inputs(run, tmp_path / "merged"),
-        dtype_name="float32",
-        rows=2,
-        max_shard_size="5GB",
-    )
-    assert report["merged_against_tuned"]["equal_answers"] == len(report["answers"])
+    again = train(tiny_llava, cctv_dataset, interrupted(run, tmp_path / "again"), *flags)
+    assert_equal_adapters(again, run)
+    merge_with_proof(run, tmp_path / "merged")
 
 
 def test_a_start_that_the_base_cannot_give_is_refused():

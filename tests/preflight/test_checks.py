@@ -20,7 +20,6 @@ from PIL import Image as Picture
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     Gemma2Config,
     LlamaConfig,
     LlavaConfig,
@@ -48,6 +47,7 @@ from finetuning.preflight import features, memory, precision, strategies
 from finetuning.strategy import Strategy, divide_batch
 from finetuning.training.activation_checkpointing import checkpoint_first
 from finetuning.training.resume import resolved_arguments
+from support.families import CLIP_L_336
 from support.launches import launch_by
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
@@ -565,17 +565,8 @@ def test_trained_weights_are_fp32_masters_unless_deepspeed_holds_them(monkeypatc
 @pytest.fixture
 def published_llava(tmp_path) -> Path:
     """config.json of the published LLaVA-1.5-7B; no weights."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
     LlavaConfig(
-        vision_config=vision,
+        vision_config=CLIP_L_336,
         text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
         image_token_index=32000,
         vision_feature_layer=-2,

@@ -64,5 +64,12 @@ def text_rows() -> list[dict]:
     return [*rows, {"messages": [user(QUESTIONS[0]), assistant("None."), user(QUESTIONS[2])]}]
 
 
+def both_one_by_one(model, processor, rows) -> tuple[list[str], list[str]]:
+    """(answers with the adapter, answers without)"""
+    tuned = one_by_one(model, processor, rows)
+    with model.disable_adapter():
+        return tuned, one_by_one(model, processor, rows)
+
+
 def one_by_one(model, processing_class, rows, max_new_tokens=12):
     return [answer_batch(model, processing_class, [row], max_new_tokens=max_new_tokens)[0] for row in rows]

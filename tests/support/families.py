@@ -11,9 +11,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import must_run
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
+from transformers import CLIPVisionConfig
 
 # With pictures, beside LLaVA-1.5, which all other tests are about.
 FAMILIES = ("vipllava", "llava_next", "llava_onevision", "gemma3")
+# The tower of the published LLaVAs.
+CLIP_L_336 = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+    patch_size=14, projection_dim=768,
+)  # fmt: skip
 SIZES = [(64, 48), (48, 64), (31, 30), (90, 20), (12, 80), (64, 64), (1, 1), (33, 77)]  # width, height
 
 

@@ -1,15 +1,13 @@
 """Each part learns with its own rate: what the first step of AdamW moves says it, and every log."""
 
 import json
-import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.preflight.features import rate_problems
-from support.training import train
+from support.training import assert_equal_adapters, interrupted, train
 
 FLAGS = (
     *("--language_model", "lora", "--projector", "full", "--vision_tower", "full", "--lr_scheduler_type", "constant"),
@@ -51,13 +49,8 @@ def test_the_first_step_moves_each_part_by_its_own_rate(tiny_llava, cctv_dataset
 def test_a_run_with_rates_of_its_own_resumes_to_the_same_bits(tiny_llava, cctv_dataset, tmp_path):
     saved = (*FLAGS, "--save_strategy", "steps", "--save_steps", "2")
     run = train(tiny_llava, cctv_dataset, tmp_path / "run", *saved)
-    again = tmp_path / "again"
-    shutil.copytree(run, again)
-    for path in (again / "checkpoint-4", *again.glob("*.safetensors"), again / "metrics.json"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    expected = weights(run)
-    train(tiny_llava, cctv_dataset, again, *saved)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
+    again = train(tiny_llava, cctv_dataset, interrupted(run, tmp_path / "again"), *saved)
+    assert_equal_adapters(again, run)
 
 
 def test_rates_that_nothing_has_are_refused(tmp_path):

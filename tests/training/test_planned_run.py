@@ -21,7 +21,9 @@ from finetuning.run_folder import read_progress
 from finetuning.strategy import Strategy
 from finetuning.training.dry_run import dry_run
 from finetuning.training.planned_run import first_line, measured_of, note_plan, plan_run
+from support.training import folders
 
+RECIPE = ROOT / "scripts" / "configs" / "llava_lora.yaml"
 ROWS = Lengths(total=100, rows=100, counted=[Sequence(120, 30, 0)] * 10, longest=[Sequence(200, 40, 0)] * 8)
 GEMMA = ModelShape.from_config({"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18})
 
@@ -64,15 +66,7 @@ def test_gpus_are_known_by_the_drivers_name():
 
 
 def test_a_run_on_a_gpu_is_planned_or_refused(cctv_dataset, tiny_llava, tmp_path, monkeypatch, capsys):
-    words = [
-        "--model_name_or_path",
-        str(tiny_llava),
-        "--dataset_name",
-        str(cctv_dataset),
-        "--output_dir",
-        str(tmp_path),
-    ]
-    groups = parse_arguments(ROOT / "scripts" / "configs" / "llava_lora.yaml", words)
+    groups = parse_arguments(RECIPE, folders(tiny_llava, cctv_dataset, tmp_path))
     assert plan_run(*groups) is None  # on a CPU
     groups[1].use_cpu = False
     properties = SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30)
@@ -94,15 +88,7 @@ def test_a_run_on_a_gpu_is_planned_or_refused(cctv_dataset, tiny_llava, tmp_path
 @pytest.mark.parametrize("vision", [True, False])
 def test_a_dry_run_ends_before_weights(vision, cctv_dataset, tiny_llava, tiny_gemma, tmp_path, capsys):
     model = tiny_llava if vision else tiny_gemma
-    words = [
-        "--model_name_or_path",
-        str(model),
-        "--dataset_name",
-        str(cctv_dataset),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    script_args, training_args, model_args = parse_arguments(ROOT / "scripts" / "configs" / "llava_lora.yaml", words)
+    script_args, training_args, model_args = parse_arguments(RECIPE, folders(model, cctv_dataset, tmp_path / "run"))
     rows = open_dataset(str(cctv_dataset), vision=vision)["train"]
     processing_class, config = load_processing_class(str(model)), load_config(str(model))
     dry_run(script_args, training_args, model_args, config, rows, processing_class)

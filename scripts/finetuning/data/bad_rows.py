@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning.data.dataset import describe_rows
 from finetuning.data.pictures import PictureError, open_picture
+from finetuning.main_process import found_by_main
 
 BATCH_SIZE = 64
 
@@ -27,11 +27,8 @@ def pass_over_bad_rows(
 
     Raises ValueError that lists them where there are more than `most`.
     """
-    state = PartialState()
     splits = [rows for rows in (train_rows, validation_rows) if rows is not None]
-    found = [find_bad_rows(rows) for rows in splits] if state.is_main_process else []
-    if state.num_processes > 1:
-        (found,) = broadcast_object_list([found])
+    found = found_by_main(lambda: [find_bad_rows(rows) for rows in splits])
     bad = [row for of_split in found for row in of_split]
     named = "\n".join(
         f"  split {row['split']}, row {row['row']}, {row['picture']}: {row['reason']}" for row in bad[:20]
@@ -42,7 +39,7 @@ def pass_over_bad_rows(
             f"decode. Replace the files and prepare again, or allow more:\n{named}"
         )
     if bad:
-        state.print(f"Passed over, their pictures do not decode:\n{named}")
+        PartialState().print(f"Passed over, their pictures do not decode:\n{named}")
     kept = [without(rows, {row["row"] for row in of_split}) for rows, of_split in zip(splits, found, strict=True)]
     return kept[0], kept[1] if validation_rows is not None else None, bad
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from finetuning.folder_lock import refuse_together
+from finetuning.main_process import refuse_together
 from finetuning.manifest import described_files, is_sealed, manifest_problems
 from finetuning.model_files import refuse_missing_dataset
 

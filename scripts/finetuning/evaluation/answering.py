@@ -15,9 +15,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetuning.data.count_tree import CountTree
-from finetuning.folder_lock import refuse_together, take_lock
+from finetuning.folder_lock import take_lock
 from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
 from finetuning.inference.vllm_engine import answer_by_vllm
+from finetuning.main_process import refuse_together
 from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.models.loading import load_for_inference
 from finetuning.models.processing import load_saved_processing_class

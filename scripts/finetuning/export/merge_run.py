@@ -34,7 +34,7 @@ from finetuning.manifest import made_whole
 from finetuning.model_card import write_model_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
 from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
-from finetuning.models.published_names import publish
+from finetuning.models.published_names import save
 from finetuning.run_folder import adapter_base, find_again
 from finetuning.training.origin import refuse_changed_run
 
@@ -117,11 +117,9 @@ def load_with_adapter(run: Path, base: str, dtype: torch.dtype, device: str, rev
 def save_merged(model: PeftModel, parts: Parts, folder: Path, max_shard_size: str) -> dict:
     """Merge, and write model, processor and template to `folder`; what `merge_in_place` says of it."""
     merged, changes = merge_in_place(model)
-    merged.save_pretrained(folder, max_shard_size=max_shard_size)
     processing_class = parts.processing_class
     processing_class.chat_template = without_training_marks(processing_class.chat_template)
-    processing_class.save_pretrained(folder)
-    publish(folder)
+    save(merged, processing_class, folder, max_shard_size=max_shard_size)
     # llama.cpp's converter reads the sentencepiece model, which transformers no longer saves.
     vocabulary = cached_file(
         parts.base, "tokenizer.model", revision=parts.revision, _raise_exceptions_for_missing_entries=False

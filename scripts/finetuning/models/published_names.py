@@ -12,6 +12,9 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.run_folder import write_json
 
@@ -51,6 +54,15 @@ def rename_tensors(path: Path) -> bool:
     shutil.copymode(path, unfinished)
     unfinished.replace(path)
     return True
+
+
+def save(
+    model: PreTrainedModel, processing_class: ProcessorMixin | PreTrainedTokenizerBase, folder: Path, **options: Any
+) -> None:
+    """Write a whole model and its processor to `folder` under the published names; `options` are `save_pretrained`'s."""
+    model.save_pretrained(folder, **options)
+    processing_class.save_pretrained(folder)
+    publish(folder)
 
 
 def publish(folder: Path) -> None:

@@ -213,19 +213,20 @@ class Task:
             **asked.bootstrap,
         )
 
-    # Columns of the table of scores: key of `summarise` -> what to call it, and whether it is a share.
-    columns: Mapping[str, tuple[Words, bool]]
+    # Columns of the table of scores: key of `summarise` -> what to call it. All are shares but the `amounts`.
+    columns: Mapping[str, Words]
+    amounts: tuple[str, ...] = ()
     note: Words = ("", "")
 
     def _score_table(self, summaries: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], say: Say) -> Table:
-        def cell(value: float | None, share: bool) -> str:
-            return say("none", "없음") if value is None else f"{value:.1%}" if share else f"{value:,.2f}"
+        def cell(key: str, value: float | None) -> str:
+            return say("none", "없음") if value is None else f"{value:,.2f}" if key in self.amounts else f"{value:.1%}"
 
         return Table(
             say(f"{self.title[0].capitalize()}: scores", f"{self.title[1]}: 점수"),
-            ["", *(say(*words) for words, _ in self.columns.values())],
+            ["", *(say(*words) for words in self.columns.values())],
             [
-                [names[model], *(cell(summary.get(key), share) for key, (_, share) in self.columns.items())]
+                [names[model], *(cell(key, summary.get(key)) for key in self.columns)]
                 for model, summary in summaries.items()
             ],
             say(*self.note),

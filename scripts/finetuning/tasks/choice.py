@@ -75,10 +75,9 @@ class Choice(Task):
     title = ("choosing an option", "보기 고르기")
     measures = (Measure("accuracy", ("options right", "맞게 고름")),)
     columns = {  # noqa: RUF012
-        "accuracy": (("right", "맞음"), True),
-        "unread": (("chooses none", "고르지 않음"), True),
-        "chance": (("by chance", "아무거나 고를 때"), True),
-    }
+        "accuracy": ("right", "맞음"), "unread": ("chooses none", "고르지 않음"),
+        "chance": ("by chance", "아무거나 고를 때"),
+    }  # fmt: skip
     note = (
         "By chance: the mean of 1 / number of options. An answer that chooses none of the options is wrong.",
         "아무거나 고를 때: 1 / 보기 수의 평균입니다. 보기에 없는 답은 틀린 답입니다.",

@@ -19,10 +19,9 @@ class FreeText(Task):
         Measure("rouge_l", ("ROUGE-L", "ROUGE-L")),
     )
     columns = {  # noqa: RUF012
-        "token_f1": (("token F1", "토큰 F1"), True),
-        "rouge_l": (("ROUGE-L", "ROUGE-L"), True),
-        "words": (("words", "단어 수"), False),
-    }
+        "token_f1": ("token F1", "토큰 F1"), "rouge_l": ("ROUGE-L", "ROUGE-L"), "words": ("words", "단어 수"),
+    }  # fmt: skip
+    amounts = ("words",)
     note = (
         "These count words shared with a reference: a true answer in other words scores low, a false one in the same words "
         "high (one wrong number, one not). A change here says that the wording came closer, no more. Read the answers.",

@@ -99,14 +99,12 @@ class Number(Task):
         Measure("within_5_percent", ("right within 5 %", "5 % 안으로 맞음")),
     )
     columns = {  # noqa: RUF012
-        "penalised_mae": (("MAE, penalised", "MAE, 벌점 포함"), False),
-        "mae": (("MAE", "MAE"), False),
-        "median_error": (("median error", "오차 중앙값"), False),
-        "relative_error": (("relative error", "상대 오차"), True),
-        "within_5_percent": (("within 5 %", "5 % 이내"), True),
-        "exact": (("exact", "정확"), True),
-        "unparsable_rate": (("unparsable", "읽을 수 없음"), True),
-    }
+        "penalised_mae": ("MAE, penalised", "MAE, 벌점 포함"), "mae": ("MAE", "MAE"),
+        "median_error": ("median error", "오차 중앙값"), "relative_error": ("relative error", "상대 오차"),
+        "within_5_percent": ("within 5 %", "5 % 이내"), "exact": ("exact", "정확"),
+        "unparsable_rate": ("unparsable", "읽을 수 없음"),
+    }  # fmt: skip
+    amounts = ("penalised_mae", "mae", "median_error")
     note = (
         "In the unit of each reference. MAE, median error and relative error (of what is not 0) are over the answers that "
         "state a number; in the penalised MAE an answer that states none costs as much as answering 0.",

@@ -19,11 +19,9 @@ class ShortAnswer(Task):
     title = ("short answers", "짧은 답")
     measures = (Measure("accuracy", ("answers right", "맞은 답")), Measure("anls", ("ANLS", "ANLS")))
     columns = {  # noqa: RUF012
-        "accuracy": (("right", "맞음"), True),
-        "exact": (("exact match", "정확히 일치"), True),
-        "vqa_accuracy": (("VQA accuracy", "VQA 정확도"), True),
-        "anls": (("ANLS", "ANLS"), True),
-    }
+        "accuracy": ("right", "맞음"), "exact": ("exact match", "정확히 일치"),
+        "vqa_accuracy": ("VQA accuracy", "VQA 정확도"), "anls": ("ANLS", "ANLS"),
+    }  # fmt: skip
     note = (
         "Right: VQA accuracy where a question has four references or more, else exact match with one of them after "
         "normalisation. ANLS forgives misread letters.",

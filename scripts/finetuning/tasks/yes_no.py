@@ -35,14 +35,10 @@ class YesNo(Task):
     title = ("yes or no", "예/아니요")
     measures = (Measure("accuracy", ("answers right", "맞은 답")),)
     columns = {  # noqa: RUF012
-        "accuracy": (("right", "맞음"), True),
-        "f1": (("F1 of yes", "예의 F1"), True),
-        "precision": (("precision", "정밀도"), True),
-        "recall": (("recall", "재현율"), True),
-        "yes_share": (("says yes", "예라고 답함"), True),
-        "true_yes_share": (("yes is right", "예가 정답"), True),
-        "unread": (("neither", "예도 아니요도 아님"), True),
-    }
+        "accuracy": ("right", "맞음"), "f1": ("F1 of yes", "예의 F1"), "precision": ("precision", "정밀도"),
+        "recall": ("recall", "재현율"), "yes_share": ("says yes", "예라고 답함"),
+        "true_yes_share": ("yes is right", "예가 정답"), "unread": ("neither", "예도 아니요도 아님"),
+    }  # fmt: skip
     note = (
         "An answer counts by the word that it begins with; one that begins with neither yes nor no is wrong.",
         "답이 시작하는 말로 판정합니다. 예나 아니요로 시작하지 않는 답은 틀린 답입니다.",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 
 from finetuning import run_folder
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.main_process import found_by_main
 from finetuning.manifest import HASH, describe_files, described_files, has_manifest, manifest_problems
 from finetuning.models.processing import load_config, template_path
 
@@ -86,15 +86,14 @@ def refuse_changed_run(
 
     Raises ValueError in all of them where something does and `accept_changes` is not set.
     """
-    state = PartialState()
-    found: list[str] = []
-    if state.is_main_process:
-        found = manifest_problems(run) if has_manifest(run) else []
+
+    def differences() -> list[str]:
         config = load_config(base, arguments.get("model_revision", "main"))
         now = {"base": of_base(base, config), "dataset": of_dataset(dataset) if dataset else None}
-        found += changes(run, {name: value for name, value in now.items() if value})
-    if state.num_processes > 1:
-        (found,) = broadcast_object_list([found])
+        damaged = manifest_problems(run) if has_manifest(run) else []
+        return damaged + changes(run, {name: value for name, value in now.items() if value})
+
+    found = found_by_main(differences)
     if found and not accept_changes:
         raise ValueError(
             f"{run}: {'; '.join(found)}: not as the run left it. Restore it, or add --accept_changes, which the result "

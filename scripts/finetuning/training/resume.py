@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 
 from finetuning import run_folder, tracking
+from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.failures import writing
-from finetuning.folder_lock import give_back, lock_inside, refuse_together, take_lock
+from finetuning.folder_lock import give_back, lock_inside, take_lock
+from finetuning.main_process import found_by_main, refuse_together
 from finetuning.manifest import write_manifest
 from finetuning.model_card import write_run_card
 from finetuning.models.adapter_start import write_against_base
 from finetuning.models.published_names import publish
 from finetuning.preflight.planned_step import beside_plan
+from finetuning.preflight.planner import Plan
 from finetuning.strategy import Strategy
 from finetuning.training import origin
+from finetuning.training.activation_checkpointing import kept_choice
 from finetuning.training.best_checkpoint import best_metric, kept_step
 from finetuning.training.checkpoints import last_whole_checkpoint
-from finetuning.training.planned_run import measured_of
+from finetuning.training.planned_run import measured_of, note_plan
 
 # May differ between the first start of a run and its continuation: they change what is seen of it, not what it computes.
 MAY_CHANGE = {
@@ -58,6 +62,34 @@ def resolved_arguments(*groups: Any) -> dict[str, Any]:
     return json.loads(json.dumps(resolved, default=str))
 
 
+def begin(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelArguments,
+    config: PreTrainedConfig,
+    plan: Plan | None,
+    *,
+    skipped_rows: Sequence[dict[str, Any]] = (),
+) -> str | None:
+    """`start_or_continue` for the arguments of a training; its plan is kept and its trackers are set up.
+
+    Sets `checkpoint_layers` to what the run chose before, and `report_to` to the trackers that there are.
+    """
+    folder = training_args.output_dir
+    script_args.checkpoint_layers = kept_choice(folder, script_args.checkpoint_layers)
+    checkpoint = start_or_continue(
+        folder,
+        resolved_arguments(script_args, training_args, model_args),
+        origin.fingerprints(script_args, training_args, model_args, config),
+        overwrite_completed=script_args.overwrite_completed_run,
+        accept_changes=script_args.accept_changes,
+        skipped_rows=skipped_rows,
+    )
+    note_plan(Path(folder), plan)
+    training_args.report_to = tracking.set_up(folder, training_args.run_name, training_args.report_to)
+    return checkpoint
+
+
 def start_or_continue(
     output_dir: str,
     arguments: dict[str, Any],
@@ -85,14 +117,12 @@ def start_or_continue(
             if state.is_main_process:
                 print(f"The completed run is kept as {run_folder.set_aside(folder)}")
     state.wait_for_everyone()
-    checkpoint = agreed_checkpoint(folder)
+    checkpoint = found_by_main(lambda: last_whole_checkpoint(folder))
     from_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     refuse_futile_restart(folder, from_step)
     if checkpoint is not None:
         refuse_other_run(folder, checkpoint, arguments)
-    changes = origin.changes(folder, fingerprints) if checkpoint is not None else []
-    if state.num_processes > 1:
-        (changes,) = broadcast_object_list([changes])
+    changes = found_by_main(lambda: origin.changes(folder, fingerprints)) if checkpoint is not None else []
     if changes and not accept_changes:
         raise ValueError(
             f"{folder}: {'; '.join(changes)}: not what this run was begun with. Continue it with that, give the new run its "
@@ -109,21 +139,6 @@ def start_or_continue(
         if checkpoint is not None:
             print(f"Continuing from {checkpoint}")
     return str(checkpoint) if checkpoint else None
-
-
-def agreed_checkpoint(folder: Path) -> Path | None:
-    """`last_whole_checkpoint`, read by the main process for all of them; it raises in all of them too."""
-    state, found, problem = PartialState(), None, None
-    if state.is_main_process:
-        try:
-            found = last_whole_checkpoint(folder)
-        except ValueError as error:
-            problem = str(error)
-    if state.num_processes > 1:
-        found, problem = broadcast_object_list([found, problem])
-    if problem:
-        raise ValueError(problem)
-    return found
 
 
 def is_queued_again(folder: Path) -> bool:
