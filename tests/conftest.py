@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.switched_off import without
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -28,6 +30,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         runs_commands = item.path.parent.name == "commands" or item.path.name in LONG[:3]
         if runs_commands or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without",
+        metavar="ENTRIES",
+        help="switch off these of upstream.ENTRIES, such as Trainer.log: their proofs (support/proofs.py) then fail",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test's file is imported, because some names are replaced by an import."""
+    if words := config.getoption("--without"):
+        off = without(*words.split(","))
+        off.__enter__()
+        config.add_cleanup(lambda: off.__exit__(None, None, None))
 
 
 def run_command(*words: str | Path, **kwargs) -> subprocess.CompletedProcess:

@@ -1,7 +1,9 @@
 """Each change to another library is noticed when its name goes, and saves what it is there for."""
 
 import json
+import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +11,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from conftest import ROOT, run_command
 from deepspeed.runtime import engine
+from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+)
 from trl import SFTTrainer
 
 from finetuning import upstream
 from finetuning.arguments import parse_arguments
+from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.fsdp2 import keep_fp32_reductions, set_wrap_classes
 from finetuning.distributed.sharded_layers import FrozenLayerShards, frozen_weights
 from finetuning.kernels.lora_layers import fuse_lora
@@ -27,10 +46,23 @@ from finetuning.manifest import has_manifest
 from finetuning.models import loading
 from finetuning.models.parts import decoder_layers
 from finetuning.strategy import Strategy
+from finetuning.tasks.exam import make_exam
 from finetuning.training.trainer import takes_over_checkpointing
 from finetuning.upstream import ENTRIES, TESTED, Entry, UpstreamChanged
-from support.step_costs import SAMPLE, sample_trainer, without
-from support.tiny_models import LANGUAGE_MODEL, llava_batch, tiny_llava, with_lora
+from support.proofs import PROOFS
+from support.step_costs import SAMPLE, sample_trainer
+from support.switched_off import without, word_of
+from support.tiny_models import (
+    DECODER,
+    IMAGE_TOKEN,
+    LANGUAGE_MODEL,
+    TEXT,
+    llava_batch,
+    loss_and_grads,
+    text_batch,
+    tiny_llava,
+    with_lora,
+)
 
 PINS = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if "==" in line)
 
@@ -57,6 +89,14 @@ def entries(monkeypatch):
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.owner.rpartition('.')[2]}.{entry.name}")
 def test_every_name_is_there_and_takes_what_was_tested(entry):
     upstream.check(entry, upstream.resolve(entry.owner))
+
+
+def test_every_entry_has_a_test_that_fails_without_it():
+    """`python tests/support/proofs.py` shows that it does."""
+    assert sorted(PROOFS) == sorted(map(word_of, ENTRIES))
+    for proof in set(PROOFS.values()):
+        path, _, name = proof.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), proof
 
 
 def test_tested_versions_are_the_pinned_ones():
@@ -115,7 +155,7 @@ SAVED = [
         "is_invalid_grad_norm": WAITS,
         "scaled_global_norm": NORMS,
         "_update_model_bit16_weights": SLICES,
-        "train": "train",
+        "Module.train": "train",
     },
     {"_clip_grad_norm": WAITS, "named_parameters": "_named_members"},
     {"_get_grad_norm": WAITS, "floating_point_ops": "num_parameters"},
@@ -240,6 +280,54 @@ def test_deepspeed_sends_the_buffers_of_frozen_layers_without_our_mark(one_proce
         assert sent and frozen.isdisjoint(sent) is ours
 
 
+def test_processes_wait_in_a_collective_without_our_barrier(one_process_group, monkeypatch):
+    """A collective is aborted after its time-out."""
+    collectives, state = [], PartialState()
+    monkeypatch.setattr(dist, "barrier", lambda *args, **kwargs: collectives.append(True))
+    monkeypatch.setattr(state, "distributed_type", DistributedType.MULTI_CPU)
+    for ours in with_and_without("wait_for_everyone"):
+        collectives.clear()
+        with barriers_without_timeout():
+            state.wait_for_everyone()
+        assert (not collectives) is ours
+
+
+def test_weights_of_zero_3_are_saved_under_names_of_no_class_without_ours(tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+    for ours in with_and_without("_weight_conversions"):
+        model = loading.load_base_model(str(tiny_llava), dtype=torch.float32)
+        model.save_pretrained(tmp_path / str(ours))
+        with safe_open(tmp_path / str(ours) / "model.safetensors", "pt") as file:
+            assert (set(file.keys()) <= set(model.state_dict())) is ours
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma"])
+def test_projections_run_one_by_one_without_our_layer(kind):
+    config = AutoConfig.for_model(kind.lower(), **TEXT, num_key_value_heads=2, head_dim=8, sliding_window=None)
+    called = []
+    for ours in with_and_without(f"{kind}DecoderLayer.forward"):
+        model = with_lora(AutoModelForCausalLM.from_config(config), DECODER).train()
+        fuse_lora(model)
+        called.clear()
+        for layer in decoder_layers(model):
+            layer.self_attn.q_proj.register_forward_hook(lambda *_: called.append(True))
+        loss_and_grads(model, text_batch())
+        assert (not called) is ours
+
+
+def test_a_layer_of_the_tower_asks_its_adapters_one_by_one_without_ours():
+    called = []
+    for ours in with_and_without("Linear.forward"):
+        model = with_lora(tiny_llava(), "all-linear").train()
+        fuse_lora(model)
+        called.clear()
+        for name, module in model.named_modules():
+            if "vision_tower" in name and name.endswith("lora_A.default"):
+                module.register_forward_hook(lambda *_: called.append(True))
+        loss_and_grads(model, llava_batch())
+        assert (not called) is ours
+
+
 class Waits(TorchDispatchMode):
     """How often the host waited for a value."""
 
@@ -252,16 +340,35 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_each_pass_waits_for_the_number_of_image_tokens_without_ours():
-    found = []
-    for _ in with_and_without("get_placeholder_mask"):
-        model, batch = tiny_llava().train(), llava_batch()
+CLIP = CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+SIGLIP = SiglipVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+LLAMA = LlamaConfig(**TEXT)
+VISION = {
+    "LlavaModel": LlavaConfig(vision_config=CLIP, text_config=LLAMA, image_token_index=IMAGE_TOKEN),
+    "VipLlavaModel": VipLlavaConfig(vision_config=CLIP, text_config=LLAMA, image_token_index=IMAGE_TOKEN),
+    "LlavaNextModel": LlavaNextConfig(vision_config=CLIP, text_config=LLAMA, image_token_index=IMAGE_TOKEN),
+    "LlavaOnevisionModel": LlavaOnevisionConfig(
+        vision_config=SIGLIP, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE_TOKEN, video_token_index=1
+    ),
+    "Gemma3Model": Gemma3Config(
+        vision_config=SIGLIP, text_config=Gemma3TextConfig(**TEXT, head_dim=8), image_token_index=IMAGE_TOKEN
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_each_pass_counts_the_image_tokens_without_ours(name):
+    input_ids, size = torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 6]]), TEXT["hidden_size"]
+    for ours in with_and_without(f"{name}.get_placeholder_mask"):
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(VISION[name]).train()
         count_image_tokens_once(model)
-        model(**batch)
-        with Waits() as waits:
-            model(**batch)
-        found.append(waits.number)
-    assert found[0] < found[1]
+        for _ in range(2):  # the first pass counts
+            with Waits() as waits:
+                model.model.get_placeholder_mask(
+                    input_ids, inputs_embeds=torch.zeros(1, 4, size), image_features=torch.zeros(2, size)
+                )
+        assert (waits.number == 0) is ours
 
 
 def test_4_bit_weights_would_be_repacked_for_a_cpu_at_the_first_answer(tiny_llava, monkeypatch):
@@ -333,6 +440,63 @@ def test_a_pickle_and_the_card_of_a_model_named_none_lie_beside_the_weights_with
         trained.create_model_card(model_name="sample")
         trained.args.output_dir = before
         assert (tmp_path / "README.md").is_file() is not ours
+
+
+def test_a_restarted_run_tells_of_its_last_attempt_alone_without_ours(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained.args, "output_dir", str(tmp_path))
+    monkeypatch.setattr(trained.state, "global_step", 10)
+    told = {}
+    for names in ((), ("_finalize_training",), ("_initial_global_step",), ("_total_loss_scalar",)):
+        vars(trained.run_sums).update(seconds=100.0, loss=7.0)  # of seven steps before this attempt
+        trained._initial_global_step, trained._total_loss_scalar = 7, 3.0
+        trained._tr_loss = torch.tensor(0.0)
+        with without(*names):
+            metrics = trained._finalize_training(None, 10, time.time() - 1).metrics
+        told[names] = metrics["train_loss"], metrics["train_runtime"] > 100
+    vars(trained.run_sums).update(seconds=0.0, loss=0.0)
+    assert told.pop(()) == (1.0, True)
+    assert all(other != (1.0, True) for other in told.values())
+
+
+def test_a_step_out_of_memory_ends_the_run_without_ours(trained, monkeypatch):
+    tries, more = [], []
+
+    def out_of_memory_once(self, model, inputs, *args, **kwargs):
+        tries.append(inputs)
+        if len(tries) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", out_of_memory_once)
+    monkeypatch.setattr(trained, "layer_checkpointing", SimpleNamespace(take_more=lambda: more.append(True)))
+    trained.model.zero_grad(set_to_none=True)
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    assert trained.training_step(trained.model, inputs) == 1.0 and more
+    with without("training_step"), pytest.raises(torch.OutOfMemoryError):
+        trained.training_step(trained.model, inputs)
+
+
+def test_an_evaluation_asks_nothing_without_ours(trained, monkeypatch):
+    rows = trained.train_dataset.select(range(4))
+    monkeypatch.setattr(trained, "exam", make_exam(rows, rows, limit=2))
+    for ours in with_and_without("evaluate"):
+        assert ("eval_count_mae" in trained.evaluate(rows)) is ours
+
+
+def test_slurms_signal_ends_the_loader_processes_without_ours(trained, monkeypatch):
+    """Slurm sends a job's signal to all of its processes (`scancel --signal`, a time limit)."""
+    monkeypatch.setattr(trained.args, "dataloader_num_workers", 1)
+    for names in ((), ("_get_dataloader",), ("worker_init_fn",)):
+        with without(*names), trained.stop_request:
+            batches = iter(trained.get_train_dataloader())
+            next(batches)
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGTERM)
+            worker.join(timeout=0.5)
+            assert worker.is_alive() is (not names)
+            worker.kill()
+            worker.join()
+            del batches
 
 
 # The last: arguments that are made anew take accelerate's state from the trainer above.

@@ -3,7 +3,7 @@
 A release may rename what is private. Python would then set an attribute that nobody reads, or define a method that
 nobody calls, without a word: the project would go on, slower or wrong. So each such name stands in ENTRIES, modules
 change it through `replace` and `overrides`, and both raise UpstreamChanged where the name is gone or takes other
-arguments. tests/test_upstream.py shows for each entry what is lost without it.
+arguments. tests/support/proofs.py names for each entry the test that fails without it.
 """
 
 import inspect
@@ -100,7 +100,6 @@ ENTRIES = [
     Entry("trl.trainer.sft_trainer.SFTTrainer", "_total_train_tokens", "goes on counting after an interruption"),
     Entry(TRAINER, "_initial_global_step", "tells of the whole run after a restart"),
     Entry(TRAINER, "_total_loss_scalar", "tells of the whole run after a restart"),
-    Entry(TRAINER, "_tr_loss", "keeps the loss since the last log in a checkpoint"),
     Entry("torch.utils.data.dataloader.DataLoader", "worker_init_fn", "lets loader workers outlive Slurm's signals"),
     Entry("torch.utils.data.dataloader.DataLoader", "__iter__", "reads the next epoch's first batches ahead"),
     # data/

@@ -1,6 +1,5 @@
 """What is read from a checkpoint is tensors: nothing in it is run."""
 
-import io
 import os
 import pickle
 
@@ -68,10 +67,12 @@ def test_fsdp2s_checkpoints_are_read_as_tensors_and_plain_values(reads_tensors_o
     assert torch.equal(read.pop("weight"), state.pop("weight")) and read == state
 
 
-def test_a_description_that_would_run_code_is_refused(tmp_path):
+def test_a_description_that_would_run_code_is_refused(reads_tensors_only, tmp_path):
+    dcp.save({"value": torch.ones(1)}, checkpoint_id=tmp_path / "bad")
     for harmful in (Runs(str(tmp_path / "run")), {"name": Runs(str(tmp_path / "run"))}):
-        with pytest.raises(ValueError, match=r"\.metadata holds posix\.mkdir, which describes no tensor"):
-            fsdp2.load_description(io.BytesIO(pickle.dumps(harmful)))
+        (tmp_path / "bad" / ".metadata").write_bytes(pickle.dumps(harmful))
+        with pytest.raises(CheckpointException, match=r"\.metadata holds posix\.mkdir, which describes no tensor"):
+            dcp.load({"value": torch.zeros(1)}, checkpoint_id=tmp_path / "bad")
     assert not (tmp_path / "run").exists()
 
 

@@ -8,8 +8,6 @@ saved for DeepSpeed is for it.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,13 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, TrainerCallback
 
-from finetuning import upstream
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer
+from support.switched_off import without
 
 SAMPLE = Path(__file__).parents[2] / "scripts" / "configs" / "llava_sample.yaml"
 
@@ -63,28 +61,6 @@ class Costs(TorchDispatchMode, TrainerCallback):
         if state.global_step == state.max_steps:
             self.__exit__(None, None, None)
             self.of_last_step = dict(self.counts)
-
-
-@contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Inside, what `upstream` replaces or overrides by these names is as the libraries have it."""
-    replace, set_read = upstream.replace, upstream.set_read
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            upstream,
-            "replace",
-            lambda owner, name, new: getattr(owner, name, None) if name in names else replace(owner, name, new),
-        )
-        patch.setattr(
-            upstream,
-            "set_read",
-            lambda thing, owner, name, value: None if name in names else set_read(thing, owner, name, value),
-        )
-        for cls in FineTuningTrainer.__mro__:
-            for name in names:
-                if cls.__module__.startswith("finetuning") and name in vars(cls):
-                    patch.delattr(cls, name)
-        yield
 
 
 def sample_trainer(model_folder: Path, dataset: Path, output: Path, *flags: str) -> FineTuningTrainer:
