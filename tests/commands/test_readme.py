@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-FOLDERS = [ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "findings"]
+FOLDERS = [ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "findings", ROOT / "scripts"]
 PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 ENGLISH = [page for page in PAGES if not page.name.endswith(".ko.md")]
 
