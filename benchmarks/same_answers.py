@@ -53,6 +53,7 @@ def asked_rows(name: str, number: int, *, vision: bool):
 
 
 def main() -> None:
+    """Answer the questions both ways and print how many answers are equal."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

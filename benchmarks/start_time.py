@@ -84,6 +84,7 @@ def leave_after_first_step() -> Callable:
 
 
 def main() -> None:
+    """Run the command and print when each part of its start was over, in seconds."""
     command, *arguments = sys.argv[1:]
     sys.path.insert(0, str(Path(command).parent.resolve()))
     before = since_start()

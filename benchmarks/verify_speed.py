@@ -35,6 +35,7 @@ def write(folder: Path) -> None:
 
 
 def main(folder: Path, times: int) -> None:
+    """Write files to `folder`, compare them `times` times with their manifest, and print seconds and GB/s."""
     if folder.exists():
         sys.exit(f"verify_speed.py: {folder} exists: name a folder that does not")
     acts = {

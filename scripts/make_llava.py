@@ -98,6 +98,7 @@ def refuse_other_parts(language_model: str, vision_tower: str) -> None:
 
 
 def main() -> None:
+    """Join the two models and write the LLaVA. Raises ValueError where they cannot be joined."""
     parser = Parser(__doc__)
     parser.add_argument("--language_model", required=True, help="Hub name or folder of a Llama or a Mistral")
     parser.add_argument("--vision_tower", required=True, help="Hub name or folder of a CLIP")

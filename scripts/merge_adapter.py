@@ -39,6 +39,7 @@ def check_inputs(run: Path, output: Path) -> dict:
 
 
 def main(options: argparse.Namespace) -> None:
+    """Merge, prove, and say what was found. Raises ValueError where a folder is wrong or the merge is not proven."""
     arguments = check_inputs(options.run, options.output)
     from finetuning.export.merge_run import merge  # PyTorch comes with it: once there is something to merge
 

@@ -51,6 +51,7 @@ def files_to_upload(folder: Path, kind: str) -> list[Path]:
 
 
 def main(options: argparse.Namespace) -> None:
+    """Upload the folder, or list what would be uploaded (--dry_run). Raises ValueError where it cannot be."""
     kind = kind_of(options.folder)
     files = sorted(files_in(options.folder)) if kind == "dataset" else files_to_upload(options.folder, kind)
     total = sum(path.stat().st_size for path in files)

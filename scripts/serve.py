@@ -79,6 +79,7 @@ def check_inputs(options: argparse.Namespace) -> str | None:
 
 
 def main(options: argparse.Namespace) -> None:
+    """Load the model and answer until Ctrl-C. Raises ValueError where it cannot be served."""
     token = check_inputs(options)
     try:
         import uvicorn
