@@ -37,7 +37,7 @@ from trl import SFTTrainer
 
 from finetuning import upstream
 from finetuning.arguments import parse_arguments
-from finetuning.data.dataset import open_dataset
+from finetuning.data.dataset import open_dataset, open_split
 from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.fsdp2 import keep_fp32_reductions, set_wrap_classes
 from finetuning.distributed.sharded_layers import FrozenLayerShards, frozen_weights
@@ -480,7 +480,8 @@ def test_a_step_out_of_memory_ends_the_run_without_ours(trained, monkeypatch):
 
 
 def test_an_evaluation_asks_nothing_without_ours(trained, cctv_dataset, monkeypatch):
-    rows = open_dataset(str(cctv_dataset), vision=True)["train"].select(range(4))
+    dataset = open_dataset(str(cctv_dataset), vision=True)
+    rows = open_split(dataset, "train", str(cctv_dataset)).select(range(4))
     monkeypatch.setattr(trained, "exam", make_exam(rows, rows, limit=2))
     for ours in with_and_without("evaluate"):
         assert ("eval_count_mae" in trained.evaluate(rows)) is ours
