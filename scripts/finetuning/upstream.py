@@ -121,8 +121,6 @@ ENTRIES = [
     Entry("torch.Tensor", "data", "stacks weights"),
     Entry("bitsandbytes.functional.QuantState", "absmax", "stacks 4-bit weights"),
     Entry("bitsandbytes.functional.QuantState", "nested", "stacks 4-bit weights"),
-    Entry("bitsandbytes.functional.QuantState", "state2", "stacks 4-bit weights"),
-    Entry("bitsandbytes.functional.QuantState", "offset", "stacks 4-bit weights"),
     Entry(MODULE, "forward", "loss of supervised rows, frozen tower, its activation, CUDA graphs"),
     Entry(
         "transformers.models.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel", "get_placeholder_mask",

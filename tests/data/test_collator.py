@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from finetuning.data.collator import LlavaDataCollator, mask_by_lists, mask_by_offsets, prompt_batch, with_pictures
@@ -170,6 +171,18 @@ def test_texts_tokenized_once_make_the_batch_that_trl_makes(processor, multiple)
         assert torch.equal(once[name], values) and torch.equal(by_any_processor[name], values), name
 
 
+class Operations(TorchDispatchMode):
+    """How many operations on tensors there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
 def test_answers_are_found_in_lists_as_in_tensors(processor):
     ids = torch.arange(12)[None]
     offsets = torch.stack([torch.arange(12) * 2, torch.arange(12) * 2 + 2], dim=-1)[None]
@@ -177,5 +190,8 @@ def test_answers_are_found_in_lists_as_in_tensors(processor):
         adjust(processor, {"offset_mapping": offsets.clone(), "input_ids": ids}, [[(4, 9), (15, 20)]])
         for adjust in (mask_by_lists, mask_by_offsets)
     ]
+    with Operations() as operations:
+        processor._adjust_assistant_masks_indices({"offset_mapping": offsets, "input_ids": ids}, [[(4, 9)]])
+    assert operations.number < ids.shape[1]  # none for each token
     assert marked[0]["assistant_masks"] == marked[1]["assistant_masks"]
     assert marked[0]["assistant_masks"][0] == [0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]

@@ -226,8 +226,7 @@ class FourBitWeights(FrozenWeights):
         if first.nested and any(length % first.state2.blocksize for length in self.lengths[:-1]):
             for state in states:
                 upstream.replace(state, "absmax", block_scales(state))
-                for name, value in {"nested": False, "state2": None, "offset": None}.items():
-                    upstream.replace(state, name, value)
+                upstream.replace(state, "nested", False)
         of_scales = [state.state2 for state in states] if first.nested else []
         self.stack = concatenate_and_rebind([weight.data for weight in weights], weights, "data")
         self.absmax = concatenate_and_rebind([state.absmax for state in states], states, "absmax")
