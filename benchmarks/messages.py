@@ -3,7 +3,8 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml benchmarks/messages.py scripts/train_llava.py --max_steps 21
 
 One step is profiled, the last: its speed is in no log of the recipes. Process 0 writes `messages.json` into the run's folder:
-bytes that a process sends over a ring, the step's milliseconds, and those in which the GPU ran nothing but a message.
+bytes that a process sends over a ring, the step's milliseconds, and those in which the GPU ran nothing but a message. Messages
+are NCCL's kernels and copies on a stream that runs nothing else: shards that are read out of another GPU's memory.
 """
 
 import json
@@ -58,8 +59,15 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, float | int | None]:
     if not kernels:
         return {"bytes_sent": sent, "step_ms": None, "message_ms": None, "waiting_ms": None}
     ran = {True: [], False: []}
+    computing = {
+        event["tid"] for event in kernels if event["cat"] != "gpu_memcpy" and not event["name"].startswith("nccl")
+    }
     for event in kernels:
-        ran[event["name"].startswith("nccl")].append(event)
+        copies = event["cat"] == "gpu_memcpy" and event["tid"] not in computing and "HtoD" not in event["name"]
+        ran[copies or event["name"].startswith("nccl")].append(event)
+    copied = sum(event["args"].get("bytes", 0) for event in ran[True] if event["cat"] == "gpu_memcpy")
+    processes = max((message.get("Group size", 1) for message in messages), default=1)
+    sent = round((sent or 0) + copied * (processes - 1) / processes)
     everything = joined(kernels)
     return {
         "bytes_sent": sent,

@@ -82,6 +82,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
+    placed = describe_trainable(model)
     speed = prepare_model(model, script_args, training_args)
 
     # Train
@@ -97,7 +98,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         cuda_graphs=script_args.cuda_graphs,
         number_loss=make_number_loss(script_args, tokenizer),
     )
-    trainer.accelerator.print(describe_trainable(model), speed, sep="\n")
+    trainer.accelerator.print(placed, speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
 

@@ -88,6 +88,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         follow_tiles(model.config, processor)
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
+    placed = describe_trainable(model)
     shares_prefix = uses_shared_prefix(script_args, train_rows, config)
     lacks_pictures = any(rows is not None and rows_without_image(rows) for rows in (train_rows, validation_rows))
     speed = prepare_model(model, script_args, training_args, shares_prefix=shares_prefix, lacks_pictures=lacks_pictures)
@@ -109,7 +110,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         checkpoint_layers=script_args.checkpoint_layers,
         number_loss=make_number_loss(script_args, processor, counting),
     )
-    trainer.accelerator.print(describe_trainable(model), speed, sep="\n")
+    trainer.accelerator.print(placed, speed, sep="\n")
     trainer.accelerator.print(describe_run(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
 

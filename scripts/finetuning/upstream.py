@@ -153,7 +153,7 @@ ENTRIES = [
     Entry(ENGINE, "load", "reads tensors, and runs no code that a file holds", ("path, map_location",)),
     Entry(ZERO, "_update_model_bit16_weights", "keeps the views that there are", ("group_index",)),
     Entry(ZERO, "scaled_global_norm", "computes the norm in one launch, on the GPU", ("norm_type",)),
-    Entry("deepspeed.runtime.engine", "ds_optim_param", "keeps buffers of frozen layers from being sent"),
+    Entry("bitsandbytes.nn.modules", "quant_state", "says how packed values in a buffer are read"),
 ]  # fmt: skip
 
 

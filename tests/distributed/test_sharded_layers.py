@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from finetuning.distributed.sharded_layers import can_shard_layers, frozen_weights, shard_layers
-from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.distributed.sharded_layers import can_shard_layers, frozen_weights, num_sharded, shard_layers
+from finetuning.kernels.lora_layers import fuse_lora, projection_stacks
 from finetuning.models.parts import decoder_layers
 from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, tiny_gemma, tiny_llava, with_lora
 
@@ -51,11 +51,14 @@ def test_sharded_layers_compute_what_replicated_ones_do(make, targets, checkpoin
     for model in models:
         assert fuse_lora(model) == 21
     layers = decoder_layers(models[1])
-    sizes = {name: weight.shape for name, weight in models[1].named_parameters()}
-    shard_layers(models[1], layers)
-    assert {name: weight.shape for name, weight in models[1].named_parameters()} == sizes
-    # Three layers, and memory for two.
-    assert len({weight.untyped_storage().data_ptr() for layer in layers for weight in frozen_weights(layer)}) == 2
+    norms = sum(weight.numel() for layer in layers for weight in frozen_weights(layer) if weight.dim() == 1)
+    before = sum(weight.numel() for weight in models[1].parameters())
+    shard_layers(models[1], layers, torch.device("cpu"), from_first=True)
+    # Nobody else sees them, and three layers have memory for two.
+    assert not any(frozen_weights(layer) for layer in layers)
+    assert sum(weight.numel() for weight in models[1].parameters()) + num_sharded(models[1]) + norms == before
+    bases = [stack.frozen.bases[0].weight for layer in layers for stack in projection_stacks(layer)]
+    assert len(bases) == 12 and len({weight.untyped_storage().data_ptr() for weight in bases}) == 2
     expected, found = (losses_and_gradients(model, batch, checkpointing) for model in models)
     assert len(expected) == 2 * (2 + 42)
     for given, wanted in zip(found, expected, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import nn
 
 from finetuning import upstream
@@ -32,7 +33,7 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
         layers = decoder_layers(model)
         if zero.get("offload_param", {}).get("device", "none") == "none" and can_shard_layers(layers):
             # Only trained weights are left to DeepSpeed. Stage 2 shards their gradients and optimizer states.
-            shard_layers(model, layers)
+            shard_layers(model, layers, PartialState().device, from_first=False)
             zero["stage"] = 2
         else:
             all_gather_whole_layers(model, zero)

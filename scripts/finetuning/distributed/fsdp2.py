@@ -7,10 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from torch import nn
 
 from finetuning import upstream
-from finetuning.models.parts import base_model_of, frozen_tower_of
+from finetuning.distributed.sharded_layers import can_shard_layers, shard_layers
+from finetuning.models.parts import base_model_of, decoder_layers, frozen_tower_of
+from finetuning.strategy import Strategy
 
 # What describes a sharded checkpoint (its `.metadata`), by module. PyTorch pickles it.
 DESCRIBES = {
@@ -26,8 +30,24 @@ DESCRIBES = {
 }  # fmt: skip
 
 
-def set_wrap_classes(model: nn.Module) -> None:
+def set_up_fsdp2(model: nn.Module) -> None:
+    """Divide the work before accelerate does the rest; changes `model` in place.
+
+    Frozen weights of fused LoRA layers we shard ourselves. FSDP2 has the adapters, as one unit with all that is in no
+    other: one all-gather and one reduction a step. It waits for its host at units of single layers.
+    """
+    layers = decoder_layers(model)
+    shards_layers = dist.is_initialized() and not Strategy.from_environment().offloads and can_shard_layers(layers)
+    if shards_layers:
+        shard_layers(model, layers, PartialState().device, from_first=True)
+    set_wrap_classes(model, besides=layers if shards_layers else [])
+    read_tensors_only()
+
+
+def set_wrap_classes(model: nn.Module, besides: list[nn.Module]) -> None:
     """Let FSDP2 wrap each decoder layer, and all layers of a frozen vision tower at once; changes `model` in place.
+
+    `besides`: layers that are not wrapped, for nothing of them needs to be all-gathered on its own.
 
     FSDP2 shards and all-gathers what it wraps as one unit, found by class names in `_no_split_modules`. A frozen tower
     runs once a step, and each unit costs milliseconds of host time. (The tower itself as a unit would lose the hidden
@@ -39,7 +59,9 @@ def set_wrap_classes(model: nn.Module) -> None:
     wrapped = {
         type(module).__name__
         for module in base.modules()
-        if module not in in_tower and any(cls.__name__ in base._no_split_modules for cls in type(module).__mro__)
+        if module not in in_tower
+        and module not in besides
+        and any(cls.__name__ in base._no_split_modules for cls in type(module).__mro__)
     }
     holders = (module for module in in_tower if any(isinstance(child, nn.ModuleList) for child in module.children()))
     upstream.replace(base, "_no_split_modules", sorted(wrapped | {type(holder).__name__ for holder in holders}))
@@ -57,6 +79,10 @@ def keep_fp32_reductions(plugin: Any, *, quantised: bool) -> None:
         param_dtype = None if quantised else policy.param_dtype
         exact = replace(policy, param_dtype=param_dtype, reduce_dtype=torch.float32, output_dtype=None)
         upstream.replace(plugin, "mixed_precision_policy", exact)
+    if quantised:
+        # Each process has quantised its own copy, on its GPU. accelerate would send the first one's, and bitsandbytes'
+        # layers add entries to it that are no parameters.
+        plugin.cpu_ram_efficient_loading = False
 
 
 def read_tensors_only() -> None:

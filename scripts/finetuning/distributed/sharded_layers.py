@@ -1,42 +1,50 @@
-"""Sharding of frozen decoder layers with an all-gather that is prefetched: ZeRO-3 for weights that LoRA does not train.
+"""Sharding of frozen decoder layers with an all-gather that is prefetched: for ZeRO-3 and FSDP2, dense and 4-bit weights.
 
-DeepSpeed's ZeRO-3 fetches, copies and releases each parameter separately, because it may be trained: 1,500 of them a
+DeepSpeed and PyTorch fetch, copy and release each parameter separately, because it may be trained: 1,500 of them a
 step for a 7B model with adapters, and the Python of it takes longer than the GPU computes. Frozen weights need none of
 that. Here the frozen weights of a decoder layer are one flat tensor. One all-gather per layer fills one of two buffers
 while the layer before it is computed, in the forward and in the backward pass.
+
+Frozen shards never change, so nobody has to agree on when they are read. Where all GPUs are of one machine, each copies
+the others' shards out of their memory by its copy engines: products keep all of the GPU's multiprocessors, of which NCCL
+takes some, and no process waits for another. (As PyTorch's `_low_contention_all_gather`, without its barriers.)
 """
 
 import gc
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import prod
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetuning import upstream
-from finetuning.kernels.frozen_weights import FrozenWeights
+from finetuning.kernels.frozen_weights import FourBitWeights, FrozenWeights
 from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward
-from finetuning.models.parts import base_model_of
+from finetuning.models.parts import base_model_of, decoder_layers
+
+ALIGNMENT = 128  # bytes: where products read fast
 
 
 def can_shard_layers(layers: list[nn.Module]) -> bool:
-    """Whether a layer's backward pass works from a buffer that was overwritten in between, and weights have one dtype.
+    """Whether a layer's backward pass works from a buffer that was overwritten in between.
 
     The fused computation reads the weights anew; PyTorch's own linear layers save them for the backward pass.
     """
-    frozen = {(weight.dtype, weight.device) for layer in layers for weight in frozen_weights(layer)}
-    return len(frozen) == 1 and all(isinstance(layer, FusedDecoderLayer) for layer in layers)
+    return all(isinstance(layer, FusedDecoderLayer) for layer in layers)
 
 
-def shard_layers(model: nn.Module, layers: list[FusedDecoderLayer]) -> None:
+def shard_layers(model: nn.Module, layers: list[FusedDecoderLayer], device: torch.device, *, from_first: bool) -> None:
     """Shard the frozen weights of `layers` over all processes, and all-gather them at use; changes `model` in place.
 
-    All else that DeepSpeed sharded while it loaded the model (vision tower, embeddings) is replicated afterwards.
+    Afterwards the weights are plain attributes of their modules, on `device`: no library shards, moves or saves them.
+    `from_first`: only the first process is sure to have loaded them, and sends them, layer by layer. What DeepSpeed
+    sharded while it loaded the model, vision tower and embeddings too, is replicated.
     """
-    FrozenLayerShards(layers)
+    FrozenLayerShards(layers, device, from_first=from_first)
     full = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -52,35 +60,46 @@ def shard_layers(model: nn.Module, layers: list[FusedDecoderLayer]) -> None:
 
 
 class FrozenLayerShards:
-    """This process's shard of each layer, and two buffers: one for even layers, one for odd layers.
+    """This process's shard of each layer, and two buffers: one for even layers, one for odd layers. All are bytes.
 
-    The parameters of a layer are views of its buffer. The all-gather of the next layer starts when the GPU has finished
+    The weights of a layer are views of its buffer. The all-gather of the next layer starts when the GPU has finished
     the layer before the current one, which is the last to read what is overwritten. It runs beside the current layer.
     """
 
-    def __init__(self, layers: list[FusedDecoderLayer]):
-        self.processes = dist.get_world_size()
-        self.shards = [self.own_shard(layer) for layer in layers]
-        size = self.processes * max(map(len, self.shards))
-        self.buffers = [self.shards[0].new_empty(size) for _ in range(2)]
+    def __init__(self, layers: list[FusedDecoderLayer], device: torch.device, *, from_first: bool):
+        self.processes, self.rank = dist.get_world_size(), dist.get_rank()
+        pieces = [pieces_of(layer) for layer in layers]
+        lengths = [-(-sum(piece.length for piece in own) // (self.processes * ALIGNMENT)) * ALIGNMENT for own in pieces]
+        self.buffers = [torch.zeros(self.processes * max(lengths), dtype=torch.uint8, device=device) for _ in range(2)]
+        by_copy = reach_each_other(device)
+        shards, others = (
+            shared_bytes(sum(lengths), device) if by_copy else (self.buffers[0].new_empty(sum(lengths)), [])
+        )
+        self.shards = shards.split(lengths)
+        self.shards_of_others = {rank: other.split(lengths) for rank, other in others}
+        self.copies = torch.cuda.Stream(device) if by_copy else None
         self.layer_in_buffer: list[int | None] = [None, None]  # all-gathered, or being so
-        self.pending: list[dist.Work | None] = [None, None]
-        for index, layer in enumerate(layers):
-            view_in_buffer(self.buffers[index % 2], layer)
+        self.pending: list[dist.Work | torch.cuda.Event | None] = [None, None]
+        for index, (layer, own) in enumerate(zip(layers, pieces, strict=True)):
+            full = self.buffers[index % 2][: self.processes * lengths[index]]
+            self.fill(full, layer, own, from_first)
+            self.shards[index].copy_(full.chunk(self.processes)[self.rank])
+            view_in_buffer(full, layer, own)
             layer.register_forward_pre_hook(partial(self.before_forward, index))
             layer.register_forward_hook(partial(self.after_forward, index))
+        if by_copy:
+            torch.cuda.synchronize(device)
+            dist.barrier()  # nobody reads a shard before it is written
 
-    def own_shard(self, layer: FusedDecoderLayer) -> Tensor:
-        """This process's part of the layer's frozen weights, 1-D, padded so that all parts are as long."""
+    def fill(self, full: Tensor, layer: FusedDecoderLayer, pieces: list["Piece"], from_first: bool) -> None:
+        """Write the layer's weights into `full`, which is all zeros where they leave room."""
+        full.zero_()
         with all_gathered(frozen_weights(layer)):
-            parts = []
-            for stack in projection_stacks(layer):
-                rows = torch.cat([base.weight.detach() for base in stack.frozen.bases])
-                parts.append(F.pad(rows, (0, stack.row_length(stack.in_features) - stack.in_features)).flatten())
-            flat = torch.cat([*parts, *(weight.detach().flatten() for weight in unstacked_frozen_weights(layer))])
-        length = -(-len(flat) // self.processes)
-        start = dist.get_rank() * length
-        return F.pad(flat, (0, length * self.processes - len(flat)))[start : start + length].clone()
+            if not from_first or self.rank == 0:
+                for piece in pieces:
+                    piece.write_into(full)
+        if from_first:
+            dist.broadcast(full, 0)
 
     def before_forward(self, index: int, layer: nn.Module, args: tuple) -> None:
         """Forward pre-hook of layer `index`."""
@@ -105,26 +124,104 @@ class FrozenLayerShards:
         if self.layer_in_buffer[buffer] != index:
             self.wait_for_buffer(buffer)
             full = self.buffers[buffer][: self.processes * len(shard)]
-            self.pending[buffer] = dist.all_gather_into_tensor(full, shard, async_op=True)
+            if self.copies is None:
+                self.pending[buffer] = dist.all_gather_into_tensor(full, shard, async_op=True)
+            else:
+                self.pending[buffer] = self.copy_from_all(full, index)
             self.layer_in_buffer[buffer] = index
 
+    def copy_from_all(self, full: Tensor, index: int) -> torch.cuda.Event:
+        """Start copying all shards of layer `index` into `full`, when the GPU is done with what was asked until now."""
+        parts = full.chunk(self.processes)
+        self.copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copies):
+            for rank, shards in self.shards_of_others.items():
+                parts[rank].copy_(shards[index], non_blocking=True)
+            parts[self.rank].copy_(self.shards[index], non_blocking=True)
+            return self.copies.record_event()
+
     def wait_for_buffer(self, buffer: int) -> None:
-        """Wait until no all-gather into `buffer` (0 or 1) is pending."""
+        """Wait until nothing that fills `buffer` (0 or 1) is pending."""
         if self.pending[buffer] is not None:
             self.pending[buffer].wait()  # on a GPU the stream waits, not the host
             self.pending[buffer] = None
 
 
+def reach_each_other(device: torch.device) -> bool:
+    """Whether this is one of several processes of one machine, each with a GPU that reads the memory of all others."""
+    processes = dist.get_world_size()
+    if device.type != "cuda" or processes == 1 or processes != int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+        return False
+    others = [index for index in range(processes) if index != device.index]
+    return all(torch.cuda.can_device_access_peer(device.index, index) for index in others)
+
+
+def shared_bytes(length: int, device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """`length` bytes on this GPU, and those of the other processes, by rank, the next one first; called by all together.
+
+    They lie outside of PyTorch's allocator: `bytes_outside_of_allocator` counts them.
+    """
+    from torch.distributed import _symmetric_memory
+
+    global _outside
+    own = _symmetric_memory.empty(length, dtype=torch.uint8, device=device)
+    handle = _symmetric_memory.rendezvous(own, dist.group.WORLD)
+    _outside += length
+    ranks = [(handle.rank + step) % handle.world_size for step in range(1, handle.world_size)]
+    return own, [(rank, handle.get_buffer(rank, (length,), torch.uint8)) for rank in ranks]
+
+
+_outside = 0
+
+
+def bytes_outside_of_allocator() -> int:
+    """Bytes of this process's GPU that `torch.cuda.max_memory_allocated` does not count: shards that others read."""
+    return _outside
+
+
+class Piece:
+    """Weights of a layer that lie in one block of its buffer: those of a projection stack, or one other weight.
+
+    Args:
+        stack: whose rows the block is: [W B; s A _], room for B and A included; packed W alone in 4 bits.
+        weights: of the stack in order, or the one other.
+        start: bytes from the begin of the buffer.
+    """
+
+    def __init__(self, stack: ProjectionStack | None, weights: list[nn.Parameter], start: int):
+        self.stack, self.weights, self.start, self.dtype = stack, weights, start, weights[0].dtype
+        self.sizes = [full_shape(weight)[0] for weight in weights]
+        rest = list(full_shape(weights[0])[1:])
+        self.shape = (sum(self.sizes), *rest)
+        self.width = rest[0] if rest else None
+        if stack is not None and not is_packed(stack):
+            self.shape = (sum(self.sizes) + sum(stack.ranks), stack.row_length(stack.in_features))
+        self.length = -(-prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+    def block(self, buffer: Tensor) -> Tensor:
+        """The block in `buffer`, of the weights' dtype."""
+        end = self.start + prod(self.shape) * self.dtype.itemsize
+        return buffer[self.start : end].view(self.dtype).view(self.shape)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Each weight in `buffer`, in its own shape."""
+        block = self.block(buffer)[: sum(self.sizes)]
+        return list((block if self.width is None else block[:, : self.width]).split(self.sizes))
+
+    def write_into(self, buffer: Tensor) -> None:
+        """Copy the weights into the block."""
+        for view, weight in zip(self.views(buffer), self.weights, strict=True):
+            view.copy_(weight.detach())
+
+
 class BufferedWeights(FrozenWeights):
-    """A stack's weights as rows of a buffer, with columns for B behind them and no rows for s A below."""
+    """A stack's weights as rows of a buffer, with columns for B behind them and rows for s A below."""
 
-    joins_a = False
-
-    def __init__(self, stack: ProjectionStack, rows: Tensor):
-        """`rows` (sum of out, row length) of the buffer belong to `stack` from now on."""
+    def __init__(self, stack: ProjectionStack, block: Tensor):
+        """`block` (sum of out + sum of ranks, row length) of the buffer belongs to `stack` from now on."""
         super().__init__(stack.layers)
-        self.rows = rows[:, : stack.in_features + sum(stack.ranks)]
-        self.stack = rows[:, : stack.in_features]
+        self.joined = block[:, : stack.in_features + sum(stack.ranks)]
+        self.stack = block[: sum(stack.sizes), : stack.in_features]
 
     def write_into(self, rows: Tensor) -> None:
         """One copy of the rows in the buffer."""
@@ -136,10 +233,44 @@ class BufferedWeights(FrozenWeights):
 
     def weight_and_b(self, stack: ProjectionStack) -> Tensor:
         """The rows in the buffer with B written behind them, where dtypes are equal."""
-        if self.rows.dtype != stack.dtype:
+        if self.joined.dtype != stack.dtype:
             return super().weight_and_b(stack)
-        self.rows[:, stack.in_features :] = stack.b
-        return self.rows
+        rows = self.joined[: len(self.stack)]
+        rows[:, stack.in_features :] = stack.b
+        return rows
+
+    def weight_and_a(self, stack: ProjectionStack) -> Tensor:
+        """The rows in the buffer with s A written below them, where dtypes are equal."""
+        if self.joined.dtype != stack.dtype:
+            return super().weight_and_a(stack)
+        rows = self.joined[:, : stack.in_features]
+        rows[len(self.stack) :] = stack.a
+        return rows
+
+
+class BufferedFourBitWeights(FourBitWeights):
+    """A stack's packed values in a buffer. Scales of blocks, an eighth of them, stay whole in every process."""
+
+    def __init__(self, stack: ProjectionStack, block: Tensor):
+        super().__init__(stack.layers)
+        super().refresh(stack)  # joins the scales, and packed values for the last time
+        self.stack = block
+
+    def reset(self) -> None:
+        """What is in the buffer fits every dtype of products."""
+
+    def refresh(self, stack: ProjectionStack) -> None:
+        """Nobody moves or replaces what is no parameter."""
+
+
+def is_packed(stack: ProjectionStack) -> bool:
+    """Whether the stack's weights are 4-bit ones."""
+    return hasattr(stack.frozen.bases[0].weight, "quant_state")
+
+
+def full_shape(weight: Tensor) -> torch.Size:
+    """Its shape; ZeRO-3 leaves an empty tensor in place of a sharded weight, and its full shape in `ds_shape`."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def frozen_weights(layer: nn.Module) -> list[nn.Parameter]:
@@ -147,37 +278,42 @@ def frozen_weights(layer: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in layer.parameters() if not weight.requires_grad]
 
 
-def unstacked_frozen_weights(layer: FusedDecoderLayer) -> list[nn.Parameter]:
-    """The layer's frozen parameters outside of its projections: norms."""
-    stacked = {id(base.weight) for stack in projection_stacks(layer) for base in stack.frozen.bases}
-    return [weight for weight in frozen_weights(layer) if id(weight) not in stacked]
+def pieces_of(layer: FusedDecoderLayer) -> list[Piece]:
+    """How the layer's frozen weights lie in a buffer: those of its stacks, then the others (norms)."""
+    pieces: list[Piece] = []
+    of_stacks = [(stack, [base.weight for base in stack.frozen.bases]) for stack in projection_stacks(layer)]
+    stacked = {id(weight) for _, weights in of_stacks for weight in weights}
+    others = [(None, [weight]) for weight in frozen_weights(layer) if id(weight) not in stacked]
+    for stack, weights in of_stacks + others:
+        pieces.append(Piece(stack, weights, pieces[-1].start + pieces[-1].length if pieces else 0))
+    return pieces
 
 
-def view_in_buffer(buffer: Tensor, layer: FusedDecoderLayer) -> None:
-    """Replace the layer's frozen parameters by views of `buffer`: the rows of its stacks, then the others."""
-    views, start = {}, 0
-    others = unstacked_frozen_weights(layer)
-    for stack in projection_stacks(layer):
-        size = sum(stack.sizes) * stack.row_length(stack.in_features)
-        weights = [base.weight for base in stack.frozen.bases]
-        stack.frozen = BufferedWeights(
-            stack, buffer[start : start + size].view(-1, stack.row_length(stack.in_features))
-        )
-        start += size
-        views |= zip(weights, stack.frozen.stack.split(stack.sizes), strict=True)
-    for weight in others:
-        shape = getattr(weight, "ds_shape", weight.shape)
-        views[weight] = buffer[start : start + shape.numel()].view(shape)
-        start += shape.numel()
-    parameters = {weight: nn.Parameter(view, requires_grad=False) for weight, view in views.items()}
-    for parameter in parameters.values():
-        # DeepSpeed neither shards a parameter with this mark nor broadcasts it when training begins. The buffer holds
-        # nothing by then, and NCCL sends no strided tensors.
-        upstream.set_read(parameter, "deepspeed.runtime.engine", "ds_optim_param", True)
+def view_in_buffer(buffer: Tensor, layer: FusedDecoderLayer, pieces: list[Piece]) -> None:
+    """Let the layer's frozen weights be views of `buffer`, as plain attributes in place of parameters."""
+    views = {}
+    for piece in pieces:
+        for weight, view in zip(piece.weights, piece.views(buffer), strict=True):
+            views[id(weight)] = view
+            if (state := getattr(weight, "quant_state", None)) is not None:
+                upstream.set_read(view, "bitsandbytes.nn.modules", "quant_state", state)
+        if piece.stack is not None:
+            kind = BufferedFourBitWeights if is_packed(piece.stack) else BufferedWeights
+            piece.stack.frozen = kind(piece.stack, piece.block(buffer))
     for module in layer.modules():
-        for name, parameter in module._parameters.items():
-            if parameter in parameters:
-                module._parameters[name] = parameters[parameter]
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in views:
+                del module._parameters[name]
+                setattr(module, name, views[id(parameter)])
+
+
+def num_sharded(model: nn.Module) -> int:
+    """How many weights of linear layers are no parameters any more."""
+    kinds = (BufferedWeights, BufferedFourBitWeights)
+    stacks = [
+        stack for layer in decoder_layers(model) if can_shard_layers([layer]) for stack in projection_stacks(layer)
+    ]
+    return sum(sum(stack.sizes) * stack.in_features for stack in stacks if isinstance(stack.frozen, kinds))
 
 
 def all_gathered(weights: list[nn.Parameter]) -> AbstractContextManager:

@@ -6,7 +6,7 @@ from torch import nn
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.distributed.deepspeed_zero import set_up_deepspeed
 from finetuning.distributed.empty_picture import see_an_empty_picture
-from finetuning.distributed.fsdp2 import read_tensors_only, set_wrap_classes
+from finetuning.distributed.fsdp2 import set_up_fsdp2
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.kernels.lora_layers import fuse_lora
@@ -46,9 +46,8 @@ def prepare_model(
     strategy = Strategy.from_environment()
     if lacks_pictures and (strategy.shards_weights or strategy.is_deepspeed):
         see_an_empty_picture(model)
-    set_wrap_classes(model)
     if strategy.layout == "FSDP2":
-        read_tensors_only()
+        set_up_fsdp2(model)
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)
 
