@@ -36,7 +36,7 @@ from preparing import Parser, command, harmless
 from preparing.annotations import count_class, read_annotations
 from preparing.cctv import check_images, check_numbers, find_frames, find_photos, group_frames, pass_problems_on
 from preparing.conversations import IMAGES_FEATURE, MESSAGES_FEATURE
-from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
+from preparing.dataset_writer import Picture, describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.dialogues import check_empty_cells, check_templates, fill_in, read_dialogues, tie_dialogues
 from preparing.frame_names import FrameIndex, leave_off_folders
 from preparing.images import (
@@ -187,7 +187,7 @@ def make_row(pair: tuple[Frame, Dialogue], extra_columns: list[str]) -> dict[str
             {"role": message["role"], "content": fill_in(message["content"], values)} for message in dialogue.messages
         ],
         # The file's own bytes: nothing is encoded a second time.
-        "images": [{"bytes": frame.path.read_bytes(), "path": frame.path.name}],
+        "images": [Picture(frame.sha256, frame.path.name, frame.path.read_bytes)],
         "image_id": frame.image_id,
         "count": frame.label.count,
         **{name: values[name] for name in extra_columns},

@@ -23,8 +23,10 @@ the key that holds it), and --answers names the key that holds several right ans
 
 import argparse
 import functools
+import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +45,7 @@ from preparing.conversations import (
     is_empty,
     plain_key,
 )
-from preparing.dataset_writer import describe_file, refuse_existing_output, summarise, write_dataset
+from preparing.dataset_writer import Picture, describe_file, refuse_existing_output, summarise, write_dataset
 from preparing.images import (
     Inspection,
     Seen,
@@ -70,6 +72,9 @@ from preparing.record_keys import (
 from preparing.splits import connected_groups, split_groups
 from preparing.tables import read_table
 from preparing.text_files import RepeatedKeys, json_items, keep_repeated, read_text
+
+# isort: split
+from finetuning.data.picture_table import PICTURES, StoredImage, with_stored_pictures  # preparing finds it
 
 SCORING_FEATURES = {"task": datasets.Value("string"), "answers": datasets.List(datasets.Value("string"))}
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -143,7 +148,7 @@ class HeldImages:
 InputImage = FileImage | GivenImage | HeldImage
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # there may be a million
 class Record:
     """One conversation of the input, with what is wrong with it."""
 
@@ -159,17 +164,22 @@ class Record:
     answers: list[str] | None = None
     problem: tuple[str, str] | None = None
 
+    def forget(self, kept: Collection[str | None]) -> None:
+        """Hold no longer what was read of the record, but for the values of `kept`; its keys stay, to be named."""
+        if isinstance(self.raw, Mapping):
+            self.raw = {sys.intern(key): value if key in kept else None for key, value in self.raw.items()}
+
     def reject(self, reason: str, detail: str) -> None:
         """Note why the record is left out; the first reason stays."""
         self.problem = self.problem or (reason, detail)
 
 
-def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, Any]], HeldImages | None]:
+def read_records(source: str, split: str) -> tuple[Iterable[Record], list[dict[str, Any]], HeldImages | None]:
     """(records, sources for the manifest, the images that the input itself holds) of a file, folder or Hub name."""
     path = Path(source)
     if path.is_file() and path.suffix.lower() in FILE_SUFFIXES:
         readers = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv}
-        return list(readers[path.suffix.lower()](path)), [describe_file(path)], None
+        return readers[path.suffix.lower()](path), [describe_file(path)], None
     dataset = open_dataset(source, split)
     inner = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
     if unread := [name for name, feature in inner.items() if isinstance(feature, (datasets.Audio, datasets.Video))]:
@@ -183,7 +193,8 @@ def read_records(source: str, split: str) -> tuple[list[Record], list[dict[str, 
     for name in with_images:
         undecoded = datasets.Image(decode=False)
         in_lists = isinstance(dataset.features[name], datasets.List)
-        dataset = dataset.cast_column(name, datasets.List(undecoded) if in_lists else undecoded)
+        if not isinstance(inner[name], StoredImage):
+            dataset = dataset.cast_column(name, datasets.List(undecoded) if in_lists else undecoded)
         images = HeldImages(dataset, name)
     text_only = dataset.remove_columns(images.column) if images else dataset
     records = [Record(source, number, raw) for number, raw in enumerate(text_only, start=1)]
@@ -203,7 +214,7 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
         dataset = opened if isinstance(opened, datasets.Dataset) else opened.get(split)
         if dataset is None:
             raise ValueError(f"{source} has the splits {', '.join(opened)}, not {split!r}: name one with --input_split")
-        return dataset
+        return with_stored_pictures(dataset, path) if (path / PICTURES).is_dir() else dataset
     if not path.is_dir() and (
         path.exists() or path.suffix.lower() in FILE_SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     ):
@@ -224,12 +235,21 @@ def read_json(path: Path) -> Iterator[Record]:
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """Records of JSON Lines; a line that is not JSON is a record with a problem."""
-    for line, text in enumerate(read_text(path).split("\n"), start=1):
+    for line, text in enumerate(lines_of(read_text(path)), start=1):
         if text.strip():
             try:
                 yield Record(str(path), line, json.loads(text, object_pairs_hook=keep_repeated))
             except json.JSONDecodeError as error:
                 yield Record(str(path), line, None, problem=("not_json", f"{error.msg} at column {error.colno}"))
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """Its lines, one after the other: a list of a million would hold the text twice."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def read_csv(path: Path) -> Iterator[Record]:
@@ -348,15 +368,16 @@ def check_images(records: list[Record], max_pixels: int) -> dict[InputImage, Ins
 
 def check_duplicates(records: list[Record], inspections: dict[InputImage, Inspection]) -> None:
     """Reject records whose pictures and words are those of an earlier one."""
-    first: dict[tuple[Any, ...], Record] = {}
+    first: dict[bytes, Record] = {}
     for record in records:
         if record.problem:
             continue
         pictures = tuple(inspections[image].sha256 for image in record.images)
         words = tuple((message["role"], message["content"], message.get("weight", 1)) for message in record.messages)
-        if twin := first.get((pictures, words)):
+        digest = hashlib.sha256(repr((pictures, words)).encode("utf-8", "surrogatepass")).digest()
+        if twin := first.get(digest):
             record.reject("duplicate", f"same images and words as record {twin.number}, line {twin.line}")
-        first.setdefault((pictures, words), record)
+        first.setdefault(digest, record)
 
 
 def read_columns(records: list[Record], columns: dict[str, str]) -> None:
@@ -448,14 +469,21 @@ def read_scoring(record: Record, task: str | None, answers: str | None) -> None:
 
 
 def make_row(
-    record: Record, columns: dict[str, str], scoring: Collection[str], has_images: bool, has_weights: bool
+    record: Record,
+    columns: dict[str, str],
+    scoring: Collection[str],
+    inspections: Mapping[InputImage, Inspection],
+    has_images: bool,
+    has_weights: bool,
 ) -> dict[str, Any]:
     """A row of the dataset; pictures as their own bytes, weights of turns where any record has them."""
     messages = [{"weight": 1} | message for message in record.messages] if has_weights else record.messages
     row = {"messages": messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
     row |= {name: getattr(record, name) for name in ("task", "answers") if name in scoring}
     if has_images:
-        row["images"] = [{"bytes": image.read(), "path": Path(image.name).name} for image in record.images]
+        row["images"] = [
+            Picture(inspections[image].sha256, Path(image.name).name, image.read) for image in record.images
+        ]
     return row
 
 
@@ -524,16 +552,19 @@ def main() -> None:
     columns = dict(column.split(":") for column in args.columns)
 
     # Read.
-    records, sources, held = read_records(args.input, args.input_split)
+    read, sources, held = read_records(args.input, args.input_split)
 
     # Check.
     # The columns of scoring, and the keys that they are read from.
     scoring = {name: feature for name, feature in SCORING_FEATURES.items() if getattr(args, name) is not None}
     kept = {*columns, *(getattr(args, name) for name in scoring)}
-    for number, record in enumerate(records, start=1):
+    records = []
+    for number, record in enumerate(read, start=1):
         record.number = number
+        records.append(record)
         fill_in_answer(record, args.answers)
         read_conversation(record, args.images, held, kept)
+        record.forget({*kept, args.group_by})
     inspections = check_images(records, args.max_pixels)
     check_duplicates(records, inspections)
     read_columns(records, columns)
@@ -582,7 +613,12 @@ def main() -> None:
         + (f" or the same {args.group_by}" if args.group_by else "")
         + f", shuffled with seed {args.seed}",
         make_row=functools.partial(
-            make_row, columns=columns, scoring=scoring, has_images=has_images, has_weights=has_weights
+            make_row,
+            columns=columns,
+            scoring=scoring,
+            inspections=inspections,
+            has_images=has_images,
+            has_weights=has_weights,
         ),
         unused_keys=dict(unused.most_common()),
         leak_report=leaks,

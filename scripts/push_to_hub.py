@@ -102,13 +102,16 @@ def write_parquet(folder: Path, target: Path) -> None:
     from datasets.table import embed_table_storage
     from tqdm import tqdm
 
+    from finetuning.data.picture_table import size_of_pictures, with_bytes, with_stored_pictures
+
     (target / "data").mkdir(parents=True)
     shards = []
     for split, rows in load_from_disk(str(folder)).items():
-        number = max(-(-(rows.data.nbytes or 0) // LARGEST_FILE), 1)
+        rows = with_stored_pictures(rows, folder) if "images" in rows.column_names else rows
+        number = max(-(-((rows.data.nbytes or 0) + size_of_pictures(rows)) // LARGEST_FILE), 1)
         shards += [(rows, f"{split}-{n:05}-of-{number:05}.parquet", n, number) for n in range(number)]
     for rows, name, n, number in tqdm(shards, desc="Writing Parquet", unit="file"):
-        shard = rows.shard(number, n, contiguous=True).with_format("arrow")
+        shard = with_bytes(rows.shard(number, n, contiguous=True)).with_format("arrow")
         shard = shard.map(embed_table_storage, batched=True, batch_size=100, keep_in_memory=True)
         shard.with_format(None).to_parquet(target / "data" / name)
     if (folder / "manifest.json").is_file():

@@ -2,26 +2,39 @@
 
 import glob
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
-from datasets.exceptions import DatasetGenerationError
+from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from finetuning.data.picture_table import PictureWriter
 from finetuning.failures import writing
 from finetuning.folder_lock import give_back, try_lock
 from finetuning.manifest import files_in, write_manifest
 from preparing.ledger import Ledger
 
-# Rows held in memory before they go to disk. The library's default of 1,000 is a gigabyte of 1 MB photographs.
-ROWS_IN_MEMORY = 64
+# Pictures held in memory before they go to disk. The library's default of 1,000 is a gigabyte of 1 MB photographs.
+PICTURES_IN_MEMORY = 64
+# Rows of text and numbers that are held: pictures lie in a table of their own.
+TEXTS_IN_MEMORY = 1000
+SPLIT_FILE = "data-00000-of-00001.arrow"
 REJECTS = "rejects.csv"  # not in the manifest: people open it in Excel, which saves it anew
+
+
+class Picture(NamedTuple):
+    """A picture of a row: the hash of its bytes, its name, and how to read it."""
+
+    digest: str
+    name: str
+    read: Callable[[], bytes]
 
 
 def refuse_existing_output(output: Path) -> None:
@@ -44,15 +57,6 @@ def closing_lock(output: Path) -> Iterator[None]:
         yield
     finally:
         give_back(output)
-
-
-@contextmanager
-def own_errors() -> Iterator[None]:
-    """What went wrong while rows were made, without the library's words around it."""
-    try:
-        yield
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from error
 
 
 def scratch_prefix(output: Path) -> str:
@@ -82,7 +86,8 @@ def write_dataset(
     """Writes `output/` with one dataset split per entry of `splits`, `manifest.json` and `rejects.csv`.
 
     `splits` holds light items (a finished row, or the indices it is built from); `make_row` turns one into a row of
-    `features` when it is its turn, so memory does not grow with the number of rows. A split may also be a finished
+    `features` when it is its turn, so memory does not grow with the number of rows. Each of a row's `images` is a
+    `Picture`: its bytes are written once, into a table of their own, by which rows name it. A split may also be a finished
     `datasets.Dataset`: text that fits into memory is written several times faster so. An empty split is left out of the
     dataset and stands in the manifest with 0 rows. Further keyword arguments become manifest entries as they are.
     Everything is written beside `output` and renamed into place at the end: a run that dies leaves no half dataset.
@@ -92,7 +97,7 @@ def write_dataset(
     refuse_existing_output(output)
     ledger.check()
     num_rows = {name: len(items) for name, items in splits.items()}
-    with closing_lock(output), writing(output), own_errors():
+    with closing_lock(output), writing(output):
         if not sum(num_rows.values()):
             raise ValueError(
                 f"no row was accepted, so {output} was not written. What was read, and why it was rejected:\n"
@@ -101,31 +106,26 @@ def write_dataset(
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=scratch_prefix(output), dir=output.parent) as scratch:
             folder = Path(scratch) / "dataset"
-            written = datasets.DatasetDict()
+            pictures = PictureWriter(folder, PICTURES_IN_MEMORY)
             datasets.disable_progress_bars()  # one bar over all splits instead
             with tqdm(total=sum(num_rows.values()), desc="writing rows", unit="row") as progress:
                 for name, items in splits.items():
                     if not items:
                         continue
                     if isinstance(items, datasets.Dataset):
-                        written[name] = items
+                        items.save_to_disk(folder / name)
                         progress.update(len(items))
                         continue
-
-                    def rows(items=items):
+                    with SplitWriter(folder, name, features) as split:
                         for item in items:
-                            yield make_row(item)
+                            row = make_row(item)
+                            if "images" in row:
+                                row["images"] = [pictures.name(*picture) for picture in row["images"]]
+                            split.write(row)
                             progress.update()
-
-                    written[name] = datasets.Dataset.from_generator(
-                        rows,
-                        features=features,
-                        cache_dir=str(Path(scratch) / "cache"),
-                        split=datasets.NamedSplit(name),
-                        fingerprint=f"{name}-{len(items)}",  # else the library pickles every item to compute one
-                        writer_batch_size=ROWS_IN_MEMORY,
-                    )
-            written.save_to_disk(folder)
+            pictures.close()
+            splits_of = {"splits": [name for name, items in splits.items() if items]}
+            (folder / "dataset_dict.json").write_text(json.dumps(splits_of), encoding="utf-8")
             ledger.write_csv(folder / REJECTS)
             contents = {
                 "rows": num_rows,
@@ -142,6 +142,44 @@ def write_dataset(
             write_manifest(folder, [path for path in files_in(folder) if path.name != REJECTS], contents)
             folder.rename(output)
     return output
+
+
+class SplitWriter:
+    """Rows of one split straight into the folder that `load_from_disk` opens.
+
+    `save_to_disk` would write them a second time, and look on the disk for pictures that a row names in a table.
+    """
+
+    def __init__(self, folder: Path, name: str, features: datasets.Features):
+        self.folder, self.name, self.features, self.num_rows = folder / name, name, features, 0
+        self.folder.mkdir(parents=True)
+
+    def __enter__(self) -> "SplitWriter":
+        self.writer = ArrowWriter(
+            path=str(self.folder / SPLIT_FILE), features=self.features, writer_batch_size=TEXTS_IN_MEMORY
+        )
+        return self
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        self.writer.write(row)
+        self.num_rows += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            self.writer.finalize()
+            state = {
+                "_data_files": [{"filename": SPLIT_FILE}],
+                "_fingerprint": f"{self.name}-{self.num_rows}",
+                "_format_columns": None,
+                "_format_kwargs": {},
+                "_format_type": None,
+                "_output_all_columns": False,
+                "_split": self.name,
+            }
+            (self.folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+            datasets.DatasetInfo(features=self.features).write_to_directory(str(self.folder))
+        self.writer.close()
 
 
 def summarise(output: Path, ledger: Ledger, num_rows: Mapping[str, int]) -> str:

@@ -29,6 +29,7 @@ from finetuning.models.parts import base_model_of, decoder_layers
 from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
+from support.raw_data import with_pictures
 from support.training import SAMPLE, build, train
 
 
@@ -110,7 +111,7 @@ def test_checkpointing_asks_a_frozen_vision_tower_for_no_gradient(tiny_llava, cc
     features = []
     projector.register_forward_hook(lambda module, inputs, output: features.append(output))
     trainer = FineTuningTrainer(
-        model=model, args=args, train_dataset=load_from_disk(cctv_dataset)["train"], processing_class=processor,
+        model=model, args=args, train_dataset=with_pictures(cctv_dataset)["train"], processing_class=processor,
         data_collator=LlavaDataCollator(processor), checkpoint_layers=script_args.checkpoint_layers,
     )  # fmt: skip
     passes = Counter()

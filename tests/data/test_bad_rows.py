@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from finetuning.data.bad_rows import pass_over_bad_rows
-from finetuning.data.dataset import open_split, with_undecoded_pictures
+from finetuning.data.dataset import open_dataset, open_split, with_undecoded_pictures
 from finetuning.training.trainer import rows_named
 from support.raw_data import draw
 from support.training import train
@@ -25,7 +25,7 @@ def splits(tmp_path) -> DatasetDict:
         values = [
             {"messages": [], "images": [{"bytes": pictures[n], "path": f"{n}.png"}], "name": str(n)} for n in numbers
         ]
-        return with_undecoded_pictures(Dataset.from_list(values, features=features, split=split))
+        return with_undecoded_pictures(Dataset.from_list(values, features=features, split=split), tmp_path)
 
     return DatasetDict({"train": rows(range(12), "train"), "validation": rows(range(12, 14), "validation")})
 
@@ -57,7 +57,7 @@ def test_an_error_of_a_row_gets_the_dataset_and_the_split(splits):
 
 
 def test_a_training_names_the_row_and_passes_over_it_when_told_to(tiny_llava, cctv_dataset, tmp_path):
-    rows = with_undecoded_pictures(load_from_disk(str(cctv_dataset))["train"])
+    rows = open_dataset(str(cctv_dataset), vision=True)["train"]
     images = list(rows["images"])
     # Behind the rows that are looked at before weights are loaded.
     images[12][0]["bytes"] = images[12][0]["bytes"][:200]

@@ -18,13 +18,13 @@ import pytest
 import torch
 import train_llava
 from conftest import ROOT
-from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from finetuning.arguments import parse_arguments
 from finetuning.training.resume import refuse_other_sharding
 from support.fork_server import Commands
+from support.raw_data import with_pictures
 
 SAMPLE = ROOT / "scripts" / "configs" / "llava_sample.yaml"
 STRATEGIES = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -68,7 +68,7 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def dataset(cctv_dataset, tmp_path_factory) -> Path:
     """Of four rows the last two have no picture: read in order, the second process of two sees none in any step."""
-    splits, folder = load_from_disk(cctv_dataset), tmp_path_factory.mktemp("data") / "half"
+    splits, folder = with_pictures(cctv_dataset), tmp_path_factory.mktemp("data") / "half"
     rows = splits["train"]
     splits["train"] = rows.map(
         lambda row, number: {"images": [] if number % 4 > 1 else row["images"]},

@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from datasets import load_from_disk
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig, GraniteForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -16,6 +15,7 @@ from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer
+from support.raw_data import with_pictures
 from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, relative_error, tiny_gemma, with_lora
 from support.tiny_models import tiny_llava as random_llava
 from support.training import SAMPLE, build
@@ -116,7 +116,7 @@ def test_a_training_step_asks_nothing(tiny_llava, cctv_dataset, tmp_path):
     model = set_trainable(build(tiny_llava), script_args, lora_args)
     prepare_model(model, script_args, args)
     trainer = FineTuningTrainer(
-        model=model, args=args, train_dataset=load_from_disk(cctv_dataset)["train"], processing_class=processor,
+        model=model, args=args, train_dataset=with_pictures(cctv_dataset)["train"], processing_class=processor,
         data_collator=LlavaDataCollator(processor), checkpoint_layers=script_args.checkpoint_layers,
     )  # fmt: skip
     asked = []

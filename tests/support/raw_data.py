@@ -9,6 +9,8 @@ import numpy as np
 from datasets import DatasetDict, load_from_disk
 from PIL import Image
 
+from finetuning.data.picture_table import with_bytes, with_stored_pictures
+
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (48, 36)) -> Path:
     """A picture that looks like no other: unrelated noise, coarse enough to survive JPEG and hashing."""
@@ -16,6 +18,12 @@ def draw(path: Path, seed: int, size: tuple[int, int] = (48, 36)) -> Path:
     noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).save(path)
     return path
+
+
+def with_pictures(folder: Path | str) -> DatasetDict:
+    """A prepared dataset as the library alone reads others: each row holds its pictures, which are decoded."""
+    splits = load_from_disk(str(folder))
+    return DatasetDict({name: with_bytes(with_stored_pictures(rows, Path(folder))) for name, rows in splits.items()})
 
 
 def read_output(output: Path) -> tuple[DatasetDict, dict, set[tuple[str, str, str]]]:
@@ -28,4 +36,6 @@ def read_output(output: Path) -> tuple[DatasetDict, dict, set[tuple[str, str, st
     assert sum(counts["rejected"] for counts in manifest["read"].values()) == len(rejects)
     assert manifest["reject_reasons"] == dict(Counter(reason for _, _, reason in rejects))
     assert len({(row["file"], row["line"], row["detail"].partition(": ")[0]) for row in rows}) == len(rows)
-    return load_from_disk(output), manifest, set(rejects)
+    opened = load_from_disk(output)
+    has_images = "images" in next(iter(opened.values())).column_names
+    return with_pictures(output) if has_images else opened, manifest, set(rejects)

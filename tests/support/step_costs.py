@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_from_disk
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, TrainerCallback
 
 from finetuning.arguments import parse_arguments
 from finetuning.data.collator import LlavaDataCollator
+from finetuning.data.dataset import open_dataset
 from finetuning.models.processing import load_processing_class
 from finetuning.models.trainable import set_trainable
 from finetuning.training.prepare_model import prepare_model
@@ -74,7 +74,7 @@ def sample_trainer(model_folder: Path, dataset: Path, output: Path, *flags: str)
     model = set_trainable(LlavaForConditionalGeneration.from_pretrained(model_folder), script_args, model_args)
     prepare_model(model, script_args, args)
     return FineTuningTrainer(
-        model=model, args=args, train_dataset=load_from_disk(dataset)["train"], processing_class=processor,
+        model=model, args=args, train_dataset=open_dataset(str(dataset), vision=True)["train"], processing_class=processor,
         data_collator=LlavaDataCollator(processor), checkpoint_layers=script_args.checkpoint_layers,
     )  # fmt: skip
 

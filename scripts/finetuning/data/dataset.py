@@ -14,6 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from finetuning.data.picture_table import with_stored_pictures
 from finetuning.main_process import refuse_together
 from finetuning.manifest import described_files, is_sealed, manifest_problems
 from finetuning.model_files import refuse_missing_dataset
@@ -55,7 +56,7 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems) + ". docs/data.md describes the columns (The data contract)")
     if vision:
-        dataset = DatasetDict({split: with_undecoded_pictures(rows) for split, rows in dataset.items()})
+        dataset = DatasetDict({split: with_undecoded_pictures(rows, folder) for split, rows in dataset.items()})
     return dataset
 
 
@@ -108,8 +109,10 @@ def _read_arrow_files(paths: Sequence[Path], sender: Connection) -> None:
         sender.send(problem)
 
 
-def with_undecoded_pictures(rows: Dataset) -> Dataset:
+def with_undecoded_pictures(rows: Dataset, folder: Path) -> Dataset:
     """`images` as lists of `{"bytes", "path"}`: the library would open them by other rules than `open_picture`.
+
+    Pictures that are stored once, in the dataset's `folder`, come with their bytes like any other.
 
     Raises ValueError where a row holds a single picture, not a list.
     """
@@ -121,9 +124,7 @@ def with_undecoded_pictures(rows: Dataset) -> Dataset:
         )
     if not isinstance(feature, List) or not isinstance(feature.feature, Image):
         return rows.cast_column("images", List(Image(decode=False)))
-    # Nothing of the table changes; a cast would copy the split into a cache beside it.
-    rows.info.features["images"] = List(Image(decode=False))
-    return rows
+    return with_stored_pictures(rows, folder)
 
 
 def open_split(dataset: DatasetDict, split: str, name: str) -> Dataset:

@@ -24,6 +24,7 @@ from finetuning.data.collator import (
     until_the_question,
 )
 from finetuning.data.near_duplicates import COPY_BITS, are_copies, difference_hash, near_duplicates, stack_hashes
+from finetuning.data.picture_table import StoredImage
 from finetuning.data.pictures import PictureError, open_picture, what_is_blank
 from finetuning.families import family_of
 
@@ -315,7 +316,11 @@ def report_differing_labels(
 
 def undecoded(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
     """Rows straight out of Arrow, their pictures not decoded: the auditor can then name the one that does not open."""
-    return rows.with_format("arrow")[indices].to_pylist()
+    found = rows.with_format("arrow")[indices].to_pylist()
+    if isinstance(feature := getattr(rows.features.get("images"), "feature", None), StoredImage):
+        for row in found:
+            row["images"] = [feature.decode_example(image) for image in row["images"] or []]
+    return found
 
 
 def collate(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> BatchFeature:

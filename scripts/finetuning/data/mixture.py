@@ -4,10 +4,11 @@ import random
 from collections.abc import Sequence
 
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, List, concatenate_datasets
 
 from finetuning.arguments import ScriptArguments
 from finetuning.data.dataset import open_dataset, open_split
+from finetuning.data.picture_table import StoredImage, with_absolute_names
 
 # What training reads of a row beside its number and its image; other columns belong to one set.
 COLUMNS = ("messages", "images")
@@ -49,10 +50,13 @@ def mix(rows: Dataset, parts: Sequence[Dataset], script_args: ScriptArguments) -
             )
         ids = part["image_id"] if "image_id" in part.column_names else range(len(part))
         numbers = {"row": range(start, start + len(part)), "image_id": [f"{name} {image_id}" for image_id in ids]}
-        part = part.select_columns([column for column in COLUMNS if column in part.column_names])
+        part = with_absolute_names(part.select_columns([column for column in COLUMNS if column in part.column_names]))
         for column, values in numbers.items():
             part = part.add_column(column, list(values))
         PartialState().print(f"  rows {start:,} to {start + len(part) - 1:,}: {name}")
         start += len(part)
         alike.append(part)
+    if any(isinstance(getattr(part.features.get("images"), "feature", None), StoredImage) for part in alike):
+        for part in alike:  # it reads pictures that lie in rows, too
+            part.info.features["images"] = List(StoredImage())
     return concatenate_datasets(alike)
