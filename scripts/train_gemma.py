@@ -98,8 +98,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         cuda_graphs=script_args.cuda_graphs,
         number_loss=make_number_loss(script_args, tokenizer),
     )
-    trainer.accelerator.print(placed, speed, sep="\n")
-    trainer.accelerator.print(describe_run(trainer))
+    trainer.accelerator.print(placed, speed, describe_run(trainer), sep="\n")
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save

@@ -110,8 +110,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         checkpoint_layers=script_args.checkpoint_layers,
         number_loss=make_number_loss(script_args, processor, counting),
     )
-    trainer.accelerator.print(placed, speed, sep="\n")
-    trainer.accelerator.print(describe_run(trainer))
+    trainer.accelerator.print(placed, speed, describe_run(trainer), sep="\n")
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save

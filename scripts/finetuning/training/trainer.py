@@ -22,6 +22,8 @@ from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.deepspeed_zero import shorten_optimizer_step
 from finetuning.distributed.fsdp2 import keep_fp32_reductions
 from finetuning.distributed.full_weights import full_trained_weights, full_weights
+from finetuning.distributed.machines import watch_machines
+from finetuning.distributed.sharded_layers import num_sharded
 from finetuning.failures import sentence
 from finetuning.inference.generation import generate_answers
 from finetuning.kernels.cuda_graphs import CudaGraphs
@@ -132,7 +134,7 @@ class FineTuningTrainer(LearningRatesTrainer):
             upstream.replace(self, "_total_train_tokens", self.run_sums.num_tokens)
             self._resumed_at = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
         self.step_metrics.start_interval(self._total_train_tokens)
-        with self.stop_request:
+        with self.stop_request, watch_machines():
             result = super().train(resume_from_checkpoint, **kwargs)
         self.step_metrics.read_arrived(wait=True)
         if self.stop_request.agreed and self.state.global_step < self.state.max_steps:
@@ -192,7 +194,8 @@ class FineTuningTrainer(LearningRatesTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x tokens x weights, counted once: transformers counts at every step, 15 ms for a 7B model with adapters."""
         if self._num_weights is None:
-            self._num_weights = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+            model = self.accelerator.unwrap_model(self.model)
+            self._num_weights = model.num_parameters(exclude_embeddings=True) + num_sharded(model)
         return 6 * inputs["input_ids"].numel() * self._num_weights
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
