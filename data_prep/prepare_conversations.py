@@ -268,6 +268,18 @@ def read_csv(path: Path) -> Iterator[Record]:
         yield record
 
 
+def read_conversations(
+    records: Iterable[Record], args: argparse.Namespace, held: HeldImages | None, kept: Collection[str]
+) -> Iterator[Record]:
+    """Number the records, fill in their messages and images, and let go of what else was read of each."""
+    for number, record in enumerate(records, start=1):
+        record.number = number
+        fill_in_answer(record, args.answers)
+        read_conversation(record, args.images, held, kept)
+        record.forget({*kept, args.group_by})
+        yield record
+
+
 def read_conversation(record: Record, folder: Path | None, held: HeldImages | None, kept: Iterable[str]) -> None:
     """Fills in messages and images from the raw record, or its problem."""
     if record.problem:
@@ -558,13 +570,7 @@ def main() -> None:
     # The columns of scoring, and the keys that they are read from.
     scoring = {name: feature for name, feature in SCORING_FEATURES.items() if getattr(args, name) is not None}
     kept = {*columns, *(getattr(args, name) for name in scoring)}
-    records = []
-    for number, record in enumerate(read, start=1):
-        record.number = number
-        records.append(record)
-        fill_in_answer(record, args.answers)
-        read_conversation(record, args.images, held, kept)
-        record.forget({*kept, args.group_by})
+    records = list(read_conversations(read, args, held, kept))
     inspections = check_images(records, args.max_pixels)
     check_duplicates(records, inspections)
     read_columns(records, columns)
