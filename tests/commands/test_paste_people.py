@@ -43,7 +43,7 @@ def paste(camera, output, *flags, first=40):
     words = ["--frames", camera / "frames", "--first", str(first), "--output", output, *flags]
     must_run("benchmarks/paste_people.py", *words, by=run_command)
     with (output / "labels.csv").open() as file:
-        return [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: int(value) if value.isdigit() else value for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def test_people_over_the_empty_scene_are_counted_in_the_frame_and_its_parts(camera, tmp_path):
@@ -52,6 +52,8 @@ def test_people_over_the_empty_scene_are_counted_in_the_frame_and_its_parts(came
     for row in rows:
         assert row["count"] == row["top"] + row["middle"] + row["bottom"] == row["left"] + row["center"] + row["right"]
         assert figures(tmp_path / "pasted" / "frames" / f"{row['id']:06}.jpg") <= row["count"]
+        assert [line[0] for line in row["grid"].split()] == list("abcdefg")
+        assert sum(int(digit) for line in row["grid"].split() for digit in line[1:]) == row["count"]
     empty = next(row["id"] for row in rows if row["count"] == 0)
     assert figures(tmp_path / "pasted" / "frames" / f"{empty:06}.jpg") == 0
     folder, output = tmp_path / "pasted", tmp_path / "data"
@@ -83,6 +85,23 @@ def test_later_frames_follow_unchanged_and_what_is_subtracted_leaves_grey(camera
         assert image.size == (160, 160)
         assert (np.abs(difference).max(-1) < 12).mean() > 0.7  # the wall
         assert (difference[..., 0] > 50).any()  # (230 - 90) / 2 where a figure stands
+
+
+def test_a_mirrored_frame_shows_its_people_on_the_other_side(camera, tmp_path):
+    """The same seed draws the same people, so that a frame made with --mirror is the plain one or its mirror image."""
+    flags = ("--number", "12", "--most", "3", "--subtract")
+    plain, mirrored = paste(camera, tmp_path / "plain", *flags), paste(camera, tmp_path / "both", *flags, "--mirror")
+    turned = 0
+    for before, after in zip(plain, mirrored, strict=True):
+        assert before["count"] == after["count"]
+        with Image.open(tmp_path / "both" / "frames" / f"{after['id']:06}.jpg") as image:
+            shown = np.abs(np.asarray(image).astype(int) - 128).max(-1) > 40
+        rows, columns = np.nonzero(shown)
+        if after["count"] == 1:  # the whole figure stands in its part of the frame, or touches it
+            part = "left" if columns.max() < 66 else "right" if columns.min() > 133 else "center"
+            assert after[part] == 1 or columns.min() < 66 < columns.max() or columns.min() < 133 < columns.max()
+        turned += before["grid"] != after["grid"]
+    assert 0 < turned < 12
 
 
 def test_frames_without_anybody_alone_are_refused(tmp_path):
