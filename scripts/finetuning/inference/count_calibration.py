@@ -2,9 +2,10 @@
 
 A tuned model is surer than it should be. A temperature makes its distribution as wide as its errors on rows that it has
 not learned from; split-conformal prediction (Vovk et al. 2005; Lei et al. 2018, locally weighted) then turns 90 % into a
-promise for rows like those: the interval is median +- width x (1 + standard deviation). From 300 rows on the promise
-holds within three points, with fewer it is only about so, and `Calibration.note` says it. Frames of a stream drift:
-`AdaptiveWidth` follows them (Gibbs and Candès 2021, adaptive conformal inference).
+promise for rows like those: the interval is median +- width x (1 + standard deviation). Neighbouring frames of a video are
+off by the same: a calibration on them is worth fewer rows than it has (`effective_rows`), and its width is that of so many.
+From 300 such rows on the promise holds within three points, with fewer it is only about so, and `Calibration.note` says it.
+Frames of a stream drift: `AdaptiveWidth` follows them (Gibbs and Candès 2021, adaptive conformal inference).
 """
 
 import bisect
@@ -17,16 +18,21 @@ import torch
 from torch import Tensor
 
 ENOUGH_ROWS = 300
+NEARLY_ALL = 0.7  # of independent rows `effective_rows` finds so many or more 19 times in 20
 COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`temperature` of the distribution, `width` of the interval in its (1 + standard deviation)s, from `rows` rows."""
+    """`temperature` of the distribution, `width` of the interval in its (1 + standard deviation)s, from `rows` rows.
+
+    `independent` is what these rows are worth where neighbours are off by the same.
+    """
 
     temperature: float = 1.0
     width: float | None = None  # None: not calibrated, the interval holds `coverage` of the distribution itself
     rows: int = 0
+    independent: int = 0
     coverage: float = COVERAGE
 
     @property
@@ -34,10 +40,15 @@ class Calibration:
         """How far the interval can be trusted, in words."""
         if self.width is None:
             return "not calibrated: the interval is the model's own opinion"
+        independent = self.independent or self.rows  # calibrations of old runs do not say
+        alike = independent < NEARLY_ALL * self.rows
+        worth = f", neighbours in time that are worth {independent}" if alike else ""
         few = (
-            f", fewer than the {ENOUGH_ROWS} that make {self.coverage:.0%} a promise" if self.rows < ENOUGH_ROWS else ""
+            f", fewer than the {ENOUGH_ROWS} that make {self.coverage:.0%} a promise"
+            if independent < NEARLY_ALL * ENOUGH_ROWS
+            else ""
         )
-        return f"calibrated on {self.rows} rows{few}"
+        return f"calibrated on {self.rows} rows{worth}{few}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the note."""
@@ -75,16 +86,38 @@ def calibrate(log_likelihoods: Tensor, truth: Tensor, coverage: float = COVERAGE
     """(rows, counts) of rows that the model has not learned from, and their true counts -> temperature and width.
 
     The temperature has the least ranked probability score, in people; the width is the conformal quantile of
-    |truth - median| / spread, the ceil((rows + 1) coverage)-th smallest. Counts beyond the candidates are as far off as
-    they are. ValueError without rows.
+    |truth - median| / spread: of n independent rows the ceil((n + 1) coverage)-th smallest, of rows in the order of time the
+    share (n + 1) coverage / n of them, n being `effective_rows`. Counts beyond the candidates are as far off as they are.
+    ValueError without rows.
     """
     if not len(truth):
         raise ValueError("calibration needs at least one row with a true count")
     temperatures = torch.logspace(-1, 1.5, 101).tolist()
     temperature = min(temperatures, key=lambda value: ranked_score(probabilities(log_likelihoods, value), truth))
-    scores = nonconformity(probabilities(log_likelihoods, temperature), truth).sort().values
-    place = min(math.ceil((len(truth) + 1) * coverage), len(truth))
-    return Calibration(temperature, float(scores[place - 1]), len(truth), coverage)
+    scores = nonconformity(probabilities(log_likelihoods, temperature), truth)
+    rows, independent = len(truth), effective_rows(scores)
+    # Rounded first: (n + 1) / n of n rows is a whole number that floats may exceed.
+    place = min(math.ceil(round(rows * (independent + 1) / independent * coverage, 6)), rows)
+    return Calibration(temperature, float(scores.sort().values[place - 1]), rows, round(independent), coverage)
+
+
+def effective_rows(scores: Tensor) -> float:
+    """How many independent rows tell as much as `scores` (rows,) in the order of time, 1 to rows.
+
+    rows / (1 + 2 sum of autocorrelations), up to the first that is not positive (Geyer 1992).
+    """
+    rows = len(scores)
+    centred = scores.double() - scores.double().mean()
+    variance = float(centred.square().sum())
+    if variance == 0:
+        return rows
+    total = 0.0
+    for lag in range(1, rows // 2):
+        correlation = float(centred[lag:] @ centred[:-lag]) / variance
+        if correlation <= 0:
+            break
+        total += correlation
+    return max(1.0, rows / (1 + 2 * total))
 
 
 def nonconformity(distribution: Tensor, truth: Tensor) -> Tensor:
