@@ -109,6 +109,7 @@ def main(recipe: argparse.Namespace, options: argparse.Namespace) -> "list[RowAu
         recipe.model_name_or_path,
         image_aspect_ratio=recipe.image_aspect_ratio,
         image_max_tiles=recipe.image_max_tiles,
+        image_tiles=recipe.image_tiles,
         chat_template_path=recipe.chat_template_path,
         revision=recipe.model_revision,
     )

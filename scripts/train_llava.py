@@ -68,6 +68,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         model_args.model_name_or_path,
         image_aspect_ratio=script_args.image_aspect_ratio,
         image_max_tiles=script_args.image_max_tiles,
+        image_tiles=script_args.image_tiles,
         chat_template_path=training_args.chat_template_path,
         revision=model_args.model_revision,
     )
@@ -109,6 +110,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         eval_max_new_tokens=script_args.eval_max_new_tokens,
         checkpoint_layers=script_args.checkpoint_layers,
         number_loss=make_number_loss(script_args, processor, counting),
+        image_augmentation=script_args.image_augmentation or (),
     )
     trainer.accelerator.print(placed, speed, describe_run(trainer), sep="\n")
     result = trainer.train(resume_from_checkpoint=checkpoint)

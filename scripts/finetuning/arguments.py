@@ -58,6 +58,17 @@ class ScriptArguments:
     image_max_tiles: int | None = setting(
         None, "LLaVA-NeXT, OneVision: tiles of a picture at most; fewer cost less and see less. Unset: all."
     )
+    image_tiles: str | None = setting(
+        None,
+        "LLaVA-1.5, ViP-LLaVA: show each picture whole and in COLUMNSxROWS tiles, as several pictures of its row; 2x2 "
+        "costs five times the image tokens and sees small people. Unset: whole only.",
+    )
+    image_augmentation: list[str] | None = setting(  # noqa: RUF009 - makes a field
+        None,
+        "Change training pictures at random, anew in each epoch: flip (mirrored), brightness, blur, shift (a little "
+        "smaller, elsewhere in its frame). Nothing is cut off. flip is refused where texts say left or right. Unset: none.",
+        choices=["flip", "brightness", "blur", "shift"],
+    )
     number_loss: str | None = setting(
         None,
         "Added to cross entropy where answers are counts: crps, the ranked probability score of the model's "
@@ -111,6 +122,8 @@ class ScriptArguments:
 
     def __post_init__(self):
         self.checkpoint_layers = str(self.checkpoint_layers)  # a recipe's 8 is a number
+        if isinstance(self.image_augmentation, str):  # a recipe's one kind, which need not be a list
+            self.image_augmentation = [self.image_augmentation]
         self.dataset_mixer = parse_mixer(self.dataset_mixer, self.dataset_name)
 
     @property

@@ -24,7 +24,7 @@ LICENCES = {"llava": "llama2", "gemma": "gemma"}
 RECIPE_KEYS = [
     *("language_model", "projector", "vision_tower", "lora_r", "lora_alpha", "lora_dropout", "load_in_4bit"),
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "fp16", "bf16", "image_aspect_ratio", "seed"),
+    *("gradient_accumulation_steps", "fp16", "bf16", "image_aspect_ratio", "image_tiles", "seed"),
 ]
 LOAD_VISION = """from PIL import Image
 {imports}

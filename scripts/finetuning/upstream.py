@@ -103,6 +103,9 @@ ENTRIES = [
     Entry("torch.utils.data.dataloader.DataLoader", "worker_init_fn", "lets loader workers outlive Slurm's signals"),
     Entry("torch.utils.data.dataloader.DataLoader", "__iter__", "reads the next epoch's first batches ahead"),
     # data/
+    Entry("torch.utils.data.dataloader.DataLoader", "collate_fn", "changes training pictures"),
+    Entry("accelerate.data_loader.SeedableRandomSampler", "__iter__", "tells which epoch is read"),
+    Entry("accelerate.data_loader.SeedableRandomSampler", "__class__", "tells which epoch is read"),
     Entry("transformers.processing_utils.ProcessorMixin", "_adjust_assistant_masks_indices", "reads offsets as lists", (
         "processed_dict, generation_indices",
     )),

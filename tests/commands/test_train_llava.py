@@ -265,6 +265,8 @@ def test_a_full_run_continues_from_its_weights_and_keeps_the_best(tiny_llava, cc
 def test_a_killed_run_continues_to_the_same_weights(tiny_llava, cctv_dataset, tmp_path):
     """The second start goes on from the last checkpoint and ends bit for bit where an uninterrupted run ends."""
     flags = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "14", "--lora_dropout", "0.1"]
+    flags += ["--image_augmentation", "flip", "brightness", "blur", "shift"]  # drawn by epoch and row
+    flags += ["--image_tiles", "2x1"]
     whole = train(tiny_llava, cctv_dataset, tmp_path / "whole", *flags)
     command = [sys.executable, "-c", "import sys; sys.path[:0] = ['scripts', 'tests']; from support.training import *; "
                "train(*map(Path, sys.argv[1:4]), *sys.argv[4:])"]  # fmt: skip

@@ -22,6 +22,7 @@ from transformers import (
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning import upstream
+from finetuning.data.image_tiles import num_views, tiles_of, with_tiles
 from finetuning.data.pictures import PictureError, open_picture
 from finetuning.families import family_of
 
@@ -66,7 +67,8 @@ class LlavaDataCollator:
         """Rows -> a batch, with the numbers of its rows under `rows`. Raises ValueError for an image mark in a text."""
         for example in examples:
             self.refuse_image_marks(example)
-        examples = [with_pictures(example) for example in examples]
+        tiles = tiles_of(self.processor)
+        examples = [with_pictures(example, tiles) for example in examples]
         once = isinstance(self.processor, LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor)
         batch = self.read_texts_once(examples) if once else self.read_texts(examples)
         for name in ("image_sizes", "batch_num_images"):
@@ -147,7 +149,8 @@ class LlavaDataCollator:
 
         Token for token the beginning of what training sees, which the tests and the data check assert.
         """
-        rows = map(with_pictures, map(until_the_question, examples))
+        tiles = tiles_of(self.processor)
+        rows = (with_pictures(until_the_question(example), tiles) for example in examples)
         return self._apply_template(rows, add_generation_prompt=True, padding_side="left")
 
     def _apply_template(
@@ -246,13 +249,16 @@ def leading_marks(message: dict[str, Any]) -> tuple[int, str]:
     return num_marks, text
 
 
-def place_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose texts begin with lines `<image>` -> typed parts, the images where the lines stood; others as given."""
+def place_images(messages: list[dict[str, Any]], views: int = 1) -> list[dict[str, Any]]:
+    """Messages whose texts begin with lines `<image>` -> typed parts, the images where the lines stood; others as given.
+
+    Each line stands for so many `views` of its picture.
+    """
     marks = [leading_marks(message) for message in messages]
     if not any(number for number, _ in marks):
         return messages
     return [
-        message | {"content": [*({"type": "image"} for _ in range(number)), {"type": "text", "text": text}]}
+        message | {"content": [*({"type": "image"} for _ in range(number * views)), {"type": "text", "text": text}]}
         for message, (number, text) in zip(messages, marks, strict=True)
     ]
 
@@ -263,8 +269,8 @@ def until_the_question(example: dict[str, Any]) -> dict[str, Any]:
     return example | {"images": (example.get("images") or [])[: num_shown or None]}
 
 
-def with_pictures(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with its pictures opened and placed. Raises ValueError that names row and picture."""
+def with_pictures(example: dict[str, Any], tiles: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The row with its pictures opened, each followed by its tiles, and placed. Raises ValueError that names row and picture."""
     opened = []
     for number, image in enumerate(example.get("images") or [], start=1):
         try:
@@ -274,7 +280,8 @@ def with_pictures(example: dict[str, Any]) -> dict[str, Any]:
             named = f" ({name})" if name and str(name) not in str(error) else ""
             where = f"row {example.get('row', '(unnumbered)')}, picture {number}{named}"
             raise ValueError(f"{where}: {error}") from error
-    return example | {"images": opened, "messages": place_images(example["messages"])}
+    messages = place_images(example["messages"], num_views(tiles))
+    return example | {"images": with_tiles(opened, tiles), "messages": messages}
 
 
 def prompt_batch(

@@ -21,8 +21,10 @@ from finetuning.data.collator import (
     prompt_batch,
     stop_tokens,
     tokenize,
+    tokens_of_images,
     until_the_question,
 )
+from finetuning.data.image_tiles import tiles_of, views_of, with_tiles
 from finetuning.data.near_duplicates import COPY_BITS, are_copies, difference_hash, near_duplicates, stack_hashes
 from finetuning.data.picture_table import StoredImage
 from finetuning.data.pictures import PictureError, open_picture, what_is_blank
@@ -92,10 +94,11 @@ class Auditor:
         for audit, row in zip(audits, rows, strict=True):
             try:
                 row = row | {"images": [open_picture(image) for image in row.get("images") or []]}
+                row["views"] = with_tiles(row["images"], tiles_of(self.processing_class))
             except PictureError as error:
                 audit.faults.append(("unreadable_image", f"{error.reason}: {error}"))
                 continue
-            audit.num_images = len(row["images"])
+            audit.num_images = len(row["views"])
             audit.hashes = [difference_hash(image) for image in row["images"]]
             audit.faults += self._refusals(row)
             if not audit.faults:
@@ -108,8 +111,11 @@ class Auditor:
                 self._learn_size(row, ids, batch)
                 self._check(audit, row, ids, mask, labels)
         for audit, row in light:
-            messages = prepare_multimodal_messages(place_images(row["messages"]), images=row["images"])
-            ids, labels = tokenize(self.processing_class, messages, self._tokens_of(row["images"]))
+            ids, labels = tokenize(
+                self.processing_class,
+                self._typed(row["messages"], row["views"]),
+                self._tokens_of(row["views"]),
+            )
             self._check(audit, row, ids, torch.ones_like(ids), labels)
         for audit, row in readable:
             blank = filter(None, map(what_is_blank, row["images"]))
@@ -123,10 +129,12 @@ class Auditor:
         new: dict[tuple, int] = {}
         light = []
         for place, (_, row) in enumerate(readable):
-            kinds = set(self._kinds(row["images"]))
-            if len(kinds) > 1 or not kinds <= self.tokens_of_kind.keys():
+            kinds = set(self._kinds(row["views"]))
+            # A picture and its tiles are of several sizes, each of which is learnt from one row.
+            mixed = len(kinds) > 1 and tiles_of(self.processing_class) is None
+            if mixed or not kinds <= self.tokens_of_kind.keys():
                 new.setdefault(tuple(sorted(kinds)), place)
-            if len(kinds) <= 1:
+            if not mixed:
                 light.append(place)
         whole = set(new.values()) | (set(range(len(readable))) - set(light))
         # A neighbour, so that one of the two is padded.
@@ -140,10 +148,10 @@ class Auditor:
         if "pixel_values" not in batch:
             return
         self.picture_size = tuple(batch["pixel_values"].shape[-2:])
-        kinds = set(self._kinds(row["images"]))
-        if len(kinds) == 1:
-            num_tokens = int((ids == image_token_of(self.processing_class)).sum())
-            self.tokens_of_kind[kinds.pop()] = num_tokens // len(row["images"])
+        kinds = self._kinds(row["views"])
+        if len(set(kinds)) == 1 or tiles_of(self.processing_class) is not None:
+            tokens = tokens_of_images(ids, image_token_of(self.processing_class), len(kinds))
+            self.tokens_of_kind |= zip(kinds, tokens, strict=True)
 
     def _kinds(self, images: Sequence[Image.Image]) -> list[tuple[int, int, bool]]:
         """What the number of a picture's tokens depends on: width, height, and whether it is one of several seen otherwise."""
@@ -162,13 +170,13 @@ class Auditor:
         try:
             messages = row["messages"]
             if vision:
-                messages = prepare_multimodal_messages(place_images(messages), images=row["images"])
+                messages = self._typed(messages, row["views"])
             text = self.processing_class.apply_chat_template(messages, tokenize=False)
         except (ValueError, TemplateError) as error:
             return [("refused_by_template", str(error))]
         marks = text.count(self.processing_class.image_token) if vision else 0
-        if marks != len(row["images"]):
-            return [("image_tokens_differ", f"{marks} image marks in the text, {len(row['images'])} images")]
+        if marks != len(row["views"]):
+            return [("image_tokens_differ", f"{marks} image marks in the text, {len(row['views'])} images")]
         return []
 
     def _check(
@@ -188,7 +196,7 @@ class Auditor:
         ids, labels = ids[mask == 1].tolist(), labels[mask == 1].tolist()
 
         if image_id is not None:
-            sizes = [(image.height, image.width) for image in row["images"]]
+            sizes = [(image.height, image.width) for image in row["views"]]
             expected = (
                 sum(family_of(self.config).features_of_row(self.config, sizes, self.picture_size)) if sizes else 0
             )
@@ -240,8 +248,9 @@ class Auditor:
         """Token ids that the model would be asked with before each of the answers."""
         prompts = [{"messages": row["messages"][:place], "images": row["images"]} for place in answers]
         cuts = list(map(until_the_question, prompts))
+        views = [with_tiles(cut["images"], tiles_of(self.processing_class)) for cut in cuts]
         vision = isinstance(self.processing_class, ProcessorMixin)
-        if not vision or any(not set(self._kinds(cut["images"])) <= self.tokens_of_kind.keys() for cut in cuts):
+        if not vision or any(not set(self._kinds(shown)) <= self.tokens_of_kind.keys() for shown in views):
             batch = prompt_batch(self.processing_class, prompts)
             return [
                 ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -249,12 +258,16 @@ class Auditor:
         return [
             tokenize(
                 self.processing_class,
-                prepare_multimodal_messages(place_images(cut["messages"]), images=cut["images"]),
-                self._tokens_of(cut["images"]),
+                self._typed(cut["messages"], shown),
+                self._tokens_of(shown),
                 prompt=True,
             )[0].tolist()
-            for cut in cuts
+            for cut, shown in zip(cuts, views, strict=True)
         ]
+
+    def _typed(self, messages: list[dict[str, Any]], views: list[Image.Image]) -> list[dict[str, Any]]:
+        """Messages with a part for each view of their pictures, as the collator has them."""
+        return prepare_multimodal_messages(place_images(messages, views_of(self.processing_class)), images=views)
 
 
 def labels_of(rows: Dataset) -> list[dict[str, str]]:

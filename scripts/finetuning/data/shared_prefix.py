@@ -22,6 +22,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.arguments import ScriptArguments
 from finetuning.data.collator import LlavaDataCollator, image_token_of, leading_marks, tokenize, tokens_of_images
+from finetuning.data.image_tiles import views_of
 from finetuning.families import family_of, is_vision
 
 # Values of `branch_ids`: dialogues are numbered from FIRST_BRANCH on.
@@ -114,9 +115,10 @@ class SharedPrefixCollator(LlavaDataCollator):
             if any(leading_marks(message)[0] for message in example["messages"]):
                 prefix = 0  # its later pictures come after answers, and such a row is alone
             dialogues = [(tokens, labels)]
-            of_images = tokens_of_images(tokens, image_token, len(example.get("images") or []))
+            images = (example.get("images") or []) * views_of(self.processor)  # as many as are shown; none is opened
+            of_images = tokens_of_images(tokens, image_token, len(images))
             for messages in example.get("other_messages", []):
-                messages = prepare_multimodal_messages(messages, images=example["images"])
+                messages = prepare_multimodal_messages(messages, images=images)
                 dialogues.append(tokenize(self.processor, messages, of_images))
             sequences.append(join_dialogues(dialogues, prefix, example.get("row")))
         multiple = self.pad_to_multiple_of or 1

@@ -18,6 +18,8 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaProcessor
 
+from finetuning.data.image_tiles import tiles_of
+
 LARGEST_FLOAT16 = 65504.0
 LINKED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json")
 # Beginning of a tensor's name in clip.cpp, by its beginning in transformers. None: not used for LLaVA's features.
@@ -197,6 +199,10 @@ def write_mmproj(model: Path, config: LlavaConfig, processor: LlavaProcessor, ou
     from gguf import GGUFWriter
 
     num_layers, vision, images = layers_used(config), config.vision_config, processor.image_processor
+    if tiles_of(processor) is not None:
+        raise ValueError(
+            f"llama.cpp shows a picture in one view, and this model was taught image_tiles: {images.image_tiles}"
+        )
     writer = GGUFWriter(output, arch="clip")
     writer.add_type("mmproj")
     writer.add_file_type(1)  # mostly fp16

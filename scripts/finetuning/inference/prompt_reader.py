@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.data.collator import image_token_of, prompt_batch, tokenize, tokens_of_images
+from finetuning.data.image_tiles import views_of
 from finetuning.families import PICTURE_INPUTS
 
 MOST_WORKERS = 4  # each reads 70 pictures a second; starting more keeps a large process waiting longer than they save
@@ -118,6 +119,7 @@ class PromptReader:
     def tokenize(self, messages: list[dict[str, str]], images: list, first: Tensor) -> Tensor:
         """Token ids of a prompt about the pictures of the prompt `first`, which are not read again."""
         processor = self.processing_class
+        images = images * views_of(processor)
         of_images = tokens_of_images(first, image_token_of(processor), len(images))
         return tokenize(processor, prepare_multimodal_messages(messages, images=images), of_images, prompt=True)[0]
 

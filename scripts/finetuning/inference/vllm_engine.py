@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.data.collator import image_token_of, prompt_batch, stop_tokens
+from finetuning.data.image_tiles import tiles_of, views_of, with_tiles
 from finetuning.data.pictures import open_picture
 from finetuning.device import inference_dtype
 from finetuning.models.parts import part_of
@@ -89,7 +90,7 @@ def answer_by_vllm(
     engine = LLM(
         model=base if is_adapter else name,
         dtype=str(dtype or inference_dtype()).removeprefix("torch."),
-        limit_mm_per_prompt={"image": most_images} if most_images else None,
+        limit_mm_per_prompt={"image": most_images * views_of(processing_class)} if most_images else None,
         seed=0,
         **adapter,
     )
@@ -137,15 +138,18 @@ def vllm_prompt(
     if not images:
         return {"prompt_token_ids": tokens}
     image_token = image_token_of(processing_class)
-    a_picture = tokens.count(image_token) // len(images)
+    views = with_tiles([open_picture(image) for image in images], tiles_of(processing_class))
+    a_view = tokens.count(image_token) // len(views)
     kept, seen = [], 0
     for token in tokens:
         is_image = token == image_token
-        if not is_image or seen % a_picture == 0:
+        if not is_image or seen % a_view == 0:
             kept.append(token)
         seen += is_image
-    pictures = [as_seen(processing_class, open_picture(image)) for image in images]
-    return {"prompt_token_ids": kept, "multi_modal_data": {"image": pictures}}
+    return {
+        "prompt_token_ids": kept,
+        "multi_modal_data": {"image": [as_seen(processing_class, view) for view in views]},
+    }
 
 
 def as_seen(processor: ProcessorMixin, picture: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from finetuning import upstream
+from finetuning.data.image_tiles import parse_tiles
 from finetuning.families import FAMILIES, KNOWN_TYPES, dialogue_form, family_of, is_vision, template_of
 from finetuning.model_files import config_of
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
@@ -85,6 +87,7 @@ def load_processing_class(
     *,
     image_aspect_ratio: str = "pad",
     image_max_tiles: int | None = None,
+    image_tiles: str | None = None,
     chat_template_path: str | None = None,
     revision: str = "main",
 ) -> ProcessorMixin | PreTrainedTokenizerBase:
@@ -93,7 +96,8 @@ def load_processing_class(
     The project's template of the model's type is set, or the file `chat_template_path`. With
     `image_aspect_ratio="pad"` pictures are made square by padding (`do_pad` of transformers' LlavaImageProcessor)
     before they are resized; with "crop" the published processor cuts out their centre. `image_max_tiles` keeps the grids of
-    so many tiles at most; `follow_tiles` tells the model. Raises ValueError for settings that the family does not have.
+    so many tiles at most; `follow_tiles` tells the model. `image_tiles` ("3x2") shows each picture and its tiles as several
+    (`data.image_tiles`). Raises ValueError for settings that the family does not have.
     """
     config = load_config(name, revision)
     if chat_template_path is None:
@@ -114,6 +118,7 @@ def load_processing_class(
         ) from error
     if image_max_tiles is not None:
         keep_small_grids(processing_class, config, image_max_tiles)
+    show_tiles(processing_class, config, image_tiles)
     if is_vision(config) and image_aspect_ratio == "pad" and family_of(config).can_crop:
         settings = processing_class.image_processor.to_dict() | {"do_pad": True}
         settings.pop("image_processor_type")
@@ -146,6 +151,16 @@ def keep_small_grids(processor: ProcessorMixin, config: PreTrainedConfig, most: 
             f"image_max_tiles: {most}, but the smallest grid of {config.model_type} has {min(tiles.values())} tiles"
         )
     processor.image_processor.image_grid_pinpoints = kept
+
+
+def show_tiles(processor: Any, config: PreTrainedConfig, tiles: str | None) -> None:
+    """Let the processor show `image_tiles`; it is kept with its picture settings. Raises ValueError where the model cannot."""
+    if parse_tiles(tiles) is None:
+        return
+    if not is_vision(config) or not family_of(config).can_crop:
+        own = "has tiles of its own or averages its views" if is_vision(config) else "reads text only"
+        raise ValueError(f"image_tiles: {tiles}, but {config.model_type} {own}: remove it")
+    processor.image_processor.image_tiles = tiles
 
 
 def follow_tiles(config: PreTrainedConfig, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:

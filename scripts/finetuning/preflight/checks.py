@@ -12,6 +12,7 @@ from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArgume
 from finetuning.device import compute_capability, main_memory, smallest_gpu
 from finetuning.models.parts import count_parameters
 from finetuning.preflight.features import (
+    augmentation_problems,
     base_precision_problems,
     graph_problems,
     number_loss_problems,
@@ -64,6 +65,7 @@ def refuse_what_cannot_work(
         *graph_problems(script_args, training_args, model_args, train_rows, capability),
         *base_precision_problems(script_args, training_args, model_args, capability, config),
         *number_loss_problems(script_args, training_args, model_args, config, train_rows),
+        *augmentation_problems(script_args, training_args, train_rows),
         *option_problems(training_args, capability),
         *rate_problems(script_args, training_args),
         *skip_problems(script_args, train_rows),

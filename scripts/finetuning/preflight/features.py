@@ -4,6 +4,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.data.augmentation import names_sides
 from finetuning.data.shared_prefix import uses_shared_prefix
 from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
 from finetuning.models.adapter_start import changes_base
@@ -129,6 +130,26 @@ def number_loss_problems(
     return (
         [f"number_loss: {name} cannot go with {'; '.join(found)}: change that, or remove number_loss"] if found else []
     )
+
+
+def augmentation_problems(script_args: ScriptArguments, training_args: TrainingArguments, rows: Dataset) -> list[str]:
+    """`image_augmentation` of rows without pictures, in an order that tells no epoch, or that would make a text untrue."""
+    kinds, problems = script_args.image_augmentation, []
+    if not kinds:
+        return []
+    if "images" not in rows.column_names:
+        return ["image_augmentation has no effect: the rows hold no pictures. Remove it"]
+    if training_args.train_sampling_strategy != "random":
+        problems.append(
+            f"image_augmentation cannot go with train_sampling_strategy: {training_args.train_sampling_strategy}, which tells "
+            "no epoch: set train_sampling_strategy: random, or remove it"
+        )
+    if "flip" in kinds and (found := names_sides(rows)):
+        problems.append(
+            f"image_augmentation: flip would make row {found[0]} untrue, which says {found[1]!r:.90}: leave flip out. Texts "
+            "are searched for left, right, clockwise, 왼쪽, 오른쪽 and words like them"
+        )
+    return problems
 
 
 def base_precision_problems(

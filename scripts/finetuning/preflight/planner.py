@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.data.image_tiles import num_views, parse_tiles
 from finetuning.model_files import config_of
 from finetuning.model_shape import ModelShape
 from finetuning.preflight.planned_step import Batch, Training
@@ -129,7 +130,8 @@ def read_workload(settings: dict[str, Any]) -> Workload:
         )
     dialogue_form = "llava" if shape.vision is not None else "gemma"
     template = Path(settings["chat_template_path"] or TEMPLATES / f"{dialogue_form}.jinja").read_text(encoding="utf-8")
-    counter = RowCounter(folder, template, shape.vision.tokens if shape.vision is not None else 1)
+    views = num_views(parse_tiles(settings["image_tiles"]))
+    counter = RowCounter(folder, template, shape.vision.tokens if shape.vision is not None else 1, views)
     table = read_split(settings["dataset_name"], settings["dataset_train_split"])
     shares = settings["share_image_prefix"]
     shares = shape.vision is not None and (several_dialogues_an_image(table) if shares is None else shares)

@@ -101,8 +101,8 @@ def special_tokens_of(model: Path) -> dict[str, str]:
     return {"bos_token": texts["bos_token"] or "<bos>", "eos_token": texts["eos_token"] or "<eos>"}
 
 
-def with_pictures(messages: list[dict[str, Any]], pictures: int) -> list[dict[str, Any]]:
-    """Messages with a part for each picture: where lines `<image>` stand, else before the first question."""
+def with_pictures(messages: list[dict[str, Any]], pictures: int, views: int = 1) -> list[dict[str, Any]]:
+    """Messages with a part for each of the `views` of a picture: where lines `<image>` stand, else before the first question."""
     marked = any(str(message["content"]).startswith(IMAGE_LINE) for message in messages)
     placed, to_place = [], 0 if marked else pictures
     for message in messages:
@@ -112,15 +112,15 @@ def with_pictures(messages: list[dict[str, Any]], pictures: int) -> list[dict[st
             text, marks = text.removeprefix(IMAGE_LINE), marks + 1
         if message["role"] == "user" and to_place:
             marks, to_place = to_place, 0
-        parts = [*({"type": "image"} for _ in range(marks)), {"type": "text", "text": text}]
+        parts = [*({"type": "image"} for _ in range(marks * views)), {"type": "text", "text": text}]
         placed.append(dict(message) | {"content": parts if pictures else text})
     return placed
 
 
 class RowCounter:
-    """Counts tokens of dialogues: `tokenizer.json`, the chat template, tokens of a picture."""
+    """Counts tokens of dialogues: `tokenizer.json`, the chat template, tokens of a view, and views of a picture."""
 
-    def __init__(self, model: Path, template: str, tokens_per_picture: int):
+    def __init__(self, model: Path, template: str, tokens_per_view: int, views: int = 1):
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -128,12 +128,13 @@ class RowCounter:
         marks = [mark for mark in TURN_MARKS if self.tokenizer.token_to_id(mark) is not None]
         self.tokenizer.add_special_tokens(marks)
         self.render = chat_renderer(template, special_tokens_of(model))
-        self.tokens_per_picture = tokens_per_picture
+        self.tokens_per_view, self.views = tokens_per_view, views
 
     def count(self, dialogues: list[list[dict[str, Any]]], pictures: list[int]) -> list[Sequence]:
         """Dialogues and their numbers of pictures -> their lengths."""
         texts = [
-            self.render(with_pictures(messages, number)) for messages, number in zip(dialogues, pictures, strict=True)
+            self.render(with_pictures(messages, number, self.views))
+            for messages, number in zip(dialogues, pictures, strict=True)
         ]
         plain = [text.replace(START, "").replace(END, "") for text in texts]
         encodings = self.tokenizer.encode_batch(plain, add_special_tokens=False)
@@ -141,9 +142,9 @@ class RowCounter:
         for text, encoding, number in zip(texts, encodings, pictures, strict=True):
             spans = spans_of(text)
             supervised = sum(any(a < end and start < b for a, b in spans) for start, end in encoding.offsets)
-            added = number * (self.tokens_per_picture - 1)
+            added = number * self.views * (self.tokens_per_view - 1)
             prefix = self.prefix(encoding.tokens) + added if number else 0
-            sequences.append(Sequence(len(encoding.ids) + added, supervised, number, prefix))
+            sequences.append(Sequence(len(encoding.ids) + added, supervised, number * self.views, prefix))
         return sequences
 
     def prefix(self, tokens: list[str]) -> int:

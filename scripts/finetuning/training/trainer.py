@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers.integrations import MLflowCallback, TrackioCallback, WandbCall
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from finetuning import run_folder, tracking, upstream
+from finetuning.data.augmentation import augment_batches
 from finetuning.data.collator import CollateSupervisedRows
 from finetuning.data.dataset import describe_rows
 from finetuning.distributed.barrier import barriers_without_timeout
@@ -76,6 +77,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         checkpoint_layers: decoder layers computed again in the backward pass: `auto`, `all` or a number.
         cuda_graphs: run a text model's passes as CUDA graphs (`finetuning.kernels.cuda_graphs`).
         number_loss: added to the loss of training (`finetuning.training.number_loss`), and logged under its name.
+        image_augmentation: how training pictures are changed at random (`finetuning.data.augmentation`); empty: not at all.
 
     Logged beside TRL's metrics: `restarts` of the run, `samples_per_second` and `tokens_per_second` over all processes, `data_wait` (share of
     the time that this process waited for its next batch), `peak_memory_gib` (CUDA only: the largest of all processes,
@@ -90,6 +92,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         checkpoint_layers: str = "all",
         cuda_graphs: bool = False,
         number_loss: NumberLoss | None = None,
+        image_augmentation: Sequence[str] = (),
         **kwargs,
     ):
         model, training_args = kwargs["model"], kwargs["args"]
@@ -108,6 +111,7 @@ class FineTuningTrainer(LearningRatesTrainer):
             keep_fp32_reductions(self.accelerator.state.fsdp_plugin, quantised=quantised)
         # Nothing that is looked at in a step may have to come from the GPU first.
         self.data_collator = CollateSupervisedRows(self.data_collator)
+        self.image_augmentation = image_augmentation
         self.number_loss = number_loss
         if number_loss is not None:
             self.data_collator = number_loss.collate(self.data_collator)
@@ -298,6 +302,8 @@ class FineTuningTrainer(LearningRatesTrainer):
         inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
         listen = partial(obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
         upstream.replace(inner, "worker_init_fn", listen)
+        if self.image_augmentation and kwargs.get("is_training"):
+            augment_batches(inner, self.image_augmentation, self.args.seed)
         read_next_epoch_ahead(inner)
         return loader
 
