@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -299,12 +300,7 @@ class FineTuningTrainer(LearningRatesTrainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        inner = loader.base_dataloader  # accelerate's wrapper takes no new attributes
-        listen = partial(obey_parent_only, signals=self.stop_request.signals, then=inner.worker_init_fn)
-        upstream.replace(inner, "worker_init_fn", listen)
-        if self.image_augmentation and kwargs.get("is_training"):
-            augment_batches(inner, self.image_augmentation, self.args.seed)
-        read_next_epoch_ahead(inner)
+        make_ready(self, loader.base_dataloader, training=kwargs.get("is_training", False))
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -335,6 +331,18 @@ def rows_named(rows: Dataset) -> Iterator[None]:
             f"{describe_rows(rows)}, {said.rstrip()}. Correct it and prepare again; a picture that does not decode is passed "
             "over with --skip_bad_rows 1, and the same command continues from the last checkpoint"
         ) from error
+
+
+def make_ready(trainer: FineTuningTrainer, loader: DataLoader, *, training: bool) -> None:
+    """Loader processes that obey their parent alone, change training pictures, and read the next epoch ahead; in place.
+
+    `loader` is the one inside accelerate's wrapper, which takes no new attributes.
+    """
+    listen = partial(obey_parent_only, signals=trainer.stop_request.signals, then=loader.worker_init_fn)
+    upstream.replace(loader, "worker_init_fn", listen)
+    if training and trainer.image_augmentation:
+        augment_batches(loader, trainer.image_augmentation, trainer.args.seed)
+    read_next_epoch_ahead(loader)
 
 
 def add_callbacks(trainer: FineTuningTrainer, *, cuda_graphs: bool) -> None:
