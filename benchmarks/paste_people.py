@@ -8,18 +8,14 @@ The camera does not move, so whatever differs from the median of the training fr
 as tall and as narrow as one person at that place are cut out, and pasted near where they stood, alone or in groups: size,
 light and what hides them are right by themselves. A person counts whose head is still seen, as it does for annotators.
 
-Without --labels they go over the empty scene, and labels.csv holds the heads of the frame, its rows, its columns and its
-nine parts: many small questions about one picture teach a small model to look sooner than one large number does. They are
-the turns of one dialogue, the whole frame first, so that a frame is one row.
-
-Or the whole frame is followed by all cells of a grid of seven by seven, row by row: where people stand, in digits (9 stands
-for more, too).
+Without --labels they go over the empty scene, and labels.csv holds the heads of the frame, of its nine parts, and of each cell
+of a grid of seven by seven, as digits (9 stands for more, too). They are the turns of one dialogue, the whole frame first, so
+that a frame is one row: where people stand teaches a small model to look sooner than one large number does.
 
 With --labels the training frames themselves are changed: people who stand alone are pasted in or painted over, and the
 label follows; three in ten stay as they were. The frames after --first follow unchanged, to validate and to test on:
 `--split ordered --train NUMBER` of prepare_cctv.py. With --subtract every frame written is the difference from the empty
-scene, grey where nothing stands. With --mirror every second frame that was made is mirrored, and left is right in its labels;
-frames that follow unchanged never are.
+scene, grey where nothing stands.
 """
 
 import argparse
@@ -52,13 +48,8 @@ MESSAGES = "USER: How many people are in view?\nASSISTANT: {count} people.\n\n�
 
 def parts() -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
     """Name of a column of labels.csv -> (from, to) of x and of y, as shares of the frame."""
-    whole = (0, 1)
-    return (
-        {"count": (whole, whole)}
-        | {row: (whole, y) for row, y in ROWS.items()}
-        | {column: (x, whole) for column, x in COLUMNS.items()}
-        | {f"{row}_{column}": (x, y) for row, y in ROWS.items() for column, x in COLUMNS.items()}
-    )
+    nine = {f"{row}_{column}": (x, y) for row, y in ROWS.items() for column, x in COLUMNS.items()}
+    return {"count": ((0, 1), (0, 1))} | nine
 
 
 def grid(heads: list[tuple[float, float]]) -> str:
@@ -71,22 +62,18 @@ def grid(heads: list[tuple[float, float]]) -> str:
 
 
 def messages() -> str:
-    """The text of messages.txt: the count of the frame, then those of its nine parts, its rows and columns, or its grid."""
-    cells = [f"{row}_{column}" for row in ROWS for column in COLUMNS]
-    dialogues = []
-    for names in (cells, [*ROWS, *COLUMNS]):
-        english = ["USER: How many people are in view?", "ASSISTANT: {count} people."]
-        korean = ["사용자: 사람이 몇 명 있나요?", "어시스턴트: {count}명입니다."]
-        for name in names:
-            english += [f"USER: How many people are in the {name.replace('_', ' ')}?", f"ASSISTANT: {{{name}}}."]
-            place = " ".join(KOREAN[word] for word in name.split("_"))
-            korean += [f"사용자: {place}에는 몇 명 있나요?", f"어시스턴트: {{{name}}}명."]
-        dialogues += ["\n".join(english), "\n".join(korean)]
-    dialogues += [
-        "\n".join([*english[:2], "USER: Count each cell of the grid.", "ASSISTANT: {grid}"]),
-        "\n".join([*korean[:2], "사용자: 칸마다 세어 주세요.", "어시스턴트: {grid}"]),
+    """The text of messages.txt: the count of the frame, then those of its nine parts, or its grid."""
+    english = ["USER: How many people are in view?", "ASSISTANT: {count} people."]
+    korean = ["사용자: 사람이 몇 명 있나요?", "어시스턴트: {count}명입니다."]
+    dialogues = [
+        [*english, "USER: Count each cell of the grid.", "ASSISTANT: {grid}"],
+        [*korean, "사용자: 칸마다 세어 주세요.", "어시스턴트: {grid}"],
     ]
-    return "\n\n".join(dialogues) + "\n"
+    for name in list(parts())[1:]:
+        english += [f"USER: How many people are in the {name.replace('_', ' ')}?", f"ASSISTANT: {{{name}}}."]
+        place = " ".join(KOREAN[word] for word in name.split("_"))
+        korean += [f"사용자: {place}에는 몇 명 있나요?", f"어시스턴트: {{{name}}}명."]
+    return "\n\n".join("\n".join(turns) for turns in (*dialogues, english, korean)) + "\n"
 
 
 @dataclass
@@ -117,7 +104,6 @@ class Camera:
     most: int
     folder: Path
     subtracts: bool
-    mirrors: bool
 
 
 camera: Camera
@@ -228,13 +214,11 @@ def paste(picture: np.ndarray, chosen: list[Cutout], rng: np.random.Generator) -
     return seen
 
 
-def write(picture: np.ndarray, number: int, *, mirrored: bool = False) -> None:
+def write(picture: np.ndarray, number: int) -> None:
     """Write (height, width, 3) of 0 to 255 as a JPEG; half the difference from the empty scene and 128 if it is subtracted."""
     if camera.subtracts:
         light = np.float32(np.median(picture[::4, ::4] - camera.scene[::4, ::4]))
         picture = (picture - light - camera.scene) / 2 + 128
-    if mirrored:
-        picture = picture[:, ::-1]
     image = Image.fromarray(picture.round().clip(0, 255).astype(np.uint8))
     image.save(camera.folder / "frames" / f"{number:06}.jpg", quality=92)
 
@@ -252,9 +236,8 @@ def crowd(number: int) -> dict[str, int | str]:
     rng = np.random.default_rng(number)
     picture = camera.scene.astype(np.float32)
     heads = paste(picture, place(int(rng.integers(0, camera.most + 1)), rng), rng)
-    mirrored = camera.mirrors and rng.random() < 0.5
-    write(another_moment(picture, rng), number, mirrored=mirrored)
-    inside = [(min(max(1 - x if mirrored else x, 0), 0.999), min(max(y, 0), 0.999)) for x, y in heads]
+    write(another_moment(picture, rng), number)
+    inside = [(min(max(x, 0), 0.999), min(max(y, 0), 0.999)) for x, y in heads]
     counts = {
         name: sum(low <= x < high and up <= y < down for x, y in inside)
         for name, ((low, high), (up, down)) in parts().items()
@@ -280,7 +263,7 @@ def change(number: int) -> dict[str, int]:
         taken = np.abs(picture - light - camera.scene).max(-1) > DIFFERENT
         free = [person for person in place(int(rng.integers(0, 20)), rng) if stands_free(person, taken)]
         count += len(paste(picture, free, rng))
-    write(another_moment(picture, rng), number, mirrored=camera.mirrors and rng.random() < 0.5)
+    write(another_moment(picture, rng), number)
     return {"count": max(0, count)}
 
 
@@ -339,7 +322,6 @@ def main() -> None:
     )
     parser.add_argument("--size", help="WIDTHxHEIGHT of the frames written, stretched; left out: as the frames are")
     parser.add_argument("--subtract", action="store_true", help="write differences from the empty scene")
-    parser.add_argument("--mirror", action="store_true", help="mirror every second frame that is made")
     args = parser.parse_args()
     if args.output.exists():
         raise ValueError(f"{args.output} exists already: choose another --output")
@@ -363,8 +345,7 @@ def main() -> None:
     if not cutouts:
         raise ValueError(f"{args.frames}: nothing in these frames is as tall and as narrow as a person standing alone")
     split = counts[: args.first], counts[args.first :]
-    shared = Camera(scene, cutouts, paths, *split, args.most, args.output, args.subtract, args.mirror)
-    write_all(shared, args.number)
+    write_all(Camera(scene, cutouts, paths, *split, args.most, args.output, args.subtract), args.number)
     print(f"{args.output}: {args.number} frames of {len(cutouts):,} people cut out of {args.first}")
 
 
