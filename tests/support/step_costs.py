@@ -95,5 +95,5 @@ if __name__ == "__main__":
     *folders, output, names = *map(Path, sys.argv[1:4]), sys.argv[4:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetuning.arguments.choose_precision", lambda *asked: (False, True))
-        found = {each: costs_of_a_step(*folders, output, *each.split(",")) for each in [*names, ""]}
+        found = {each: costs_of_a_step(*folders, output, *filter(None, each.split(","))) for each in [*names, ""]}
     print("COSTS", json.dumps(found))
