@@ -478,7 +478,8 @@ def test_a_token_is_no_flag(tmp_path):
 
 def test_steps_and_epochs_are_not_both_asked_for(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("dataset_name: data/cctv\noutput_dir: outputs/run\nnum_train_epochs: 2\n", encoding="utf-8")
+    words = "model_name_or_path: models/x\ndataset_name: data/cctv\noutput_dir: outputs/run\nnum_train_epochs: 2\n"
+    recipe.write_text(words, encoding="utf-8")
     assert parse_arguments(recipe, ["--max_steps", "4"])[1].max_steps == 4  # a flag overrides the recipe
     with pytest.raises(ValueError, match=r"max_steps: 4 and num_train_epochs: 5\.0 say both how long"):
         parse_arguments(recipe, ["--max_steps", "4", "--num_train_epochs=5"])
