@@ -138,7 +138,7 @@ def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, c
     expected = loss_and_grads(model, batch)
     assert fuse_lora(model) == 14
     whole_layers = sum(isinstance(module, FusedDecoderLayer) for module in model.modules())
-    assert whole_layers == (0 if config.model_type == "gemma3" else 2)
+    assert whole_layers == 2
     ignore_right_padding(model)
     count_image_tokens_once(model)
     for _ in range(2):  # the second does not count again

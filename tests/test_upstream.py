@@ -311,9 +311,10 @@ def test_weights_of_zero_3_are_saved_under_names_of_no_class_without_ours(tiny_l
         assert (names_in(tmp_path / str(ours)) == names_in(tiny_llava)) is ours
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma", "Gemma3"])
 def test_projections_run_one_by_one_without_our_layer(kind):
-    config = AutoConfig.for_model(kind.lower(), **TEXT, num_key_value_heads=2, head_dim=8, sliding_window=None)
+    name, window = ("gemma3_text", 16) if kind == "Gemma3" else (kind.lower(), None)
+    config = AutoConfig.for_model(name, **TEXT, num_key_value_heads=2, head_dim=8, sliding_window=window)
     called = []
     for ours in with_and_without(f"{kind}DecoderLayer.forward"):
         model = with_lora(AutoModelForCausalLM.from_config(config), DECODER).train()

@@ -120,6 +120,10 @@ ENTRIES = [
     Entry("transformers.models.mistral.modeling_mistral.MistralDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
     Entry("transformers.models.gemma.modeling_gemma.GemmaDecoderLayer", "forward", "fuses LoRA", DECODER_LAYER),
+    Entry("transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer", "forward", "fuses LoRA", (
+        "hidden_states, position_embeddings, attention_mask, position_ids, past_key_values, **kwargs",
+        "hidden_states, position_embeddings, attention_mask, position_ids, cache, **kwargs",
+    )),
     Entry("peft.tuners.lora.layer.Linear", "forward", "fuses LoRA", ("x, *args, **kwargs",)),
     Entry("torch.Tensor", "data", "stacks weights"),
     Entry("bitsandbytes.functional.QuantState", "absmax", "stacks 4-bit weights"),

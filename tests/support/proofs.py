@@ -70,6 +70,7 @@ PROOFS = {
     "MistralDecoderLayer.forward": FUSED,
     "Qwen2DecoderLayer.forward": FUSED,
     "GemmaDecoderLayer.forward": FUSED,
+    "Gemma3DecoderLayer.forward": FUSED,
     "Linear.forward": f"{UPSTREAM}::test_a_layer_of_the_tower_asks_its_adapters_one_by_one_without_ours",
     "Tensor.data": "kernels/test_lora_projections.py::test_stack_follows_weights_that_are_replaced",
     "QuantState.absmax": UNPACKED,

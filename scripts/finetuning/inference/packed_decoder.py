@@ -19,9 +19,9 @@ from finetuning.kernels.frozen_weights import Int8Weights
 from finetuning.kernels.gated_mlp import gated_activation
 from finetuning.kernels.int8_base import Int8Linear
 from finetuning.kernels.lora_layers import (
-    FUSED_LAYERS,
     IS_GELU,
     PROJECTIONS,
+    TWO_NORM_LAYERS,
     add_residual,
     fuse_lora,
     norm_arguments,
@@ -34,7 +34,7 @@ from finetuning.kernels.rms_norm import rms_norm
 from finetuning.kernels.rotary import launch_rotate, split_and_rotate
 from finetuning.models.parts import base_model_of, frozen_tower_of, has_sliding_window
 
-LAYER_CLASSES = (*FUSED_LAYERS.keys(), *FUSED_LAYERS.values())
+LAYER_CLASSES = (*TWO_NORM_LAYERS.keys(), *TWO_NORM_LAYERS.values())
 # 4-bit products of so few rows are bitsandbytes' own, which read the packed weights; others unpack them first.
 MOST_ROWS_OF_4BIT_PRODUCT = 32
 # Rotary embeddings whose angles do not depend on the longest row of a batch.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finetuning import upstream
-from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
+from finetuning.kernels.lora_layers import TWO_NORM_LAYERS, projection_stacks
 from finetuning.kernels.model_patches import NO_MASK
 from finetuning.models.parts import base_model_of, decoder_layers
 
@@ -35,7 +35,7 @@ class CudaGraphs(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         layers = decoder_layers(trainer.model)
-        fused = [layer for layer in layers if isinstance(layer, FusedDecoderLayer)]
+        fused = [layer for layer in layers if isinstance(layer, tuple(TWO_NORM_LAYERS.values()))]
         adapters = {
             id(adapter) for layer in fused for stack in projection_stacks(layer) for adapter in stack.adapters()
         }

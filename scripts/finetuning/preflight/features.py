@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
 from finetuning.data.augmentation import names_sides
 from finetuning.data.shared_prefix import uses_shared_prefix
-from finetuning.kernels.lora_layers import FUSED_LAYERS, PROJECTIONS
+from finetuning.kernels.lora_layers import PROJECTIONS, TWO_NORM_LAYERS
 from finetuning.models.adapter_start import changes_base
 from finetuning.strategy import CONFIGS, Strategy
 
@@ -167,7 +167,7 @@ def base_precision_problems(
     missing = set() if targets in (None, "all-linear", ["all-linear"]) else {*PROJECTIONS} - {*targets}
     text = config.get_text_config()
     uneven = uneven_widths(text, 128 if is_int8 else 16)
-    kinds = [layer.__name__.removesuffix("DecoderLayer").lower() for layer in FUSED_LAYERS]
+    kinds = [layer.__name__.removesuffix("DecoderLayer").lower() for layer in TWO_NORM_LAYERS]
     cannot = {
         **gpu_problems(is_int8, capability),
         "fp16: true (bf16 would do)": training_args.fp16,
