@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.command_line import read_command
-from finetuning.failures import LOST_LOADER, harmless
+from finetuning.failures import harmless
 from finetuning.flags import Parser, positive
 from finetuning.folder_lock import one_at_a_time
 from finetuning.model_files import config_of, refuse_missing_dataset
@@ -51,27 +51,22 @@ def audit_rows(auditor: "Auditor", rows: "Dataset", num_processes: int) -> "list
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    audits = []
+    from finetuning.data.bad_rows import lost_reader_named
+
+    audits: list[RowAudit] = []
     batches = DataLoader(
         range(len(rows)),
         batch_size=BATCH_SIZE,
         collate_fn=functools.partial(audit_batch, auditor, rows),
         num_workers=num_processes,
     )
-    try:
-        with tqdm(total=len(rows), desc=f"Checking {auditor.split}", unit="row") as bar:
-            for batch in batches:
-                audits += batch
-                bar.update(len(batch))
-    except RuntimeError as error:
-        lost = LOST_LOADER.search(str(error))
-        if lost is None:
-            raise
-        last = min(len(audits) + 2 * num_processes * BATCH_SIZE, len(rows)) - 1
-        raise ValueError(
-            f"split {auditor.split}: a process that checked rows was ended by {lost[2] or 'itself'}; rows {len(audits):,} to "
-            f"{last:,} were in work. A picture there may be damaged: look at them, or prepare without them"
-        ) from error
+    with (
+        tqdm(total=len(rows), desc=f"Checking {auditor.split}", unit="row") as bar,
+        lost_reader_named(rows, lambda: range(len(audits), len(audits) + 2 * num_processes * BATCH_SIZE)),
+    ):
+        for batch in batches:
+            audits += batch
+            bar.update(len(batch))
     return audits
 
 
@@ -234,11 +229,14 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def check(argv: list[str]) -> None:
     """The whole command: `main`, and what its audits mean. Raises ValueError where a row has a fault."""
     options, recipe_flags = parse_options(argv)
-    audits = main(read_command(RECIPE, recipe_flags)[1], options)
+    recipe = read_command(RECIPE, recipe_flags)[1]
+    audits = main(recipe, options)
     if num_faulty := sum(bool(audit.faults) for audit in audits):
         from finetuning.data.label_audit import describe_faults
 
-        raise ValueError(f"{num_faulty:,} of {len(audits):,} rows have faults:\n{harmless(describe_faults(audits))}")
+        raise ValueError(
+            f"{recipe.dataset_name}: {num_faulty:,} of {len(audits):,} rows have faults:\n{harmless(describe_faults(audits))}"
+        )
     checked = f"All {len(audits):,} rows" if options.sample is None else f"{len(audits):,} rows, a sample,"
     print(f"{checked} are good: every picture, prompt and answer is what the model will be asked with.")
 

@@ -96,7 +96,8 @@ def test_one_fault_of_each_kind_is_found_once_and_by_row(tiny_llava, tmp_path):
     assert "Traceback" not in result.stderr
     found = json.loads((tmp_path / "check" / "check.json").read_text(encoding="utf-8"))
     assert [(fault["row"], fault["reason"]) for fault in found["faults"]] == list(enumerate(FAULTS))
-    assert "13 of 16 rows have faults" in result.stderr
+    assert f"{tmp_path / 'data'}: 13 of 16 rows have faults" in result.stderr
+    assert "train row 0: picture 2: it does not decode" in result.stderr
     for row, code in enumerate(FAULTS):
         assert f"{code} (1 rows)" in result.stderr
         assert f"train row {row}: " in result.stderr

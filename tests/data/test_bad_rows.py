@@ -1,12 +1,21 @@
 """A picture that does not decode is named with its dataset, split and row, or passed over with the next row in its place."""
 
+import faulthandler
+import io
 import json
+import os
+import signal
+from contextlib import suppress
 
+import check_data
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PillowImage
+from PIL.PngImagePlugin import PngInfo, PngStream
 
-from finetuning.data.bad_rows import pass_over_bad_rows
+from finetuning.data.bad_rows import lost_reader_named, pass_over_bad_rows
 from finetuning.data.dataset import open_dataset, open_split, with_undecoded_pictures
+from finetuning.data.pictures import PictureError, open_pictures
 from finetuning.training.trainer import rows_named
 from support.raw_data import draw
 from support.training import train
@@ -54,6 +63,59 @@ def test_an_error_of_a_row_gets_the_dataset_and_the_split(splits):
         raise ValueError("row 3, picture 1: bad")
     with pytest.raises(ValueError, match=r"^something else$"), rows_named(rows):
         raise ValueError("something else")
+
+
+def ends_a_process(monkeypatch) -> bytes:
+    """A picture in which Pillow's decoder, as it is replaced here, finds what it dies of."""
+
+    def die(*_) -> None:
+        faulthandler.disable()  # pytest's, which would print where
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr(PngStream, "chunk_tEXt", die)
+    note, file = PngInfo(), io.BytesIO()
+    note.add_text("any", "thing")
+    PillowImage.linear_gradient("L").save(file, "PNG", pnginfo=note)
+    return file.getvalue()
+
+
+class Opens:
+    """An auditor that opens pictures, and notes nothing."""
+
+    split = "train"
+
+    def __call__(self, rows: list[dict]) -> list:
+        for row in rows:
+            with suppress(PictureError):
+                open_pictures(row["images"])
+        return []
+
+
+@pytest.mark.slow
+def test_a_picture_that_takes_its_reader_with_it_is_named(splits, monkeypatch):
+    train, validation = (open_split(splits, name, "data/cctv") for name in ("train", "validation"))
+    images = list(train["images"])
+    images[7] = [images[7][0], {"bytes": ends_a_process(monkeypatch), "path": "dies.png"}]
+    train = train.remove_columns("images").add_column("images", images, feature=List(Image(decode=False)))
+    named = (
+        r"data/cctv, split train, row 7, picture 2 \(dies\.png\): a process that opens it is ended by SIGSEGV\. Replace"
+    )
+    with pytest.raises(ValueError, match=named):
+        pass_over_bad_rows(3, train, validation)
+    with pytest.raises(ValueError, match=named):
+        check_data.audit_rows(Opens(), train, 1)
+
+
+def test_a_reader_that_was_killed_without_a_picture_to_blame_is_said_with_its_rows(splits):
+    train = open_split(splits, "train", "data/cctv")
+    lost = "DataLoader worker (pid 71) is killed by signal: Killed."
+    with (
+        pytest.raises(ValueError, match=r"^data/cctv, split train: .* ended by Killed while rows 4 to 11 were in work"),
+        lost_reader_named(train, lambda: range(4, 64)),
+    ):
+        raise RuntimeError(lost)
+    with pytest.raises(RuntimeError, match="else"), lost_reader_named(train, lambda: range(4)):
+        raise RuntimeError("something else")
 
 
 def test_a_training_names_the_row_and_passes_over_it_when_told_to(tiny_llava, cctv_dataset, tmp_path):

@@ -1,8 +1,12 @@
 """Rows with a picture that does not decode: found before a training starts, and passed over, at most as many as allowed."""
 
+import multiprocessing
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 from accelerate import PartialState
@@ -11,7 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetuning.data.dataset import describe_rows
-from finetuning.data.pictures import PictureError, open_picture
+from finetuning.data.pictures import PictureError, name_picture, open_picture
+from finetuning.failures import LOST_LOADER
 from finetuning.main_process import found_by_main
 
 BATCH_SIZE = 64
@@ -53,11 +58,63 @@ def find_bad_rows(rows: Dataset) -> list[dict[str, Any]]:
         collate_fn=partial(bad_among, rows.select_columns("images"), str(rows.split)),
         num_workers=len(os.sched_getaffinity(0)),
     )
-    with tqdm(total=len(rows), desc=f"Opening pictures of {rows.split}", unit="row") as bar:
+    with (
+        tqdm(total=len(rows), desc=f"Opening pictures of {rows.split}", unit="row") as bar,
+        lost_reader_named(rows, lambda: range(bar.n, bar.n + 2 * batches.num_workers * BATCH_SIZE)),
+    ):
         for bad in batches:
             found += bad
             bar.update(min(BATCH_SIZE, len(rows) - bar.n))
     return found
+
+
+@contextmanager
+def lost_reader_named(rows: Dataset, in_work: Callable[[], range]) -> Iterator[None]:
+    """A process that reads `rows` and is gone (PyTorch's RuntimeError) becomes a ValueError that names the picture.
+
+    `in_work()` are the places of the rows that may have been read then. Each is opened again in a child.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = LOST_LOADER.search(str(error))
+        if lost is None:
+            raise
+        places = range(in_work().start, min(in_work().stop, len(rows)))
+        if named := picture_that_ends_a_process(rows, places):
+            raise ValueError(f"{describe_rows(rows)}, {named}. Replace the file and prepare again") from error
+        raise ValueError(
+            f"{describe_rows(rows)}: a process that reads rows was ended by {lost[2] or 'itself'} while rows "
+            f"{places.start:,} to {places.stop - 1:,} were in work; each of their pictures opens by itself. Is there too "
+            "little memory?"
+        ) from error
+
+
+def picture_that_ends_a_process(rows: Dataset, places: Sequence[int]) -> str | None:
+    """`row 3, picture 1 (a.jpg): ...` of the first picture whose decoder takes its process with it, found in a child."""
+    receiver, sender = (context := multiprocessing.get_context("fork")).Pipe(duplex=False)
+    child = context.Process(target=_open_all, args=(rows, places, sender))
+    child.start()
+    sender.close()
+    last = None
+    with suppress(EOFError):
+        while True:
+            last = receiver.recv()
+    child.join()
+    if last is None or child.exitcode == 0:
+        return None
+    code = child.exitcode or 0
+    return f"{last}: a process that opens it is ended{f' by {signal.Signals(-code).name}' if code < 0 else ''}"
+
+
+def _open_all(rows: Dataset, places: Sequence[int], sender: Connection) -> None:
+    """Send the name of each picture before it is opened."""
+    for place in places:
+        row = rows[place]
+        for number, picture in enumerate(row.get("images") or [], start=1):
+            sender.send(f"row {row.get('row', place)}, {name_picture(number, picture)}")
+            with suppress(PictureError):
+                open_picture(picture)
 
 
 def bad_among(rows: Dataset, split: str, places: Sequence[int]) -> list[dict[str, Any]]:
@@ -68,8 +125,8 @@ def bad_among(rows: Dataset, split: str, places: Sequence[int]) -> list[dict[str
             try:
                 open_picture(image)
             except PictureError as error:
-                name = f"picture {number} ({image.get('path') or 'without a name'})"
-                found.append({"split": split, "row": place, "picture": name, "reason": str(error)})
+                picture = name_picture(number, image)
+                found.append({"split": split, "row": place, "picture": picture, "reason": str(error)})
     return found
 
 

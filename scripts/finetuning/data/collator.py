@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,7 +23,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from finetuning import upstream
 from finetuning.data.image_tiles import num_views, tiles_of, with_tiles
-from finetuning.data.pictures import PictureError, open_picture
+from finetuning.data.pictures import PictureError, open_pictures
 from finetuning.families import family_of
 
 
@@ -271,15 +271,10 @@ def until_the_question(example: dict[str, Any]) -> dict[str, Any]:
 
 def with_pictures(example: dict[str, Any], tiles: tuple[int, int] | None = None) -> dict[str, Any]:
     """The row with its pictures opened, each followed by its tiles, and placed. Raises ValueError that names row and picture."""
-    opened = []
-    for number, image in enumerate(example.get("images") or [], start=1):
-        try:
-            opened.append(open_picture(image))
-        except PictureError as error:
-            name = image.get("path") if isinstance(image, Mapping) else None
-            named = f" ({name})" if name and str(name) not in str(error) else ""
-            where = f"row {example.get('row', '(unnumbered)')}, picture {number}{named}"
-            raise ValueError(f"{where}: {error}") from error
+    try:
+        opened = open_pictures(example.get("images") or [])
+    except PictureError as error:
+        raise ValueError(f"row {example.get('row', '(unnumbered)')}, {error}") from error
     messages = place_images(example["messages"], num_views(tiles))
     return example | {"images": with_tiles(opened, tiles), "messages": messages}
 

@@ -27,7 +27,7 @@ from finetuning.data.collator import (
 from finetuning.data.image_tiles import tiles_of, views_of, with_tiles
 from finetuning.data.near_duplicates import COPY_BITS, are_copies, difference_hash, near_duplicates, stack_hashes
 from finetuning.data.picture_table import StoredImage
-from finetuning.data.pictures import PictureError, open_picture, what_is_blank
+from finetuning.data.pictures import PictureError, open_pictures, what_is_blank
 from finetuning.families import family_of
 
 IGNORED = -100
@@ -93,10 +93,10 @@ class Auditor:
         readable = []
         for audit, row in zip(audits, rows, strict=True):
             try:
-                row = row | {"images": [open_picture(image) for image in row.get("images") or []]}
+                row = row | {"images": open_pictures(row.get("images") or [])}
                 row["views"] = with_tiles(row["images"], tiles_of(self.processing_class))
             except PictureError as error:
-                audit.faults.append(("unreadable_image", f"{error.reason}: {error}"))
+                audit.faults.append(("unreadable_image", f"{error} ({error.reason})"))
                 continue
             audit.num_images = len(row["views"])
             audit.hashes = [difference_hash(image) for image in row["images"]]

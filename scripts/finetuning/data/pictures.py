@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,26 @@ def open_picture(
         except DECODING_ERRORS as error:
             detail = f"it does not decode: {error or type(error).__name__}".replace("\n", " ")
             raise PictureError("corrupt_image", detail) from error
+
+
+def name_picture(number: int, picture: Any) -> str:
+    """`picture 2 (frames/a.jpg)`: a row's picture, counted from 1, and the name that is stored with it, if any."""
+    name = picture.get("path") if isinstance(picture, Mapping) else None
+    return f"picture {number}{f' ({name})' if name else ''}"
+
+
+def open_pictures(pictures: Iterable[Any]) -> list[Image.Image]:
+    """A row's pictures, each by `open_picture`. Raises PictureError that says which of them cannot be used."""
+    opened = []
+    for number, picture in enumerate(pictures, start=1):
+        try:
+            opened.append(open_picture(picture))
+        except PictureError as error:
+            missing = error.reason == "missing_image"  # this sentence has the name
+            raise PictureError(
+                error.reason, f"{name_picture(number, None if missing else picture)}: {error}"
+            ) from error
+    return opened
 
 
 def what_is_wrong(path: Path) -> str | None:
