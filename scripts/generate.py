@@ -18,18 +18,27 @@ import argparse
 import json
 import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetuning import command
 from finetuning.data.pictures import SUFFIXES, find_pictures, what_is_wrong
+from finetuning.fingerprints import changed_files
 from finetuning.flags import ANSWERS_KEPT, Parser, add_accept_changes, add_answering_flags, nearest_path
-from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.model_files import config_of
-from finetuning.run_folder import adapter_base, changed_settings, is_unfinished, read_json, write_atomically, write_json
+from finetuning.run_folder import (
+    adapter_base,
+    changed_settings,
+    read_json,
+    refuse_unfinished,
+    write_atomically,
+    write_json,
+)
 
 MOST_ON_SCREEN = 20  # answers that need no file
+ACCEPTED = "accepted_changes"  # a setting of an answers file
 Item = tuple[str | None, str]  # (path of the picture, question)
 
 
@@ -79,10 +88,11 @@ def find_images(words: list[str], problems: list[str]) -> list[str]:
     return list(dict.fromkeys(map(str, paths)))
 
 
-def answered_already(output: Path, settings: dict[str, Any]) -> set[Item]:
+def answered_already(output: Path, settings: dict[str, Any], *unknown: str) -> set[Item]:
     """The items that `output` answers; a line that was being written when the last run ended does not count.
 
-    Raises ValueError if the file was written with other settings: its answers and the new ones would not compare.
+    Raises ValueError if the file was written with other settings, but for those `unknown` yet: its answers and the new
+    ones would not compare.
     """
     settings_file = output.with_suffix(".settings.json")
     if not output.exists():
@@ -91,7 +101,7 @@ def answered_already(output: Path, settings: dict[str, Any]) -> set[Item]:
         raise ValueError(
             f"{output} exists, without the {settings_file.name} that this command writes beside it: choose another --output"
         )
-    changed = changed_settings(read_json(settings_file, "Choose another --output"), settings)
+    changed = changed_settings(read_json(settings_file, "Choose another --output"), settings, unknown)
     if changed:
         raise ValueError(
             f"{output} was begun with other settings ({'; '.join(changed)}): choose another --output, or the old settings"
@@ -122,6 +132,7 @@ def refused_together(options: argparse.Namespace, questions: list[str], images: 
             problems.append(f"--image: {options.model} reads text only")
         if not images and config is not None and "vision_config" in config and command.is_main_process():
             print("Asked without a picture: the model sees the words alone; --image adds one", file=sys.stderr)
+        refuse_unfinished(Path(options.model))
     except ValueError as error:
         problems.append(f"--model {error}")
     if not questions and not options.chat:
@@ -150,15 +161,18 @@ def main(options: argparse.Namespace) -> None:
     problems += refused_together(options, questions, images)
     if problems:
         raise ValueError("; ".join(problems))
-    changes = changed_files(options)
     remaining = items
     if options.output is not None:
-        settings = settings_of(options) | ({"accepted_changes": changes} if changes else {})
-        done = answered_already(options.output, settings)
+        settings = settings_of(options)
+        done = answered_already(options.output, settings, ACCEPTED)
         remaining = [item for item in items if item not in done]
         if not remaining:
             print(f"All {len(items):,} answers are in {options.output} already")
             return
+    # Files are compared with those of the training while PyTorch is imported: of a 7B base that takes seconds
+    base, comparing = adapter_base(Path(options.model)), None
+    if command.is_main_process():
+        comparing = ThreadPoolExecutor(1).submit(changed_files, Path(options.model), base, None)
 
     # Ask
     import torch
@@ -171,13 +185,17 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.session import Items, Session, open_image
     from finetuning.inference.vllm_engine import refuse_vllm
     from finetuning.models.loading import load_for_inference
+    from finetuning.training.origin import refuse_changed_run
 
     state = open_processes()
+    accept = options.accept_changes
+    changes = refuse_changed_run(Path(options.model), base, None, accept_changes=accept, comparing=comparing)
     if options.engine == "vllm":
         refuse_vllm(options.model)
     if options.counts:
         forms, largest, calibration = count_settings_of(Path(options.model))
     if options.output is not None:
+        settings |= {ACCEPTED: changes} if changes else {}
         take_lock(options.output, "a generate.py")
         done = answered_already(options.output, settings)  # again, now that nobody else writes
         remaining = [item for item in items if item not in done]
@@ -231,21 +249,6 @@ def ask_vllm(options: argparse.Namespace, items: list[Item], dtype: Any) -> None
     write_answers(windows, items, options.output)
     give_back(options.output)
     print(f"{len(items):,} answers by vLLM: {options.output}")
-
-
-def changed_files(options: argparse.Namespace) -> list[str]:
-    """What of the model's folder is not as its manifest says. Raises ValueError unless that is accepted."""
-    folder = Path(options.model)
-    if is_unfinished(folder):
-        raise ValueError(
-            f"--model {folder}: training has not ended here; its checkpoints can be asked, such as the newest"
-        )
-    changes = manifest_problems(folder) if has_manifest(folder) else []
-    if changes and not options.accept_changes:
-        raise ValueError(
-            f"--model {folder}: {'; '.join(changes)}: not as it was written. Restore it, or add --accept_changes"
-        )
-    return changes
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 from finetuning import command
-from finetuning.flags import LANGUAGES, Parser, add_answering_flags, positive
+from finetuning.flags import LANGUAGES, Parser, add_accept_changes, add_answering_flags, positive
 from finetuning.model_files import config_of
-from finetuning.run_folder import adapter_base, read_count_settings
+from finetuning.run_folder import adapter_base, read_count_settings, refuse_unfinished
 
 SHORTEST_TOKEN = 16  # characters
 
@@ -65,6 +65,7 @@ def check_inputs(options: argparse.Namespace) -> str | None:
     problems: list[str] = []
     try:
         config_of(adapter_base(Path(options.model)) or options.model)
+        refuse_unfinished(Path(options.model))
     except ValueError as error:
         problems.append(f"--model {error}")
     token = read_token(problems)
@@ -93,9 +94,11 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.count_distribution import CountReader
     from finetuning.inference.count_file import settings_of
     from finetuning.models.loading import load_for_inference
+    from finetuning.training.origin import refuse_changed_run
 
     # The model, and how counts are read where an evaluation kept that
     run, reader, calibration = Path(options.model), None, None
+    refuse_changed_run(run, adapter_base(run), None, accept_changes=options.accept_changes)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
     if read_count_settings(run):
@@ -145,6 +148,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the page (default %(default)s)")
     add_answering_flags(parser, max_new_tokens=256)
+    add_accept_changes(parser)
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
     parser.add_argument("--load_in_4bit", action="store_true", help="quantise the weights: 7B parameters in 5 GB")
     return parser.parse_args(argv)

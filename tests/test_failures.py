@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from finetuning.failures import harmless, sentence, writing
 from preparing.ledger import Ledger
@@ -30,8 +32,12 @@ def test_errors_of_the_system_name_their_file_and_a_remedy(tmp_path):
     with pytest.raises(OSError, match="state") as error, writing(path):
         raise RuntimeError("[enforce fail at inline_container.cc:778] . PytorchStreamWriter failed writing file data/0")
     assert sentence(error.value).startswith(f"{path}: cannot be written")
-    with pytest.raises(RuntimeError, match="a mistake"), writing(path):
-        raise RuntimeError("a mistake")
+    with pytest.raises(OSError, match="state") as error, writing(path):
+        Tokenizer(BPE()).save(str(tmp_path / "no folder" / "tokenizer.json"))  # an Exception without a class of its own
+    assert sentence(error.value) == f"{path}: no such file or directory"
+    for mistake in (RuntimeError("a mistake"), Exception("a mistake")):
+        with pytest.raises(type(mistake), match="a mistake"), writing(path):
+            raise mistake
 
 
 def test_a_loader_process_says_what_its_row_said_without_its_trace():

@@ -119,7 +119,17 @@ def _without_trace(kind: type[BaseException], error: BaseException, trace: Trace
         print(f"\n{Path(sys.argv[0]).name}: {STOPPED}", file=sys.stderr)
 
 
+def _without_trace_in_thread(ended: threading.ExceptHookArgs) -> None:
+    if isinstance(
+        ended.exc_value, OSError
+    ):  # a full disk, say, in TensorBoard's writer, which tells the main thread too
+        print(f"{Path(sys.argv[0]).name}: {sentence(ended.exc_value)}", file=sys.stderr)
+    else:
+        threading.__excepthook__(ended)
+
+
 sys.excepthook = _without_trace
+threading.excepthook = _without_trace_in_thread
 known_warnings.silence()
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds: a log file takes a line for each state of a bar

@@ -74,10 +74,13 @@ def writing(path: Path | str, *others: type[Exception]) -> Iterator[None]:
         if error.filename is not None or not error.errno:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except (RuntimeError, *others) as error:
-        if not any(words in str(error) for words in WRITE_FAILED):
-            raise
+    except Exception as error:
         number = re.search(r"os error (\d+)", str(error))
+        theirs = type(error) is Exception or isinstance(
+            error, (RuntimeError, *others)
+        )  # tokenizers has no class of its own
+        if not theirs or not (number or any(words in str(error) for words in WRITE_FAILED)):
+            raise
         if number:
             raise OSError(
                 int(number[1]), str(error).partition(" (os error")[0].rpartition(": ")[2], str(path)

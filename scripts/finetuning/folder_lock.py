@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import SoftFileLock, Timeout
 
+from finetuning.failures import writing
 from finetuning.main_process import refuse_together
 
 PATIENCE = 1.0  # seconds to wait for a lock, in which a stale one is found and taken over
@@ -46,7 +47,8 @@ def try_lock(path: Path, what: str, *, owner_has_ended: bool = False) -> str | N
     if owner_has_ended or is_half_made(file):
         lock.break_lock()
     try:
-        lock.acquire(timeout=PATIENCE)
+        with writing(file):
+            lock.acquire(timeout=PATIENCE)
     except Timeout:
         return (
             f"{path}: {what} by {holder_of(file)} is writing here. Wait until it has ended, or stop it; if that machine is "

@@ -396,6 +396,12 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / ARGUMENTS).is_file() and not (folder / "manifest.json").is_file() and not read_metrics(folder)
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raise ValueError for a model in a run's folder that is still being trained."""
+    if is_unfinished(folder):
+        raise ValueError(f"{folder}: training has not ended here; its checkpoints can be asked, such as the newest")
+
+
 def digest_weights(run: Path) -> str:
     """SHA-256 over the run's weight files, so that another training in the same folder is another run."""
     whole = hashlib.sha256()

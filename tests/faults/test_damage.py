@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import must_run
+from conftest import must_run, run_here
 from datasets import DatasetDict
 
 from finetuning import run_folder
@@ -94,7 +94,7 @@ def test_a_damaged_run_is_refused_by_the_name_of_its_file_or_rebuilt(run, tiny_l
     def use() -> list[str]:
         _, read = run_folder.open_run(str(run))
         run_folder.read_progress(run)
-        changes = refuse_changed_run(run, arguments, str(tiny_llava), str(cctv_dataset), accept_changes=False)
+        changes = refuse_changed_run(run, str(tiny_llava), str(cctv_dataset), accept_changes=False)
         assert read == arguments
         assert run_folder.read_metrics(run) | metrics == run_folder.read_metrics(run)
         assert run_folder.read_count_settings(run) in ({}, counts)
@@ -126,14 +126,21 @@ def use_or_name(use, path: Path, what: str) -> None:
         assert path.name == PROGRESS and what.startswith("bit"), (path.name, what)
 
 
-def test_a_changed_run_can_be_used_when_that_is_accepted_and_it_is_noted(run, tiny_llava, cctv_dataset):
-    arguments = run_folder.read_arguments(run)
+def test_a_changed_run_can_be_used_when_that_is_accepted_and_it_is_noted(run, tiny_llava, raw_cctv, tmp_path):
     path = tiny_llava / "generation_config.json"
     with damaged(path, path.read_bytes() + b"\n"):
         assert of_base(str(tiny_llava), load_config(str(tiny_llava)))
         with pytest.raises(ValueError, match=r"the files of --model_name_or_path.*--accept_changes"):
-            refuse_changed_run(run, arguments, str(tiny_llava), None, accept_changes=False)
-        changes = refuse_changed_run(run, arguments, str(tiny_llava), None, accept_changes=True)
+            refuse_changed_run(run, str(tiny_llava), None, accept_changes=False)
+        changes = refuse_changed_run(run, str(tiny_llava), None, accept_changes=True)
+        ask = ["--model", run, "--image", raw_cctv / "frames" / "seq_000001.jpg", "--question", "How many?"]
+        ask += ["--max_new_tokens", "4", "--output", tmp_path / "answers.jsonl"]
+        refused = run_here("scripts/generate.py", *ask)
+        assert refused.returncode == 1 and f"{run}: {changes[0]}: not as it was left" in refused.stderr
+        assert not list(tmp_path.iterdir())
+        for _ in range(2):
+            must_run("scripts/generate.py", *ask, "--accept_changes")
+        assert json.loads((tmp_path / "answers.settings.json").read_text())["accepted_changes"] == changes
         must_run("scripts/evaluate_llava.py", "--run", run, "--limit", "2", "--overwrite", "--accept_changes")
     assert EvaluationFolder(run, "test").metrics()["settings"]["accepted_changes"] == changes
     shutil.rmtree(run / "evaluation" / "test")

@@ -146,7 +146,7 @@ def merge(
     """
     with one_at_a_time(output, "a merge"), writing(output, SafetensorError):
         data = find_again(run, arguments.get("dataset_name", "")) or None
-        accepted = refuse_changed_run(run, arguments, adapter_base(run), data, accept_changes=accept_changes)
+        accepted = refuse_changed_run(run, adapter_base(run), data, accept_changes=accept_changes)
         parts = find_parts(run, output, arguments, dtype_name, rows)
         place = {"": parts.device}
 

@@ -131,9 +131,7 @@ def accepted_changes(
     """
     own = find_again(run, arguments["dataset_name"])
     asks_own = args.dataset is None or is_own(run, arguments, args.dataset)
-    changes = refuse_changed_run(
-        run, dict(arguments), base, own if asks_own else None, accept_changes=args.accept_changes
-    )
+    changes = refuse_changed_run(run, base, own if asks_own else None, accept_changes=args.accept_changes)
     return {"accepted_changes": changes} if changes else {}
 
 

@@ -1,33 +1,23 @@
 """What a run was begun with: fingerprints of its data, its base model and its template, compared whenever it is used.
 
-A training that goes on, an evaluation and a merge are refused where one of them is another, unless the change is accepted.
+A training that goes on, an evaluation, a merge and answers are refused where one of them is another, unless the change is
+accepted.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
+import sys
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedConfig
 
 from finetuning import run_folder
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
+from finetuning.fingerprints import MODEL_FILES, changed_files, changes, of_dataset, of_folder, of_mixture
 from finetuning.main_process import found_by_main
-from finetuning.manifest import HASH, describe_files, described_files, has_manifest, manifest_problems
+from finetuning.manifest import HASH
 from finetuning.models.processing import load_config, template_path
-
-# Of a base model: weights, and what makes tokens and pixels of its inputs.
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
-# Of a dataset that was not prepared here: what `load_dataset` reads. The library keeps caches beside a saved dataset's files.
-DATA_FILES = ("**/*.jsonl", "**/*.json", "**/*.parquet", "**/*.csv", "**/data-*.arrow")
-WORDS = {
-    "dataset": "the rows of --dataset_name",
-    "mixture": "the rows of --dataset_mixer",
-    "base": "the files of --model_name_or_path",
-    "template": "the chat template",
-}
 
 
 def fingerprints(
@@ -50,71 +40,46 @@ def fingerprints(
     return {name: value for name, value in found.items() if value}
 
 
-def of_dataset(name: str) -> str | None:
-    """The fingerprint of a dataset's folder: of a prepared one by its manifest, with which `open_dataset` compares all."""
-    folder = Path(name)
-    described = described_files(folder) if (folder / "dataset_dict.json").is_file() else None
-    return _digest(described) if described is not None else of_folder(folder, DATA_FILES)
-
-
 def of_base(name: str, config: PreTrainedConfig) -> str | None:
     """The fingerprint of a model's folder; of a Hub model its commit."""
     return of_folder(Path(name), MODEL_FILES) or getattr(config, "_commit_hash", None)
 
 
-def of_mixture(mixer: Iterable[str]) -> str | None:
-    """A hash over the sets that are mixed in, of those that are folders; None without any."""
-    described = {name: of_dataset(name) for name in mixer}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest() if described else None
-
-
-def of_folder(folder: Path, patterns: Iterable[str]) -> str | None:
-    """A hash over names and contents of a folder's files; None where there is no such folder."""
-    if not folder.is_dir():
-        return None
-    return _digest(describe_files(folder, sorted({path for pattern in patterns for path in folder.glob(pattern)})))
-
-
-def _digest(described: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
 def refuse_changed_run(
-    run: Path, arguments: dict[str, Any], base: str, dataset: str | None, *, accept_changes: bool
+    run: Path,
+    base: str | None,
+    dataset: str | None,
+    *,
+    accept_changes: bool,
+    comparing: Future[list[str]] | None = None,
 ) -> list[str]:
     """What differs from the finished run: its own files, its base, and `dataset` where it is the run's; on all processes.
 
+    `comparing` are the files as the main process has begun to compare them (`changed_files`) while it did something else.
     Raises ValueError in all of them where something does and `accept_changes` is not set.
     """
 
     def differences() -> list[str]:
-        config = load_config(base, arguments.get("model_revision", "main"))
-        now = {"base": of_base(base, config), "dataset": of_dataset(dataset) if dataset else None}
-        damaged = manifest_problems(run) if has_manifest(run) else []
-        return damaged + changes(run, {name: value for name, value in now.items() if value})
+        found = comparing.result() if comparing else changed_files(run, base, dataset)
+        if base and not Path(base).is_dir():
+            revision = (run_folder.read_arguments(run) or {}).get("model_revision", "main")
+            commit = of_base(base, load_config(base, revision))
+            found += changes(run, {"base": commit} if commit else {})
+        return found
 
     found = found_by_main(differences)
     if found and not accept_changes:
         raise ValueError(
-            f"{run}: {'; '.join(found)}: not as the run left it. Restore it, or add --accept_changes, which the result "
-            "will note"
+            f"{run}: {'; '.join(found)}: not as it was left. Restore it, or add --accept_changes, which the result will note"
         )
+    if found and PartialState().is_main_process:
+        print(f"{run}: accepted as it is now: {'; '.join(found)}", file=sys.stderr)
     return found
-
-
-def changes(folder: Path, found: dict[str, str]) -> list[str]:
-    """What differs from what the run in `folder` was begun with, for people; empty for runs that kept nothing."""
-    kept = run_folder.read_begun_with(folder).get(HASH, {})
-    return [
-        f"{WORDS[name]} ({kept[name][:12]} -> {value[:12]})"
-        for name, value in found.items()
-        if name in kept and kept[name] != value
-    ]
 
 
 def note(folder: Path, found: dict[str, str], accepted: list[str]) -> None:
     """Keep the fingerprints in `begun_with.json`, and which changes were accepted when."""
-    before: list[dict[str, Any]] = run_folder.read_begun_with(folder).get("accepted", [])
+    before: list[dict[str, object]] = run_folder.read_begun_with(folder).get("accepted", [])
     if accepted:
         before = [*before, {"at": run_folder.now(), "changes": accepted}]
     run_folder.write_begun_with(folder, {HASH: found} | ({"accepted": before} if before else {}))
