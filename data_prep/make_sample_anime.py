@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 from preparing import Parser, command
-from preparing.dataset_writer import refuse_existing_output
+from preparing.dataset_writer import closing_lock, refuse_existing_output
 
 COLUMNS = [
     "anime_id",
@@ -91,7 +91,10 @@ def main(output: Path, num_titles: int, seed: int) -> None:
     writer.writerow(COLUMNS)
     writer.writerows(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(text.getvalue().encode("utf-8-sig"))
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    with closing_lock(output):
+        unfinished.write_bytes(text.getvalue().encode("utf-8-sig"))
+        unfinished.replace(output)
     print(f"{output}: {num_titles} titles and {len(rows) - num_titles} rows that must be rejected")
 
 

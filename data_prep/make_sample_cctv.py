@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from preparing import Parser, command
-from preparing.dataset_writer import refuse_existing_output
+from preparing.dataset_writer import refuse_existing_output, whole_output
 
 MAX_PEOPLE = 20
 SUPERSAMPLING = 3  # drawn larger and reduced, which gives soft edges
@@ -172,12 +172,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     args = parser.parse_args()
     refuse_existing_output(args.output)
+    with whole_output(args.output) as folder:
+        counts = draw_video(folder, args.frames, args.size, np.random.default_rng(args.seed))
+    print(f"{args.frames} frames with {min(counts)} to {max(counts)} people, labels.csv, messages.txt: {args.output}")
 
-    rng = np.random.default_rng(args.seed)
-    counts = crowd_sizes(args.frames, rng)
-    empty = draw_arcade(args.size[0] * SUPERSAMPLING, args.size[1] * SUPERSAMPLING)
+
+def draw_video(folder: Path, num_frames: int, size: tuple[int, int], rng: np.random.Generator) -> list[int]:
+    """Frames, labels and messages in `folder`; how many people each frame shows."""
+    counts = crowd_sizes(num_frames, rng)
+    empty = draw_arcade(size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING)
     walkers: list[Walker] = []
-    (args.output / "frames").mkdir(parents=True)
+    (folder / "frames").mkdir()
     for number, count in enumerate(tqdm(counts, desc="drawing", unit="frame"), start=1):
         step(walkers, rng)
         while len(walkers) < count:
@@ -185,13 +190,12 @@ def main() -> None:
         while len(walkers) > count:  # whoever is nearest to a shop goes in
             walkers.remove(max(walkers, key=lambda walker: abs(walker.x - 0.5)))
         light = 1.0 + 0.12 * math.sin(2 * math.pi * number / 150)
-        frame = draw_frame(empty, walkers, args.size, light, rng)
-        frame.save(args.output / "frames" / f"seq_{number:06}.jpg", quality=90)
-    (args.output / "messages.txt").write_text(MESSAGES, encoding="utf-8")
-    # Last: a folder with labels is a whole one.
+        frame = draw_frame(empty, walkers, size, light, rng)
+        frame.save(folder / "frames" / f"seq_{number:06}.jpg", quality=90)
+    (folder / "messages.txt").write_text(MESSAGES, encoding="utf-8")
     labels = "".join(f"{number},{count}\n" for number, count in enumerate(counts, start=1))
-    (args.output / "labels.csv").write_text("id,count\n" + labels, encoding="utf-8")
-    print(f"{args.frames} frames with {min(counts)} to {max(counts)} people, labels.csv, messages.txt: {args.output}")
+    (folder / "labels.csv").write_text("id,count\n" + labels, encoding="utf-8")
+    return counts
 
 
 if __name__ == "__main__":

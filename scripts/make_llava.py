@@ -11,7 +11,7 @@ projector alone, stage 2 goes on with LoRA: docs/training.md has both commands.
 from finetuning import command  # first: see there
 
 # isort: split
-
+import argparse
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from transformers import (
 from finetuning.families import dialogue_form
 from finetuning.flags import Parser
 from finetuning.models.processing import SAFE, load_config, template_path
-from finetuning.models.published_names import save
+from finetuning.models.published_names import new_model, save
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding, as published
 
@@ -105,9 +105,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make, such as models/my-llava")
     parser.add_argument("--seed", type=int, default=0, help="of the projector's weights")
     args = parser.parse_args()
-    if args.output.exists():
-        raise ValueError(f"{args.output} is there already: delete it or choose another --output")
     refuse_other_parts(args.language_model, args.vision_tower)
+    with new_model(args.output) as folder:
+        make(args, folder)
+
+
+def make(args: argparse.Namespace, folder: Path) -> None:
+    """The model and its processor, saved in `folder`."""
     set_seed(args.seed)
     language_model = AutoModelForCausalLM.from_pretrained(args.language_model, use_safetensors=True, **SAFE)
     tower = CLIPVisionModel.from_pretrained(args.vision_tower, use_safetensors=True, **SAFE)
@@ -117,7 +121,7 @@ def main() -> None:
     template = template_path(model.config, None)
     assert template is not None  # of a family that is known
     processor.chat_template = template.read_text(encoding="utf-8")
-    save(model, processor, args.output)
+    save(model, processor, folder)
     print(f"{args.output}: {model.num_parameters():,} parameters; train its projector first (docs/training.md)")
 
 

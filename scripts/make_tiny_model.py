@@ -67,7 +67,7 @@ from finetuning.data.collator import LlavaDataCollator
 from finetuning.flags import Parser
 from finetuning.models.onevision_processor import LlavaOnevisionProcessor
 from finetuning.models.processing import CHAT_TEMPLATES
-from finetuning.models.published_names import save
+from finetuning.models.published_names import new_model, save
 
 TEXT = """
 How many people are in view? Count the people in the picture. How many persons can you see in this frame?
@@ -425,13 +425,12 @@ def main() -> None:
         raise ValueError("--pretrain is for --architecture llava: leave it out")
     if args.text is not None and (args.architecture != "gemma" or not args.text.is_file()):
         raise ValueError(f"--text {args.text}: expected a file, and --architecture gemma")
-    if (args.output / "config.json").exists():
-        raise ValueError(f"{args.output} holds a model already: delete it or choose another --output")
-    set_seed(args.seed)
-    model, processing_class = MAKERS[args.architecture](args)
-    if args.pretrain:
-        pretrain(model, processing_class, args)
-    save(model, processing_class, args.output)
+    with new_model(args.output) as folder:
+        set_seed(args.seed)
+        model, processing_class = MAKERS[args.architecture](args)
+        if args.pretrain:
+            pretrain(model, processing_class, args)
+        save(model, processing_class, folder)
     print(f"{args.output}: {type(model).__name__} with {model.num_parameters():,} parameters")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from finetuning.data.picture_table import PictureWriter
 from finetuning.failures import writing
 from finetuning.folder_lock import give_back, try_lock
-from finetuning.manifest import files_in, write_manifest
+from finetuning.manifest import files_in, made_whole, write_manifest
 from preparing.ledger import Ledger
 
 # Pictures held in memory before they go to disk. The library's default of 1,000 is a gigabyte of 1 MB photographs.
@@ -57,6 +57,13 @@ def closing_lock(output: Path) -> Iterator[None]:
         yield
     finally:
         give_back(output)
+
+
+@contextmanager
+def whole_output(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` when this block ends well; the lock of `refuse_existing_output` is given back."""
+    with closing_lock(output), writing(output), made_whole(output, described=False) as folder:
+        yield folder
 
 
 def scratch_prefix(output: Path) -> str:

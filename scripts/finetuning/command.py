@@ -120,9 +120,8 @@ def _without_trace(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 def _without_trace_in_thread(ended: threading.ExceptHookArgs) -> None:
-    if isinstance(
-        ended.exc_value, OSError
-    ):  # a full disk, say, in TensorBoard's writer, which tells the main thread too
+    # A full disk, say, in TensorBoard's writer, which tells the main thread too.
+    if isinstance(ended.exc_value, OSError):
         print(f"{Path(sys.argv[0]).name}: {sentence(ended.exc_value)}", file=sys.stderr)
     else:
         threading.__excepthook__(ended)

@@ -135,15 +135,19 @@ def _hash_of(described: Any) -> str:
 
 
 @contextmanager
-def made_whole(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output`, which becomes it with its manifest at the end; nothing stays where the block raises."""
+def made_whole(output: Path, *, described: bool = True) -> Iterator[Path]:
+    """An empty folder beside `output`, which becomes it at the end; nothing stays where the block raises.
+
+    With its manifest, unless what is in it may be changed afterwards (`described=False`).
+    """
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
         follow_umask(files_in(unfinished))
-        write_manifest(unfinished)
+        if described:
+            write_manifest(unfinished)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

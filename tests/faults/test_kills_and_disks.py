@@ -27,14 +27,16 @@ from support.training import SAMPLE
 
 WHOLE = os.environ.get("FAULTS") == "whole"
 FAULTY_DISK = ROOT / "tests" / "support" / "faulty_disk.c"
-TRAININGS, USES = ["train_llava", "train_gemma"], ["evaluate_llava", "generate", "merge_adapter", "check_data"]
+TRAININGS = ["train_llava", "train_gemma"]
+USES = ["evaluate_llava", "evaluate_gemma", "generate", "merge_adapter", "check_data"]
 PREPARATIONS = ["prepare_cctv", "prepare_anime", "prepare_conversations"]
-KILLED = [*TRAININGS, *USES, *PREPARATIONS] if WHOLE else ["train_llava", "prepare_cctv"]
+MAKERS = ["make_tiny_model", "make_sample_cctv"]
+KILLED = [*TRAININGS, *USES, *PREPARATIONS, *MAKERS] if WHOLE else ["train_llava", "prepare_cctv"]
 MOMENTS = {"train_llava": 50, "evaluate_llava": 30, "generate": 30} if WHOLE else {"train_llava": 2}
 # Ctrl-C: 20 moments of a training, 5 of each other command that runs long.
 PRESSED = ["train_llava", *(["evaluate_llava", "generate", "merge_adapter", "check_data"] if WHOLE else [])]
 PRESSES, OTHER_PRESSES = {"train_llava": 20 if WHOLE else 2}, 5
-OTHERS = 15 if WHOLE else 1  # moments of each other command; 200 in all
+OTHERS = 15 if WHOLE else 1  # moments of each other command; 245 in all
 TIMES = {"full": 6, "quota": 2, "inodes": 4, "readonly": 1}  # a limit each
 ON_DISKS = (
     [(name, kind) for name in KILLED for kind in TIMES]
@@ -87,12 +89,17 @@ def anime_dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(commands, tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
-    """A finished run, for the commands that use one."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    result = commands.run(*train_words("llava", tiny_llava, cctv_dataset, folder))
-    assert result.code == 0, result.log
-    return folder
+def trained(commands, case, tmp_path_factory) -> Callable[[str], Path]:
+    """`trained(kind)`: a finished run of LLaVA or Gemma, for the commands that use one."""
+
+    @cache
+    def of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("trained")
+        result = commands.run(*case(f"train_{kind}").words(folder))
+        assert result.code == 0, result.log
+        return folder / kind
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -122,21 +129,29 @@ def case(request) -> Callable[[str], Case]:
             return Case(lambda folder: [*words, folder / name], rows_of(name))
         if name == "train_llava":
             model, data = get("tiny_llava"), get("cctv_dataset")
-            return Case(lambda folder: train_words("llava", model, data, folder / "run"), of_training)
+            return Case(lambda folder: train_words("llava", model, data, folder / "llava"), of_training("llava"))
         if name == "train_gemma":
             model, data = get("tiny_gemma"), get("anime_dataset")
-            return Case(lambda folder: train_words("gemma", model, data, folder / "run"), of_training)
+            return Case(lambda folder: train_words("gemma", model, data, folder / "gemma"), of_training("gemma"))
         if name == "check_data":
             words = ["scripts/check_data.py", "--config", SAMPLE, "--model_name_or_path", get("tiny_llava")]
             words += ["--dataset_name", get("cctv_dataset"), "--processes", "1", "--output"]
             return Case(lambda folder: [*words, folder / name], contents(f"{name}/check.json"))
-        run = get("trained")
-        if name == "evaluate_llava":
+        if name == "make_tiny_model":
+            words = ["scripts/make_tiny_model.py", "--architecture", "llava", "--output"]
+            return Case(lambda folder: [*words, folder / name], contents(f"{name}/*"))
+        if name == "make_sample_cctv":
+            words = ["data_prep/make_sample_cctv.py", "--frames", "40", "--output"]
+            return Case(lambda folder: [*words, folder / name], contents(f"{name}/*.*", f"{name}/frames/*"))
+        if name.startswith("evaluate"):
+            kind = name.removeprefix("evaluate_")
+            evaluated = f"{kind}/evaluation/{'test' if kind == 'llava' else 'facts'}"
             return Case(
-                lambda folder: ["scripts/evaluate_llava.py", "--run", folder / "run", "--batch_size", "1"],
-                contents("run/evaluation/test/answers.jsonl", "run/evaluation/test/table.md"),
-                lambda folder: shutil.copytree(run, folder / "run"),
+                lambda folder: [f"scripts/{name}.py", "--run", folder / kind, "--limit", "12", "--batch_size", "1"],
+                contents(f"{evaluated}/answers.jsonl", f"{evaluated}/table.md"),
+                lambda folder: shutil.copytree(get("trained")(kind), folder / kind, dirs_exist_ok=True),
             )
+        run = get("trained")("llava")
         if name == "merge_adapter":
             words = ["scripts/merge_adapter.py", "--run", run, "--rows", "1", "--output"]
             return Case(lambda folder: [*words, folder / name], contents(f"{name}/*.safetensors", f"{name}/*.json"))
@@ -209,7 +224,7 @@ def test_a_killed_loader_process_ends_the_training_in_a_sentence_and_it_goes_on(
     commands, undisturbed, tiny_llava, cctv_dataset, tmp_path
 ):
     expected, seconds, _ = undisturbed("train_llava")
-    words = train_words("llava", tiny_llava, cctv_dataset, tmp_path / "run", dataloader_num_workers=1)
+    words = train_words("llava", tiny_llava, cctv_dataset, tmp_path / "llava", dataloader_num_workers=1)
     draw, sentences = random.Random(0), 0
     for _ in range(10):
         job = commands.start(*words)
@@ -230,7 +245,8 @@ def test_a_killed_loader_process_ends_the_training_in_a_sentence_and_it_goes_on(
     assert sentences
     result = commands.run(*words)
     assert result.code == 0, result.log
-    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == expected["run/adapter_model.safetensors"]
+    weights = "llava/adapter_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == expected[weights]
 
 
 def loaders_of(process: int) -> list[psutil.Process]:
@@ -314,7 +330,7 @@ def test_ctrl_c_at_random_moments_is_a_sentence_and_nothing_is_lost(commands, ca
     assert result.code == 0, result.log
     assert command.result(folder) == expected
     if name.startswith("train"):
-        attempts = read_progress(folder / "run")["attempts"]
+        attempts = read_progress(folder / "llava")["attempts"]
         assert all(
             after["from_step"] == before["step"]
             for before, after in pairwise(attempts)

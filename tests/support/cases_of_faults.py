@@ -58,11 +58,15 @@ def rows_of(name: str) -> Callable[[Path], dict[str, object]]:
     return read
 
 
-def of_training(folder: Path) -> dict[str, object]:
-    """Weights, and the true numbers of the whole training."""
-    metrics = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
-    assert not list(folder.glob("run/unfinished")) and metrics["global_step"] == 4
-    return contents("run/*model.safetensors")(folder) | {"train_loss": round(metrics["train_loss"], 5)}
+def of_training(name: str) -> Callable[[Path], dict[str, object]]:
+    """`Case.result` of the run with this name: weights, and the true numbers of the whole training."""
+
+    def read(folder: Path) -> dict[str, object]:
+        metrics = json.loads((folder / name / "metrics.json").read_text(encoding="utf-8"))
+        assert not (folder / name / "unfinished").exists() and metrics["global_step"] == 4
+        return contents(f"{name}/*model.safetensors")(folder) | {"train_loss": round(metrics["train_loss"], 5)}
+
+    return read
 
 
 def size_of(folder: Path) -> int:

@@ -11,15 +11,34 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from safetensors import SafetensorError
+
+from finetuning.failures import writing
+from finetuning.folder_lock import one_at_a_time
+from finetuning.manifest import made_whole
 from finetuning.run_folder import write_json
 
 LENGTH = struct.Struct("<Q")  # of the header that a safetensors file begins with
 TOWER, TEXT = "vision_tower.", "language_model."
+
+
+@contextmanager
+def new_model(output: Path) -> Iterator[Path]:
+    """A folder to `save` a model and its processor in, which becomes `output` when the block ends.
+
+    Raises ValueError where something is there already, or another command makes it.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} is there already, and is never overwritten: delete it or choose another --output")
+    with one_at_a_time(output, "another model"), writing(output, SafetensorError), made_whole(output, described=False) as folder:
+        yield folder
 
 
 def published_name(name: str) -> str:
