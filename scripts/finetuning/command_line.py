@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from finetuning.flags import did_you_mean, nearest_path
+from finetuning.flags import NO_SECRETS, SECRET, did_you_mean, nearest_path
 from finetuning.model_files import config_of, refuse_missing_dataset
 from finetuning.recipe_file import refuse_bad_recipe
 
@@ -141,6 +141,8 @@ def read_command(
         action.required = action.required and action.dest not in written
     settings, unknown = parser.parse_known_args(argv)
     problems = [unknown_flag(word, parser) for word in unknown if word.startswith("-")]
+    if any(SECRET.search(word.partition("=")[0]) for word in unknown):
+        problems.append(NO_SECRETS)
     if unknown and not problems:
         problems.append(f"{' '.join(unknown)}: belongs to no flag")
     problems += [
@@ -149,10 +151,7 @@ def read_command(
         if getattr(settings, key, None)
     ]
     if settings.hub_token:
-        problems.append(
-            "hub_token: others can read command lines, recipes and job files. Set HF_TOKEN in the environment, or log in "
-            "once with hf auth login"
-        )
+        problems.append(f"hub_token: {NO_SECRETS}")
     if not settings.model_name_or_path:
         problems.append("model_name_or_path is not set: expected a folder, or a model's name on the Hub")
     if both_asked_for(argv, written, settings):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,13 @@ ANSWERS_KEPT = "stopped. The answers so far are kept: the same command continues
 TASK_NAMES = ("choice", "count", "free_text", "number", "short_answer", "yes_no")
 
 
+SECRET = re.compile(r"(^|[-_])(token|key|secret|password)$", re.IGNORECASE)
+NO_SECRETS = (
+    "others can read command lines, recipes and job files: set HF_TOKEN or WANDB_API_KEY in the environment, or log in once "
+    "with hf auth login or wandb login. What stood here is no secret any more: revoke it"
+)
+
+
 class Parser(argparse.ArgumentParser):
     """A command's flags: none is abbreviated, and a misspelt one is told which is meant."""
 
@@ -23,10 +31,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """argparse's, with a guess at what was meant."""
+        """argparse's, with a guess at what was meant; of an unknown flag the name alone: its value may be a secret."""
         if message.startswith(("unrecognized arguments", "the following arguments are required")):
-            unknown = unknown_flags(sys.argv[1:], self)
+            kind, _, words = message.partition(": ")
+            unknown = unknown_flags(words.split() if kind.startswith("un") else sys.argv[1:], self)
+            if unknown and kind.startswith("un"):
+                message = f"{kind}: {' '.join(unknown)}"
             message += "".join(f"; {word}{did_you_mean(word, self._option_string_actions)[1:]}" for word in unknown)
+            if any(map(SECRET.search, unknown)):
+                message += f"; {NO_SECRETS}"
         super().error(message)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from finetuning.flags import NO_SECRETS, SECRET
+
 # Settings that are text because they take words, and take numbers as well.
 NUMBERS_TOO = ("checkpoint_layers",)
 
@@ -25,6 +27,10 @@ def refuse_bad_recipe(path: Path, parser: argparse.ArgumentParser) -> None:
     for key_node, value_node in root.value:
         where, key = f"{path}:{key_node.start_mark.line + 1}", str(key_node.value)
         if key == "env":
+            secret = (
+                [name for name in values["env"] if SECRET.search(str(name))] if isinstance(values["env"], dict) else []
+            )
+            problems += [f"{where}: env: {', '.join(secret)}: {NO_SECRETS}"] if secret else []
             continue
         if key not in actions:
             near = difflib.get_close_matches(key, actions, 1)

@@ -471,7 +471,7 @@ def test_options_that_would_end_in_a_stack_trace(tmp_path):
 
 def test_a_token_is_no_flag(tmp_path):
     recipe = ROOT / "scripts" / "configs" / "llava_qlora.yaml"
-    with pytest.raises(ValueError, match=r"hub_token: .*Set HF_TOKEN in the environment") as refused:
+    with pytest.raises(ValueError, match=r"hub_token: .*set HF_TOKEN or WANDB_API_KEY in the environment") as refused:
         parse_arguments(recipe, ["--hub_token", "hf_secretsecret"])
     assert "hf_secretsecret" not in str(refused.value)
 
