@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -37,6 +38,12 @@ def start(model: Path, dataset: Path, output: Path, *flags: str, **environment: 
     )
 
 
+def command_lines(process: int) -> str:
+    """What `ps` shows of a process and of those that it has started, W&B's among them."""
+    family = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
+    return "".join(f"{' '.join(member.cmdline())}\n" for member in family)
+
+
 def step_of(run: Path) -> int:
     path = run / "progress.json"
     return json.loads(path.read_text()).get("step", 0) if path.is_file() else 0
@@ -52,7 +59,7 @@ def whole(tiny_llava, cctv_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_llava, cctv_dataset, tmp_path_factory) -> tuple[Path, list[int], str]:
-    """A run whose first two attempts are told to stop: (folder, exit codes, everything that was printed).
+    """A run whose first two attempts are told to stop: (folder, exit codes, all that was printed and that `ps` showed).
 
     Two loader workers, which get the signals too, as from Slurm and from a terminal.
     """
@@ -64,6 +71,7 @@ def interrupted(tiny_llava, cctv_dataset, tmp_path_factory) -> tuple[Path, list[
         while number is not None and step_of(run) < after:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
+        printed += command_lines(process.pid)
         if number is not None:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             for child in [process.pid, *map(int, children)]:
@@ -144,7 +152,7 @@ def test_wandb_has_one_run_of_three_attempts(interrupted, cctv_dataset):
 def test_no_secret_is_written_or_printed(interrupted):
     run, _, printed = interrupted
     files = [path for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert len(files) > 20
+    assert len(files) > 20 and "train_llava.py" in printed and "wandb-core" in printed
     for secret in SECRETS.values():
         assert secret not in printed
         assert not [path for path in files if secret.encode() in path.read_bytes()]
