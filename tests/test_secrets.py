@@ -33,7 +33,7 @@ def test_a_recipe_holds_no_secret(tmp_path):
         read_command(recipe, [])
     assert SECRET not in str(refused.value)
     recipe.write_text("max_steps: 1\nenv:\n  TOKENIZERS_PARALLELISM: 'false'\n", encoding="utf-8")
-    assert read_command(recipe, ["--model_name_or_path", "models/any"])[1].max_steps == 1
+    assert read_command(recipe, ["--model_name_or_path", "a", "--dataset_name", "b"])[1].max_steps == 1
 
 
 def test_a_job_does_not_log_a_secret_among_its_flags():
