@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.failures import writing
 from finetuning.folder_lock import one_at_a_time
@@ -37,7 +36,11 @@ def new_model(output: Path) -> Iterator[Path]:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} is there already, and is never overwritten: delete it or choose another --output")
-    with one_at_a_time(output, "another model"), writing(output, SafetensorError), made_whole(output, described=False) as folder:
+    with (
+        one_at_a_time(output, "another model"),
+        writing(output, SafetensorError),
+        made_whole(output, described=False) as folder,
+    ):
         yield folder
 
 
