@@ -1,7 +1,8 @@
 """What does a run know of the titles it was taught, and of titles it never saw? Asks the base and the tuned model.
 
     python scripts/evaluate_gemma.py --run outputs/gemma-sample
-    accelerate launch scripts/evaluate_gemma.py --run outputs/gemma-qlora --dataset data/anime --batch_size 32
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/evaluate_gemma.py \
+        --run outputs/gemma-qlora --dataset data/anime --batch_size 32
 
 Taught titles (split `test`) are asked in words that training never used: right answers are memory. Titles never taught
 (split `validation`) cannot be known: what is right there is a guess, and tells how much of the rest is guessing, too.

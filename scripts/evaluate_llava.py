@@ -1,7 +1,8 @@
 """How good are a run's answers about pictures, and did training help? Asks base and tuned model held-out questions.
 
     python scripts/evaluate_llava.py --run outputs/llava-sample
-    accelerate launch scripts/evaluate_llava.py --run outputs/llava-qlora --dataset data/cctv --split test --batch_size 16
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/evaluate_llava.py \
+        --run outputs/llava-qlora --dataset data/cctv --split test --batch_size 16
 
 Which task the rows are (counting, yes or no, a choice, ...) is read off the data, as in training. Writes
 outputs/<run>/evaluation/<split>/ (metrics.json, answers.jsonl, table.md, pictures) and outputs/<run>/report.html, a page

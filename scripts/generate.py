@@ -11,7 +11,8 @@ with one a line. Each question is asked of each picture, greedily. Up to 20 answ
 --output as JSONL ({"image", "question", "answer"}), and the same command again continues a file half done. With --chat
 all pictures belong to the first question, and each question you type sees what was said before. Text-only models are
 asked without --image. With --counts the file holds for each picture the median of all counts that the run finds likely,
-an interval and the median's probability in place of an answer; --list_wide names pictures to look at. Several GPUs: accelerate launch scripts/generate.py ...
+an interval and the median's probability in place of an answer; --list_wide names pictures to look at. Several
+GPUs: accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/generate.py ...
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Fine-tune Gemma on your own questions and answers, with LoRA, QLoRA or in full.
 
-    accelerate launch scripts/train_gemma.py
-    accelerate launch scripts/train_gemma.py --config scripts/configs/gemma_lora.yaml --num_train_epochs 5
+    accelerate launch --config_file accelerate_configs/t4.yaml scripts/train_gemma.py
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/train_gemma.py \
+        --config scripts/configs/gemma_lora.yaml --num_train_epochs 5
 
 Without --config it runs scripts/configs/gemma_qlora.yaml on data/anime: one 16 GB T4 is enough. The same command again
 continues an interrupted run. Everything that a recipe says can be overridden by a flag of the same name.

@@ -1,7 +1,8 @@
 """Fine-tune LLaVA on your own images and questions, with LoRA, QLoRA or in full.
 
-    accelerate launch scripts/train_llava.py
-    accelerate launch scripts/train_llava.py --config scripts/configs/llava_lora.yaml --learning_rate 2e-5
+    accelerate launch --config_file accelerate_configs/t4.yaml scripts/train_llava.py
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/train_llava.py \
+        --config scripts/configs/llava_lora.yaml --learning_rate 2e-5
 
 Without --config it runs scripts/configs/llava_qlora.yaml on data/cctv: one 16 GB T4 is enough. The same command again
 continues an interrupted run. Everything that a recipe says can be overridden by a flag of the same name.

@@ -79,7 +79,7 @@ def test_help_names_every_flag_and_imports_no_pytorch():
         cwd=ROOT, text=True, capture_output=True, check=True,
     )  # fmt: skip
     assert " torch\n" not in result.stderr
-    assert "accelerate launch scripts/train_llava.py" in result.stdout
+    assert "accelerate launch --config_file accelerate_configs/t4.yaml scripts/train_llava.py" in result.stdout
     assert all(name in result.stdout for name in ("--global_batch_size", "--learning_rate", "--lora_target_modules"))
     own, used, others = result.stdout.partition("settings of this project:")[2].split("settings of TRL and trans")
     assert "--checkpoint_layers" in own and "--global_batch_size" in own and "--learning_rate LEARNING_RATE" not in own

@@ -167,3 +167,25 @@ def test_every_file_and_target_that_a_command_names_exists():
         for word in words:
             if re.match(r"(?:scripts|accelerate_configs|slurm|benchmarks|tests)/[\w/.-]+\.\w+$", word):
                 assert (ROOT / word).exists(), words
+
+
+LAUNCHED = [
+    *PAGES,
+    *(ROOT / "notebooks").glob("*.ipynb"),
+    *(path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")),
+    *(path for path in (ROOT / "slurm").iterdir() if path.is_file()),
+]
+LAUNCH = re.compile(r"accelerate launch ((?:(?!accelerate launch)[^\n`])*?)[\w/]+\.py\b")
+
+
+def test_every_launch_names_a_file_of_accelerate_configs():
+    """Without one `accelerate` warns of the settings that it chose, or reads those of somebody's home folder."""
+    found = 0
+    for path in LAUNCHED:
+        text = path.read_text(encoding="utf-8")
+        for launch in LAUNCH.findall(text.replace("\\\\\\n", " ").replace("\\\n", " ")):
+            if not launch.startswith(("... ", "$", "--config_file $", "--config_file accelerate_configs/{")):
+                found += 1
+                named = re.search(r"--config_file (accelerate_configs/\w+\.yaml) ", launch)
+                assert named and (ROOT / named[1]).is_file(), (path, launch)
+    assert found > 30
