@@ -45,6 +45,27 @@ def test_a_stop_is_one_sentence_and_what_was_begun_is_tidied_up(number):
     assert out == "tidied\n" and err.strip() == f"-c: {command.STOPPED}"
 
 
+def test_a_stop_that_falls_into_a_destructor_is_not_lost():
+    """Python drops what is raised there, and says so with a trace: the library's weak references did so while loading."""
+    pressing = """
+import os, signal, time
+from finetuning import command
+class Kept:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+def main():
+    Kept()
+    time.sleep(60)
+command.run(main)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", pressing], env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert result.returncode == 130 and result.stderr.strip() == f"-c: {command.STOPPED}"
+
+
 def test_only_the_first_of_several_processes_speaks_of_a_stop():
     process = start(RANK="1", WORLD_SIZE="2")
     process.send_signal(signal.SIGINT)

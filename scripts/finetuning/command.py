@@ -23,6 +23,7 @@ LAUNCHER = os.getppid()  # not of processes forked from this one
 LAUNCHERS = re.compile(r"(^|/)(accelerate|torchrun)$|accelerate[./]commands|torch[./]distributed[./]run")
 STOPPED = "stopped. Nothing is half written: the same command goes on, or begins anew"
 OTHERS = 2.0  # seconds that the first process of several has to say what all of them would say
+AGAIN = 0.02  # seconds after which a Ctrl-C that Python has dropped comes again
 # After the launcher's own stack trace, if it prints one: when it has ended, and at most a minute later.
 REPEAT = """n=0
 while grep -qs "^State:.[^ZX]" "/proc/$1/status" && [ $n -lt 1200 ]; do sleep 0.05; n=$((n+1)); done
@@ -112,6 +113,17 @@ def _interrupt(number: int, frame: FrameType | None, owner: int) -> None:
     raise KeyboardInterrupt(number)
 
 
+def _press_again(ignored: "sys.UnraisableHookArgs") -> None:
+    """A Ctrl-C that fell into a destructor or a weak reference's callback, where Python drops it: told once more."""
+    if not isinstance(ignored.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(ignored)
+        return
+    number = ignored.exc_value.args[0] if ignored.exc_value.args else signal.SIGINT
+    if signal.getsignal(number) == signal.SIG_DFL:  # as _interrupt leaves it
+        signal.signal(number, partial(_interrupt, owner=os.getpid()))
+    threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+
+
 def _without_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
@@ -129,6 +141,7 @@ def _without_trace_in_thread(ended: threading.ExceptHookArgs) -> None:
 
 sys.excepthook = _without_trace
 threading.excepthook = _without_trace_in_thread
+sys.unraisablehook = _press_again
 known_warnings.silence()
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds: a log file takes a line for each state of a bar
