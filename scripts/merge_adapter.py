@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from finetuning import command
-from finetuning.flags import Parser, add_accept_changes
+from finetuning.flags import Parser, add_accept_changes, nearest_path
 from finetuning.run_folder import is_unfinished, read_arguments
 
 
@@ -22,7 +22,7 @@ def check_inputs(run: Path, output: Path) -> dict:
     problems = []
     arguments = read_arguments(run) or {}
     if not run.is_dir():
-        problems.append(f"--run {run}: no such folder")
+        problems.append(f"--run {run}: no such folder{nearest_path(run)}")
     elif (run / "config.json").is_file():
         problems.append(f"--run {run}: holds full weights, there is nothing to merge: use it as it is")
     elif not (run / "adapter_model.safetensors").is_file() or not arguments:

@@ -9,6 +9,8 @@ import pytest
 from transformers import TrainerCallback
 
 from finetuning import tracking
+from finetuning.command_line import read_command
+from support.training import SAMPLE
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -100,6 +102,13 @@ def test_other_trackers_are_refused_by_name_or_reported_to(opened, monkeypatch, 
         ValueError, match=r"report_to: comet_ml is not one of .*; report_to: trackio is not installed: pip"
     ):
         tracking.refuse_unknown_trackers(["comet_ml", "trackio"])
+
+
+def test_a_command_and_a_recipe_take_several_trackers(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SAMPLE.read_text(encoding="utf-8") + "report_to: [mlflow, trackio]\n", encoding="utf-8")
+    for words in (["--report_to", "mlflow", "trackio", "--max_steps", "1"], ["--config", str(recipe)]):
+        assert read_command(SAMPLE, words)[1].report_to == ["mlflow", "trackio"]
 
 
 def test_a_tracker_that_fails_is_told_once_and_the_training_goes_on(capsys):

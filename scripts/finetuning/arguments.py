@@ -169,6 +169,10 @@ class TrainingArguments(SFTConfig):
         None, "Stop after so many evaluations without a better metric_for_best_model; unset: train to the end."
     )
     bf16: bool | None = setting(None, "bf16 mixed precision; unset: follows the GPU.")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "mlflow, trackio: trackers beside TensorBoard, and W&B where it is set up."},
+    )
     max_length: int | None = setting(None, "Longest row in tokens; unset: nothing is cut (a cut image cannot be used).")
     learning_rate_projector: float | None = setting(
         None, "Learning rate of the projector; unset: learning_rate. LLaVA's recipe: a tenth."

@@ -22,7 +22,7 @@ from finetuning.failures import lost_loaders_named, sentence
 LAUNCHER = os.getppid()  # not of processes forked from this one
 LAUNCHERS = re.compile(r"(^|/)(accelerate|torchrun)$|accelerate[./]commands|torch[./]distributed[./]run")
 STOPPED = "stopped. Nothing is half written: the same command goes on, or begins anew"
-OTHERS = 2.0  # seconds that the first process of several has to say what all of them would say
+OTHERS = 10.0  # seconds that the first process of several has to say what all of them would say
 AGAIN = 0.02  # seconds after which a Ctrl-C that Python has dropped comes again
 # After the launcher's own stack trace, if it prints one: when it has ended, and at most a minute later.
 REPEAT = """n=0

@@ -7,6 +7,7 @@ are in the pinned versions, so that nothing need be imported to know them; with 
 import argparse
 import ast
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -131,9 +132,11 @@ def read_command(
         argv = ["--config", str(default_recipe), *argv]
     recipe = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else None
     if recipe is None or not recipe.is_file():
-        recipes = ", ".join(sorted(str(path) for path in default_recipe.parent.glob("*.yaml")))
+        recipes = ", ".join(sorted(os.path.relpath(path) for path in default_recipe.parent.glob("*.yaml")))
         near = nearest_path(recipe) if recipe else ""
-        raise ValueError(f"--config {recipe or ''}: no such file{near}. Recipes that come with the project: {recipes}")
+        raise ValueError(
+            f"--config {recipe or ''}: no such file{near or '.'} Recipes that come with the project: {recipes}"
+        )
     refuse_bad_recipe(recipe, parser)
     written = yaml.safe_load(recipe.read_text(encoding="utf-8-sig"))
     parser.set_defaults(**{key: value for key, value in written.items() if key != "env"})

@@ -16,9 +16,14 @@ def config_of(name: str) -> dict[str, Any] | None:
     if not looks_like_folder:
         return None
     config = Path(name) / "config.json"
+    if not config.is_file() and Path(name).parts[:1] == ("outputs",):
+        raise ValueError(
+            f"{name}: no run here{nearest_path(name) or '.'} Training writes it; python scripts/status.py outputs/* lists "
+            "those that are there"
+        )
     if not config.is_file():
         raise ValueError(
-            f"{name}: no model here (config.json is missing){nearest_path(name)}. A tiny one to try things on: python "
+            f"{name}: no model here (config.json is missing){nearest_path(name) or '.'} A tiny one to try things on: python "
             f"scripts/make_tiny_model.py --architecture llava --pretrain --output {name}; a real one: hf download "
             f"llava-hf/llava-1.5-7b-hf --local-dir {name}"
         )
@@ -42,5 +47,5 @@ def refuse_missing_dataset(name: str | None, *, vision: bool) -> None:
         else "prepare_anime.py --csv anime-dataset-2023.csv"
     )
     raise ValueError(
-        f"{name}: no dataset here{nearest_path(name)}. Make it with: python data_prep/{example} --output {name}"
+        f"{name}: no dataset here{nearest_path(name) or '.'} Make it with: python data_prep/{example} --output {name}"
     )

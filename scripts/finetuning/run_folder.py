@@ -383,8 +383,9 @@ def open_run(name: str) -> tuple[Path, dict[str, Any]]:
     if not read_metrics(run).get("completed"):
         begun = (run / ARGUMENTS).is_file()
         state = "training has not ended here; the command that began it continues it" if begun else "no run here"
-        state += nearest_path(run)
-        raise ValueError(f"{name}: {state}. Expected a folder such as outputs/llava-sample that training wrote")
+        raise ValueError(
+            f"{name}: {state}{nearest_path(run) or '.'} Expected a folder such as outputs/llava-sample that training wrote"
+        )
     arguments = read_arguments(run)
     if arguments is None:
         raise ValueError(f"{name}: {ARGUMENTS} is missing; use the folder as training wrote it")

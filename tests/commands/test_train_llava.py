@@ -316,6 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny_llava, 
     [
         (["--dataset_name", "data/none"], "data/none: no dataset here. Make it with: python data_prep/prepare_cctv.py"),
         (["--model_name_or_path", "models/none"], "models/none: no model here"),
+        (["--model_name_or_path", "outputs/none"], "outputs/none: no run here. Training writes it"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file. Recipes that come with the project:"),
         (["--lora_rank", "3"], "lora_rank"),
         (["--resume_from_checkpoint", "outputs/run/checkpoint-2"], "the same command continues a run"),

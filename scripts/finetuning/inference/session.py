@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 from PIL import Image
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
 from finetuning.data.pictures import PictureError, open_picture
@@ -56,10 +57,11 @@ def write_answers(windows: Iterable[dict[str, list[str]]], items: Sequence[Item]
 
 
 def show_answers(windows: Iterable[dict[str, list[str]]], items: Sequence[Item]) -> None:
-    """Print each item with the answer of the `tuned` model; the main process prints."""
+    """Print each item with the answer of the `tuned` model above the progress bar; the main process prints."""
     answers = (answer for window in windows for answer in window["tuned"])
     for (image, question), answer in zip(items, answers, strict=True):
-        PartialState().print("\n".join(filter(None, [image, question, f"  {answer}"])))
+        if PartialState().is_main_process:
+            tqdm.write("\n".join(filter(None, [image, question, f"  {answer}"])))
 
 
 class Session:

@@ -1,9 +1,12 @@
 """A model's configuration, and its processor or tokenizer with the chat template; neither weights nor the Trainer."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -33,6 +36,8 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     if config_of(name) is not None:
         refuse_other_config(Path(name) / "config.json")
     try:
+        if not Path(name).exists():
+            refuse_unreachable(name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision, **SAFE)
     except ValueError as error:  # transformers names a type that it does not know in twelve lines
         raise ValueError(f"{name}: transformers knows no model of this type: {KNOWN_TYPES}") from error
@@ -53,6 +58,16 @@ def load_config(name: str, revision: str = "main") -> PreTrainedConfig:
     # even where the caller gives another (LLaVA-NeXT#224).
     upstream.replace(config, "_attn_implementation", None)
     return config
+
+
+def refuse_unreachable(name: str, revision: str) -> None:
+    """Raise LocalEntryNotFoundError, an OSError, where neither cache nor Hub has the model: at once.
+
+    `from_pretrained` asks six times over half a minute, with a line each.
+    """
+    with contextlib.suppress(HfHubHTTPError, HFValidationError):  # transformers says what is wrong
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            snapshot_download(name, revision=revision, allow_patterns=["config.json"])
 
 
 def refuse_other_config(path: Path) -> None:
