@@ -119,11 +119,17 @@ def test_a_tracker_that_fails_is_told_once_and_the_training_goes_on(capsys):
             FailingCallback.told += 1
             raise ConnectionError("no route to host")
 
-    callback = tracking.NeverStops(FailingCallback())
+    class KeptCallback(TrainerCallback):
+        told = 0
+
+        def on_log(self, args, state, control, **kwargs):
+            KeptCallback.told += 1
+
+    callback = tracking.NeverStops(FailingCallback(), KeptCallback())
     callback.on_train_begin(None, None, None)
     callback.on_log(None, None, None, logs={})
     callback.on_log(None, None, None, logs={})
-    assert FailingCallback.told == 1
+    assert FailingCallback.told == 1 and KeptCallback.told == 2
     assert capsys.readouterr().out.splitlines() == [
         "Failing: told no more, because it failed (ConnectionError: no route to host). TensorBoard has the curves"
     ]

@@ -147,24 +147,21 @@ def open_wandb(folder: Path, run_name: str | None) -> None:
 
 
 class NeverStops(TrainerCallback):
-    """A tracker's callback that is told no more once it has failed: a training does not end for its curves."""
+    """Trackers' callbacks; one that fails is told no more: a training does not end for its curves."""
 
-    def __init__(self, callback: TrainerCallback):
-        self.callback: TrainerCallback | None = callback
+    def __init__(self, *callbacks: TrainerCallback):
+        self.callbacks = list(callbacks)
 
     def tell(self, event: str, args, state, control, **kwargs) -> None:
         """Pass an event on."""
-        if self.callback is None:
-            return
-        try:
-            getattr(self.callback, event)(args, state, control, **kwargs)
-        except Exception as error:
-            name = type(self.callback).__name__.removesuffix("Callback")
-            reason = " ".join(str(error).split())[:200]
-            print(
-                f"{name}: told no more, because it failed ({type(error).__name__}: {reason}). TensorBoard has the curves"
-            )
-            self.callback = None
+        for callback in list(self.callbacks):
+            try:
+                getattr(callback, event)(args, state, control, **kwargs)
+            except Exception as error:
+                name = type(callback).__name__.removesuffix("Callback")
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(f"{name}: told no more, because it failed ({reason}). TensorBoard has the curves")
+                self.callbacks.remove(callback)
 
 
 for _event in (name for name in vars(TrainerCallback) if name.startswith("on_")):

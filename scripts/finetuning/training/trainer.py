@@ -351,9 +351,9 @@ def add_callbacks(trainer: FineTuningTrainer, *, cuda_graphs: bool) -> None:
     trainer.pop_callback(ProgressCallback)
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(LogLines(headlines))
-    for tracker in (MLflowCallback, TrackioCallback):
-        if callback := trainer.pop_callback(tracker):
-            trainer.add_callback(tracking.NeverStops(callback))
+    if trackers := list(filter(None, map(trainer.pop_callback, (MLflowCallback, TrackioCallback)))):
+        trainer.args.run_name = trainer.args.run_name or Path(trainer.args.output_dir).name
+        trainer.add_callback(tracking.NeverStops(*trackers))
     if trainer.pop_callback(WandbCallback):
         trainer.add_callback(tracking.WandbCallbackThatReturns())
     trainer.add_callback(StopTogether(trainer.stop_request))
