@@ -63,12 +63,12 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         "weights_sha256": digest_weights(run),
     }
     base = untuned_model(run)
-    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args.engine)
+    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args)
     folder, is_headline = evaluation_folder(run, arguments, name, args.split)
     finished = start_evaluation(folder, settings, overwrite=args.overwrite)
     if not finished:
         # Answers, of both models to the same prompts, and counts from the tuned model's pass over them
-        models = AskedModels(run, base)
+        models = AskedModels(run, base, args.base_precision)
         split = arguments.get("dataset_validation_split", "validation")
         validation_rows = open_split(dataset, split, name) if split in dataset else None
         plan = None  # vLLM tells nothing of counts that it does not answer with
@@ -114,12 +114,18 @@ def add_distribution(findings: Findings, run: Path, folder: EvaluationFolder, sa
         findings.numbers |= {f"tuned_median_{key}": scores[key] for key in ("mae", "rmse", "coverage", "width")}
 
 
-def engine_settings(run: Path, engine: str) -> dict[str, str]:
-    """`{"engine": "vllm"}` where vLLM answers: its answers are no continuation of others. Raises ValueError if it cannot."""
-    if engine != "vllm":
-        return {}
+def engine_settings(run: Path, args: argparse.Namespace) -> dict[str, str]:
+    """`engine` and `base_precision` where they are not the default: such answers are no continuation of others.
+
+    Raises ValueError where they cannot be had.
+    """
+    changed = {"base_precision": args.base_precision} if args.base_precision else {}
+    if args.engine != "vllm":
+        return changed
+    if changed:
+        raise ValueError("--engine vllm answers in 16 or 32 bits: leave --base_precision out")
     refuse_vllm(str(run))
-    return {"engine": engine}
+    return {"engine": args.engine}
 
 
 def accepted_changes(
