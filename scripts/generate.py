@@ -187,7 +187,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.count_file import widest, write_counts
     from finetuning.inference.session import Items, Session, open_image
     from finetuning.inference.vllm_engine import refuse_vllm
-    from finetuning.kernels.int8_base import answer_in_int8
+    from finetuning.kernels.int8_base import set_base_precision
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
@@ -214,8 +214,7 @@ def main(options: argparse.Namespace) -> None:
         ask_vllm(options, remaining, dtype)
         return
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
-    if options.base_precision == "int8":
-        answer_in_int8(model)
+    set_base_precision(model, options.base_precision)
     session = Session(model, processing_class, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     if options.chat:
         session.chat([open_image(image) for image in images], questions)

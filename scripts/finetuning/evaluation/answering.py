@@ -18,7 +18,7 @@ from finetuning.data.count_tree import CountTree
 from finetuning.folder_lock import take_lock
 from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
 from finetuning.inference.vllm_engine import answer_by_vllm
-from finetuning.kernels.int8_base import answer_in_int8
+from finetuning.kernels.int8_base import set_base_precision
 from finetuning.main_process import refuse_together
 from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.models.loading import load_for_inference
@@ -52,8 +52,7 @@ class AskedModels:
                 torch.cuda.empty_cache()
             asked_by = None if source == str(self.run) else self.processing_class
             self.model, _ = load_for_inference(source, asked_by=asked_by)
-            if self.base_precision == "int8":
-                answer_in_int8(self.model)
+            set_base_precision(self.model, self.base_precision)
             self.source = source
         return self.model
 

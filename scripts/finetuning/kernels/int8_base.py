@@ -92,10 +92,11 @@ def int8_linear_of(linear: nn.Linear) -> Int8Linear:
     return Int8Linear(weight if state is None else dequantize_4bit(weight, state), linear.bias)
 
 
-def answer_in_int8(model: nn.Module) -> None:
-    """Quantise a loaded model that is asked, not trained. Raises ValueError where it cannot run so."""
-    refuse_int8(model)
-    hold_base_in_int8(model)
+def set_base_precision(model: nn.Module, base_precision: str | None) -> None:
+    """Let a model that is asked, not trained, multiply in INT8 if that is given. Raises ValueError where it cannot."""
+    if base_precision == "int8":
+        refuse_int8(model)
+        hold_base_in_int8(model)
 
 
 def refuse_int8(model: nn.Module) -> None:
