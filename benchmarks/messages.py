@@ -3,8 +3,9 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml benchmarks/messages.py scripts/train_llava.py --max_steps 21
 
 One step is profiled, the last: its speed is in no log of the recipes. Process 0 writes `messages.json` into the run's folder:
-bytes that a process sends over a ring, the step's milliseconds, and those in which the GPU ran nothing but a message. Messages
-are NCCL's kernels and copies on a stream that runs nothing else: shards that are read out of another GPU's memory.
+bytes that a process sends over a ring, the step's milliseconds, those in which the GPU ran nothing but a message, and those in
+which it ran nothing. Messages are NCCL's kernels and copies on a stream that runs nothing else: shards that are read out of
+another GPU's memory.
 """
 
 import json
@@ -52,12 +53,12 @@ class LastStep(TrainerCallback):
 
 
 def summarise(events: list[dict[str, Any]]) -> dict[str, float | int | None]:
-    """Of a Chrome trace of one step: `bytes_sent`, `step_ms`, `message_ms`, `waiting_ms` (None without a GPU)."""
+    """Of a Chrome trace of one step: `bytes_sent`, `step_ms`, `message_ms`, `waiting_ms`, `idle_ms` (None without a GPU)."""
     messages = [event["args"] for event in events if event.get("name") == "record_param_comms"]
     sent = round(sum(map(bytes_sent, messages))) if messages else None  # gloo, on CPUs, records none
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
-        return {"bytes_sent": sent, "step_ms": None, "message_ms": None, "waiting_ms": None}
+        return {"bytes_sent": sent, "step_ms": None, "message_ms": None, "waiting_ms": None, "idle_ms": None}
     ran = {True: [], False: []}
     computing = {
         event["tid"] for event in kernels if event["cat"] != "gpu_memcpy" and not event["name"].startswith("nccl")
@@ -74,6 +75,7 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, float | int | None]:
         "step_ms": round((everything[-1][1] - everything[0][0]) / 1000, 2),
         "message_ms": round(length(joined(ran[True])) / 1000, 2),
         "waiting_ms": round((length(everything) - length(joined(ran[False]))) / 1000, 2),
+        "idle_ms": round((everything[-1][1] - everything[0][0] - length(everything)) / 1000, 2),
     }
 
 

@@ -11,6 +11,8 @@ from finetuning.flags import did_you_mean, nearest_path
 COMMANDS = Path(__file__).parent.parent
 CONFIGS = "accelerate_configs"
 STRATEGIES = COMMANDS.parent / CONFIGS
+# In the environment of an FSDP2 launch once frozen layers are sharded here: accelerate then trains the rest as under DDP.
+SHARDS_LAYERS_ONLY = "FINETUNING_SHARDS_LAYERS_ONLY"
 # What each stage of ZeRO shards beside the stages before it (arXiv 1910.02054, section 5).
 SHARDED_FROM_STAGE = {"optimizer": 1, "gradients": 2, "weights": 3}
 
@@ -24,12 +26,14 @@ class Strategy:
         stage: ZeRO's stage (0 to 3) or FSDP's version (1 or 2); 0 for the others.
         num_processes: of the launch, over all machines.
         offloads: what lies in main memory: `optimizer`, `weights`, both or nothing.
+        shards_layers_only: FSDP2 of which frozen decoder layers alone are sharded, by `distributed.sharded_layers`.
     """
 
     kind: str
     stage: int = 0
     num_processes: int = 1
     offloads: tuple[str, ...] = ()
+    shards_layers_only: bool = False
 
     @classmethod
     def from_environment(cls) -> "Strategy":
@@ -47,6 +51,8 @@ class Strategy:
         if is_set("ACCELERATE_USE_FSDP"):
             offloads = ("optimizer", "weights") if is_set("FSDP_OFFLOAD_PARAMS") else ()
             return cls("FSDP", int(os.environ.get("FSDP_VERSION", "1")), processes, offloads)
+        if is_set(SHARDS_LAYERS_ONLY):
+            return cls("FSDP", 2, processes, shards_layers_only=True)
         return cls("DDP", num_processes=processes) if processes > 1 else cls("one process")
 
     @classmethod
@@ -96,6 +102,8 @@ class Strategy:
     @property
     def shards(self) -> tuple[str, ...]:
         """Of `optimizer`, `gradients` and `weights` those of which each process holds a share only."""
+        if self.shards_layers_only:
+            return ("weights",)
         stage = 3 if self.is_fsdp else self.stage
         return tuple(what for what, first in SHARDED_FROM_STAGE.items() if stage >= first)
 
@@ -107,7 +115,8 @@ class Strategy:
     @property
     def layout(self) -> str:
         """Who lays out a checkpoint's optimizer state: strategies of one layout can read each other's."""
-        return {"ZeRO": "DeepSpeed", "FSDP": str(self)}.get(self.kind, "one process or DDP")
+        layouts = {"ZeRO": "DeepSpeed"} | ({} if self.shards_layers_only else {"FSDP": str(self)})
+        return layouts.get(self.kind, "one process or DDP")
 
 
 def is_set(name: str) -> bool:

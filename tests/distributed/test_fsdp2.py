@@ -5,8 +5,6 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from finetuning.distributed.fsdp2 import keep_fp32_reductions, set_wrap_classes
-from finetuning.kernels.lora_layers import fuse_lora
-from finetuning.models.parts import decoder_layers
 from support.tiny_models import LANGUAGE_MODEL, tiny_llava, with_lora
 
 
@@ -20,13 +18,10 @@ def test_fsdp2_averages_16_bit_gradients_and_losses_in_fp32():
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, torch.float32, None)
 
 
-def test_fsdp2_wraps_each_decoder_layer_that_it_shards_and_a_frozen_tower_once():
+def test_fsdp2_wraps_each_decoder_layer_and_a_frozen_tower_once():
     model = with_lora(tiny_llava(), LANGUAGE_MODEL)
-    set_wrap_classes(model, besides=[])
+    set_wrap_classes(model)
     assert model.base_model.model._no_split_modules == ["CLIPEncoder", "LlamaDecoderLayer"]
-    fuse_lora(model, sharded=True)
-    set_wrap_classes(model, besides=decoder_layers(model))
-    assert model.base_model.model._no_split_modules == ["CLIPEncoder"]
     model = with_lora(tiny_llava(), "all-linear")
-    set_wrap_classes(model, besides=[])
+    set_wrap_classes(model)
     assert model.base_model.model._no_split_modules == ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "LlamaDecoderLayer"]

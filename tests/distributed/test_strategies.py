@@ -250,11 +250,12 @@ def test_fsdp2_shards_a_4bit_base(fork, train_alone, tmp_path):
     assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
 
 
-def test_an_fsdp2_run_of_two_processes_continues_with_four(fork, trained, tmp_path):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_an_fsdp2_run_of_two_processes_continues_with_fewer_and_more(fork, trained, tmp_path, processes):
     """The same rows a step, by `global_batch_size`; PyTorch lays the shards out anew."""
     run = tmp_path / "run"
     interrupt(trained("fsdp2"), run, "checkpoint-4")
-    assert "checkpoint-2" in fork("fsdp2", run, processes=4, **LORA)
+    assert "checkpoint-2" in fork("fsdp2", run, processes=processes, **LORA)
     assert logged(run, "loss") == pytest.approx(logged(trained("fsdp2"), "loss"), abs=1e-5)
     assert_same_weights(run, trained("fsdp2"), "adapter_model.safetensors", tolerance=2e-5)
 

@@ -10,8 +10,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
+from trl import ModelConfig
 
-from finetuning.models.loading import load_base_model, load_for_inference
+from finetuning.models.loading import base_model_without_weights, load_base_model, load_for_inference
 from finetuning.models.processing import load_config, load_processing_class
 
 
@@ -30,6 +31,20 @@ def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):
         expected, logits = (model(input_ids=ids).logits for model in models.values())
     assert logits.dtype == torch.float16
     assert torch.allclose(logits.float(), expected, atol=2e-3 * expected.abs().max().item())
+
+
+def test_a_process_that_is_sent_its_weights_has_room_for_none_and_all_else(tiny_llava):
+    model_args = ModelConfig(model_name_or_path=str(tiny_llava), attn_implementation="sdpa")
+    empty = base_model_without_weights(model_args, torch.bfloat16)
+    loaded = load_base_model(str(tiny_llava), dtype=torch.bfloat16, attn_implementation="sdpa")
+    parameters = [
+        [(name, weight.shape, weight.dtype) for name, weight in m.named_parameters()] for m in (empty, loaded)
+    ]
+    assert parameters[0] == parameters[1]
+    assert dict(empty.named_buffers()).keys() == dict(loaded.named_buffers()).keys()
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(empty.get_buffer(name), buffer), name
+    assert empty.generation_config == loaded.generation_config and empty.config.to_dict() == loaded.config.to_dict()
 
 
 def test_folders_that_are_no_model_of_this_project_are_named(tmp_path, tiny_llava):

@@ -13,6 +13,8 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -21,7 +23,14 @@ from transformers import PreTrainedConfig
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.arguments import ScriptArguments
-from finetuning.data.collator import LlavaDataCollator, image_token_of, leading_marks, tokenize, tokens_of_images
+from finetuning.data.collator import (
+    IMAGE_LINE,
+    LlavaDataCollator,
+    image_token_of,
+    leading_marks,
+    tokenize,
+    tokens_of_images,
+)
 from finetuning.data.image_tiles import views_of
 from finetuning.families import family_of, is_vision
 
@@ -42,7 +51,9 @@ def uses_shared_prefix(script_args: ScriptArguments, rows: Dataset, config: PreT
         )
     if script_args.share_image_prefix is not None or not can:
         return bool(script_args.share_image_prefix)
-    return "image_id" in rows.column_names and len(set(rows["image_id"])) < len(rows)
+    return "image_id" in rows.column_names and pc.count_distinct(column_of(rows, "image_id"), mode="all").as_py() < len(
+        rows
+    )
 
 
 def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
@@ -52,21 +63,44 @@ def group_by_image(dataset: Dataset, max_dialogues: int = 8) -> Dataset:
     rows, which bounds the length of a sequence. A row without images, or with images in later turns, is not grouped.
     Pictures are decoded lazily, once per grouped row.
     """
-    texts = dataset["messages"][:]  # at once: a row at a time takes as long as the table has pieces
+    sizes, has_marks = texts_of_rows(dataset)
     rows_of: dict[Any, list[int]] = defaultdict(list)
-    for row, (image_id, files) in enumerate(zip(dataset["image_id"], files_of_images(dataset), strict=True)):
+    columns = column_of(dataset, "image_id").to_pylist(), files_of_images(dataset), has_marks
+    for row, (image_id, files, marks) in enumerate(zip(*columns, strict=True)):
         # Rows may begin with one image and go on with others, or show theirs in later turns.
-        alone = not files or any(leading_marks(message)[0] for message in texts[row])
-        rows_of[("alone", row) if alone else (image_id, *files)].append(row)
+        rows_of[("alone", row) if marks or not files else (image_id, *files)].append(row)
     groups = [
         rows[start : start + max_dialogues] for rows in rows_of.values() for start in range(0, len(rows), max_dialogues)
     ]
-    sizes = [sum(len(message["content"]) for message in messages) for messages in texts]
     characters = [sum(sizes[row] for row in rows) for rows in groups]
     grouped = Dataset.from_dict({"rows": groups, "characters": characters}, split=dataset.split)
     grouped.info.dataset_name = dataset.info.dataset_name
     grouped.set_transform(partial(read_grouped_rows, dataset))
     return grouped
+
+
+def column_of(dataset: Dataset, name: str) -> pa.ChunkedArray:
+    """A column as Arrow holds it, the chosen rows in their order."""
+    return dataset.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def texts_of_rows(dataset: Dataset) -> tuple[list[int], list[bool]]:
+    """For each row the characters of its messages, and whether one begins with a mark of an image. No text becomes Python's."""
+    sizes: list[int] = []
+    has_marks: list[bool] = []
+    for messages in column_of(dataset, "messages").chunks:
+        contents = pc.struct_field(messages.flatten(), "content")
+        counts = pc.fill_null(pc.list_value_length(messages), 0).to_numpy(zero_copy_only=False)
+        ends = np.cumsum(counts)
+        sums = []
+        for values in (pc.utf8_length(contents), pc.starts_with(contents, IMAGE_LINE).cast("int32")):
+            total = np.concatenate(
+                [[0], np.cumsum(pc.fill_null(values, 0).to_numpy(zero_copy_only=False), dtype=np.int64)]
+            )
+            sums.append(total[ends] - total[ends - counts])
+        sizes += sums[0].tolist()
+        has_marks += (sums[1] > 0).tolist()
+    return sizes, has_marks
 
 
 def files_of_images(dataset: Dataset) -> list[list[tuple[str | None, int | None]]]:

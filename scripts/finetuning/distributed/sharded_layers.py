@@ -90,6 +90,8 @@ class FrozenLayerShards:
         if by_copy:
             torch.cuda.synchronize(device)
             dist.barrier()  # nobody reads a shard before it is written
+            if not self.copies_are_right():
+                self.copies = None
 
     def fill(self, full: Tensor, layer: FusedDecoderLayer, pieces: list["Piece"], from_first: bool) -> None:
         """Write the layer's weights into `full`, which is all zeros where they leave room."""
@@ -100,6 +102,17 @@ class FrozenLayerShards:
                     piece.write_into(full)
         if from_first:
             dist.broadcast(full, 0)
+
+    def copies_are_right(self) -> bool:
+        """Whether the first layer, copied, is in every process what NCCL makes of it; not so, NCCL is used."""
+        copied, gathered = (buffer[: self.processes * len(self.shards[0])] for buffer in self.buffers)
+        dist.all_gather_into_tensor(gathered, self.shards[0])
+        self.copy_from_all(copied, 0).wait()
+        same = torch.tensor(int(torch.equal(copied, gathered)), device=copied.device)
+        dist.all_reduce(same, op=dist.ReduceOp.MIN)
+        if not same and self.rank == 0:
+            print("  copies out of another GPU's memory differ from what NCCL sends: NCCL all-gathers the layers")
+        return bool(same)
 
     def before_forward(self, index: int, layer: nn.Module, args: tuple) -> None:
         """Forward pre-hook of layer `index`."""

@@ -1,10 +1,11 @@
 """Loading of weights: a base model for training, a run or a merged model for inference."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -145,9 +147,12 @@ def load_base_for_training(
     elif trains_base_weights and not Strategy.from_environment().is_deepspeed:
         dtype = torch.float32
     quantization = quantization_config(model_args, weight_dtype(training_args.fp16, training_args.bf16))
-    loads_on_gpu = Strategy.from_environment().replicates and not training_args.use_cpu
+    strategy = Strategy.from_environment()
+    loads_on_gpu = strategy.replicates and not training_args.use_cpu
     if quantization is not None and trains_base_weights:
         raise ValueError("quantised weights cannot be trained in full: set load_in_4bit: false, or a part to lora")
+    if strategy.is_fsdp and quantization is None and not PartialState().is_main_process:
+        return base_model_without_weights(model_args, dtype)
     return load_base_model(
         model_args.model_name_or_path,
         dtype=dtype,
@@ -158,6 +163,29 @@ def load_base_for_training(
         device_map=device_map_of_this_process() if quantization is not None or loads_on_gpu else None,
         revision=model_args.model_revision,
     )
+
+
+def base_model_without_weights(model_args: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a process that the first one will send its weights: memory that nobody has written, so none is taken.
+
+    transformers 5.23 reads all weights in every process, `fsdp_cpu_ram_efficient_loading` or not, and those of another
+    type than the run's lie in main memory once for each.
+    """
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    config = load_config(name, revision)
+    model_class = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = model_class.from_config(config, dtype=dtype, attn_implementation=model_args.attn_implementation)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    model.tie_weights()
+    with suppress(OSError):  # few bases have none
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    if dtype == torch.float16 and config.model_type.startswith("gemma"):
+        keep_residual_stream_in_fp32(model)
+    return model.eval()
 
 
 def device_map_of_this_process() -> dict[str, int | str]:

@@ -1,6 +1,6 @@
 """One process's share of a training step, as a plan knows it: what is trained and how, and the batch. No PyTorch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from finetuning.model_shape import ModelShape
 from finetuning.strategy import Strategy
@@ -41,9 +41,14 @@ class Training:
 
     @property
     def shards_own_layers(self) -> bool:
-        """ZeRO-3 of fused layers: `distributed.sharded_layers`, and all else whole on every process."""
-        zero_3 = self.strategy.is_deepspeed and self.strategy.shards_weights and not self.strategy.offloads
-        return zero_3 and self.layers_are_fused
+        """ZeRO-3 and FSDP2 of fused layers: `distributed.sharded_layers`, and all else whole on every process."""
+        return self.layers_are_fused and self.strategy.shards_weights and not self.strategy.offloads
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """What each process holds a share of only: FSDP2 of fused layers leaves all but them to DDP."""
+        ours = self.strategy.is_fsdp and self.shards_own_layers
+        return replace(self.strategy, shards_layers_only=ours).shards
 
     @property
     def joins_weights(self) -> bool:

@@ -67,16 +67,17 @@ def standing_memory(training: Training) -> dict[str, float]:
     strategy = training.strategy
     deepspeed = strategy.is_deepspeed
     adapters = (2 if deepspeed else 4) * training.adapters
+    fully = strategy.is_fsdp and "optimizer" in training.shards
     needs = {
         "weights": weights_memory(training),
         "gathered layers": gathered_memory(training),
-        "adapters": adapters / (strategy.num_processes if strategy.is_fsdp else 1) + adapter_copies(training),
+        "adapters": adapters / (strategy.num_processes if fully else 1) + adapter_copies(training),
         "optimizer": optimizer_memory(training),
         "gradients": 0.0,
     }
     if not strategy.is_one_process or training.accumulates:  # buckets, flat buffers, shards; or waiting for more rows
         needs["gradients"] = float((2 if deepspeed else 4) * training.trained)
-    share = {what: 1 / strategy.num_processes for what in strategy.shards}
+    share = {what: 1 / strategy.num_processes for what in training.shards}
     for what in ("optimizer", "gradients"):
         needs[what] *= share.get(what, 1)
         needs[what] *= 0 if "optimizer" in strategy.offloads else 1

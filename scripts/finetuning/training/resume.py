@@ -223,17 +223,18 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
     """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes.
 
     `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it shards frozen layers only
-    (`finetuning.distributed.sharded_layers`), which is sharded like ZeRO-2.
+    (`finetuning.distributed.sharded_layers`), which is sharded like ZeRO-2. FSDP2 that does so continues DDP.
     """
     strategy, processes = Strategy.from_environment(), PartialState().num_processes
     names = {path.name for path in checkpoint.iterdir()}
-    began = "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
-    if began != strategy.layout:
-        return [
-            f"it was written under {began}, this launch is {strategy.layout}: its optimizer state is laid out otherwise"
-        ]
-    was_sharded = weights_were_sharded(checkpoint)
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
+    if strategy.is_fsdp and may_gather and not strategy.offloads:
+        strategy = dataclasses.replace(
+            strategy, shards_layers_only=layout_of(checkpoint) != "FSDP2"
+        )  # `refuse_other_layout` is sure
+    if layout_of(checkpoint) != strategy.layout:
+        return [said_of_layouts(checkpoint, strategy)]
+    was_sharded = weights_were_sharded(checkpoint)
     offloads = "weights" in strategy.offloads
     shards = strategy.shards_weights and (offloads or not may_gather)
     if strategy.is_deepspeed and ((was_sharded and not strategy.shards_weights) or (shards and not was_sharded)):
@@ -254,6 +255,24 @@ def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[s
             "each step would take other rows"
         ]
     return []
+
+
+def layout_of(checkpoint: Path) -> str:
+    """Who laid out a checkpoint's optimizer state, as `Strategy.layout`."""
+    names = {path.name for path in checkpoint.iterdir()}
+    return "DeepSpeed" if "latest" in names else "FSDP2" if "optimizer_0" in names else "one process or DDP"
+
+
+def said_of_layouts(checkpoint: Path, strategy: Strategy) -> str:
+    """That the two differ."""
+    began = layout_of(checkpoint)
+    return f"it was written under {began}, this launch is {strategy.layout}: its optimizer state is laid out otherwise"
+
+
+def refuse_other_layout(checkpoint: Path, strategy: Strategy) -> None:
+    """Raise ValueError if an FSDP2 launch, whose model is there now, lays optimizer state out otherwise than `checkpoint`."""
+    if strategy.is_fsdp and layout_of(checkpoint) != strategy.layout:
+        raise ValueError(f"{checkpoint}: {said_of_layouts(checkpoint, strategy)}. Begin anew in another --output_dir")
 
 
 def refuse_other_sharding(checkpoint: Path, config: dict[str, Any]) -> None:

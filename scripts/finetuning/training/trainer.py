@@ -39,7 +39,7 @@ from finetuning.training.learning_rates import LearningRatesTrainer
 from finetuning.training.log_lines import LogLines
 from finetuning.training.number_loss import NumberLoss, outputs_and_number_loss
 from finetuning.training.read_ahead import read_next_epoch_ahead
-from finetuning.training.resume import refuse_other_sharding
+from finetuning.training.resume import refuse_other_layout, refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
 from finetuning.training.stop_signals import StopRequest, StopTogether, leave_interrupted, obey_parent_only
 
@@ -133,6 +133,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         attempts = run_folder.read_progress(Path(self.args.output_dir)).get("attempts", [])
         self._restarts = max(len(attempts) - 1, 0)
         if resume_from_checkpoint is not None:
+            refuse_other_layout(Path(resume_from_checkpoint), self.strategy)
             if self.args.deepspeed_plugin is not None:
                 refuse_other_sharding(Path(resume_from_checkpoint), self.args.deepspeed_plugin.deepspeed_config)
             self.run_sums.continue_from(Path(resume_from_checkpoint))

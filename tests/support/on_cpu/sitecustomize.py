@@ -27,6 +27,18 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             self.distributed_type = DistributedType.MULTI_GPU
 
     accelerate.state.PartialState.__init__ = initialise_as_gpu
+    initialise_all = accelerate.state.AcceleratorState.__init__
+
+    def initialise_as_what_it_is(self, *args, **kwargs):
+        shared = accelerate.state.PartialState._shared_state
+        if (
+            os.environ.get("ACCELERATE_USE_FSDP") != "true"
+            and shared.get("distributed_type") == DistributedType.MULTI_GPU
+        ):
+            shared["distributed_type"] = DistributedType.MULTI_CPU  # where this project has taken over, DDP is left
+        initialise_all(self, *args, **kwargs)
+
+    accelerate.state.AcceleratorState.__init__ = initialise_as_what_it_is
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.ops
