@@ -3,7 +3,8 @@
     python benchmarks/int8_speed.py --output benchmarks/results/int8
 
 Each product x W^T has a low-rank part of 64 columns, which the INT8 kernel adds before it rounds. INT8 is timed with the
-quantisation of x and without. `--tiles` times a list of tiles at the first shape. Writes int8_speed.json and prints tables.
+quantisation of x and without. `--tiles` times a list of tiles at the first shape, `--prefill MODEL` the prompts of 64 rows
+through a whole decoder of random weights. Writes int8_speed.json and prints tables.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +20,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+from answer_speed import random_model
+
+from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
+from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.kernels import int8
 from finetuning.kernels.fp8 import E4M3_MAX, fp8_linear, quantize_rows_to_fp8
+from finetuning.kernels.int8_base import hold_base_in_int8
 
 # name -> (in, out): LLaVA-1.5-7B's decoder and Gemma-2b's
 SHAPES = {
@@ -33,14 +40,12 @@ SHAPES = {
 }
 RANKS = 64
 TILES = [
-    int8.Tile(rows=128, columns=256, depth=128, stages=3, warps=8),
-    int8.Tile(rows=128, columns=256, depth=128, stages=4, warps=8),
-    int8.Tile(rows=128, columns=256, depth=64, stages=4, warps=8),
-    int8.Tile(rows=256, columns=128, depth=128, stages=3, warps=8),
     int8.Tile(rows=128, columns=128, depth=128, stages=3, warps=8),
-    int8.Tile(rows=128, columns=128, depth=128, stages=4, warps=4),
-    int8.Tile(rows=128, columns=128, depth=256, stages=3, warps=8),
-    int8.Tile(rows=64, columns=256, depth=128, stages=4, warps=4),
+    int8.Tile(rows=128, columns=128, depth=128, stages=6, warps=8, programs=1),
+    int8.Tile(rows=128, columns=256, depth=128, stages=3, warps=8, programs=1),
+    int8.Tile(rows=128, columns=256, depth=128, stages=4, warps=8, programs=1),
+    int8.Tile(rows=256, columns=128, depth=128, stages=3, warps=8),
+    int8.Tile(rows=256, columns=128, depth=128, stages=3, warps=8, programs=1),
 ]
 
 
@@ -135,21 +140,46 @@ def relative(given: torch.Tensor, expected: torch.Tensor) -> float:
     return ((given.double() - expected).norm() / expected.norm()).item()
 
 
-def milliseconds(calls: dict[str, Callable], rounds: int, bar: tqdm) -> dict[str, float]:
-    """Median time of each call over `rounds` rounds in turns, 20 calls a round."""
+def milliseconds(calls: dict[str, Callable], rounds: int, bar: tqdm, repeated: int = 20) -> dict[str, float]:
+    """Median time of each call over `rounds` rounds in turns, `repeated` calls a round."""
     times = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(20):
+            for _ in range(repeated):
                 call()
             end.record()
             end.synchronize()
             if number:  # the first is to warm up
-                times[name].append(start.elapsed_time(end) / 20)
+                times[name].append(start.elapsed_time(end) / repeated)
             bar.update()
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def prefill_calls(name: str, rows: int, tokens: int) -> dict[str, Callable]:
+    """The prompts of `rows` rows through the decoder of a model with an adapter, held in bf16 and in INT8."""
+    prompts = PackedPrompts([Segment(torch.randint(3, 30000, (tokens,))) for _ in range(rows)], "cuda")
+    asked = torch.arange(1, rows + 1, device="cuda") * tokens - 1
+    calls = {}
+    for precision in ("bf16", "INT8"):
+        model = random_model(name, nf4=False)
+        if precision == "INT8":
+            hold_base_in_int8(model)
+        decoder = PackedDecoder(model)
+        decoder.refresh()
+        pool = KeyValuePool(decoder, rows * tokens)
+        hidden = decoder.text_model.embed_tokens(prompts.tokens)
+        calls[precision] = partial(prefill, decoder, hidden, prompts, asked, pool)
+    return calls
+
+
+@torch.no_grad()
+def prefill(
+    decoder: PackedDecoder, hidden: torch.Tensor, prompts: PackedPrompts, asked: torch.Tensor, pool: KeyValuePool
+) -> torch.Tensor:
+    """Logits of the rows' next tokens."""
+    return decoder.logits(decoder.prefill(hidden.clone(), prompts, asked, pool, 0))
 
 
 def print_table(title: str, rows: dict[str, dict[str, float]], form: str) -> None:
@@ -174,6 +204,7 @@ def main() -> None:
     parser.add_argument(
         "--tiles", action="store_true", help="time and check all tiles at the first shape, not the shapes"
     )
+    parser.add_argument("--prefill", metavar="MODEL", help="time the prompts of 64 rows; its config alone is read")
     options = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         sys.exit("int8_speed.py: a GPU of compute capability 9.0 (H100, H200) is needed, and there is none")
@@ -182,7 +213,13 @@ def main() -> None:
     found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
     print_table("check", {str(shape): check(*shape, int8.tile_of(shape[0], shape[2])) for shape in CHECKED}, ".2e")
     with tqdm(unit="call", disable=None) as bar:
-        if options.tiles:
+        if options.prefill:
+            calls = prefill_calls(options.prefill, 64, 607)
+            logits = {name: call().float() for name, call in calls.items()}
+            found["prefill"] = milliseconds(calls, options.rounds, bar, repeated=1)
+            found["prefill"]["logits differ by"] = relative(logits["INT8"], logits["bf16"].double())
+            print_table("64 rows of 607 tokens", {options.prefill: found["prefill"]}, ".3f")
+        elif options.tiles:
             width, features = next(iter(SHAPES.values()))
             given = random_product(options.tokens[0], width, features)
             operands = int8.quantize_rows_to_int8(given["x"]), int8.quantize_rows_to_int8(given["weight"])

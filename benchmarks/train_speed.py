@@ -278,7 +278,7 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
         count_image_tokens_once(model)
         if variant.shared:
             enable_shared_prefix(model)
-        if variant.base == "fp8_backward":
+        if variant.base:
             pass_gradients_in_fp8(model)
         if vision:
             common["data_collator"] = (SharedPrefixCollator if variant.shared else LlavaDataCollator)(processing_class)

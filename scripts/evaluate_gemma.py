@@ -55,11 +55,11 @@ def main(args: argparse.Namespace) -> None:
         "weights_sha256": digest_weights(run),
     }
     base = untuned_model(run)
-    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args.engine)
+    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args)
     folder = EvaluationFolder(run, "facts")
     if not start_evaluation(folder, settings, overwrite=args.overwrite):
         # Answers and losses, of both models on the same prompts
-        models = AskedModels(run, base)
+        models = AskedModels(run, base, args.base_precision)
         prompts = Dataset.from_list([{"messages": question["messages"]} for question in questions])
         answers, _ = answer_with_both(
             *(models, prompts, folder),

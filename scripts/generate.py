@@ -145,8 +145,10 @@ def refused_together(options: argparse.Namespace, questions: list[str], images: 
         problems.append("--output keeps the answers to --question; a conversation is not kept: leave one of them out")
     if options.counts and (options.output is None or options.chat):
         problems.append("--counts writes a file: add --output counts.jsonl, without --chat")
-    if options.engine == "vllm" and (options.chat or options.counts or options.load_in_4bit):
-        problems.append("--engine vllm answers questions in 16 or 32 bits: without --chat, --counts, --load_in_4bit")
+    if options.engine == "vllm" and (options.chat or options.counts or options.load_in_4bit or options.base_precision):
+        problems.append(
+            "--engine vllm answers questions in 16 or 32 bits: without --chat, --counts, --load_in_4bit, --base_precision"
+        )
     if options.list_wide and not options.counts:
         problems.append("--list_wide lists intervals: add --counts")
     return problems
@@ -185,6 +187,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.count_file import widest, write_counts
     from finetuning.inference.session import Items, Session, open_image
     from finetuning.inference.vllm_engine import refuse_vllm
+    from finetuning.kernels.int8_base import set_base_precision
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
@@ -211,6 +214,7 @@ def main(options: argparse.Namespace) -> None:
         ask_vllm(options, remaining, dtype)
         return
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
+    set_base_precision(model, options.base_precision)
     session = Session(model, processing_class, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     if options.chat:
         session.chat([open_image(image) for image in images], questions)
@@ -263,6 +267,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": options.max_new_tokens,
         **({"counts": True} if options.counts else {}),
         **({"engine": options.engine} if options.engine == "vllm" else {}),
+        **({"base_precision": options.base_precision} if options.base_precision else {}),
     }
 
 

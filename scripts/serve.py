@@ -93,6 +93,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.answer_queue import AnswerQueue
     from finetuning.inference.count_distribution import CountReader
     from finetuning.inference.count_file import settings_of
+    from finetuning.kernels.int8_base import set_base_precision
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
@@ -101,6 +102,7 @@ def main(options: argparse.Namespace) -> None:
     refuse_changed_run(run, adapter_base(run), None, accept_changes=options.accept_changes)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
+    set_base_precision(model, options.base_precision)
     if read_count_settings(run):
         forms, largest, calibration = settings_of(run)
         reader = CountReader(model, processing_class, forms, largest)

@@ -84,8 +84,8 @@ class ScriptArguments:
     )
     base_precision: str | None = setting(
         None,
-        "int8: products with the language model's frozen weights run in INT8, forward and backward, on compute capability "
-        "9.0 (H100, H200). fp8_backward: gradients alone pass through them, in FP8, from 8.9 on, for one byte more a "
+        "int8: products with the language model's frozen weights run in INT8 forward, and gradients pass in FP8, on compute "
+        "capability 9.0 (H100, H200), in the memory of 16 bits. fp8_backward: gradients alone pass through them, in FP8, from 8.9 on, for one byte more a "
         "weight. Unset: 16 bits.",
         choices=["fp8_backward", "int8"],
     )

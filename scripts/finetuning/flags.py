@@ -100,6 +100,11 @@ def add_answering_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int)
         default=ENGINES[0],
         help="who answers: this project (the default), or vLLM where it is installed (docs/serving.md)",
     )
+    parser.add_argument(
+        "--base_precision",
+        choices=["int8"],
+        help="products with the base's weights in INT8, on a GPU of compute capability 9.0; left out: as they are loaded",
+    )
 
 
 def add_accept_changes(parser: argparse.ArgumentParser) -> None:

@@ -191,6 +191,24 @@ def test_rows_that_were_trained_on_and_other_datasets_leave_the_runs_page_alone(
     assert (zero_run / "report.html").read_text(encoding="utf-8") == held_out
 
 
+def test_a_run_of_several_sets_says_what_became_of_each(zero_run, cctv_dataset, tmp_path, capsys):
+    run, general = tmp_path / "mixed", tmp_path / "general"
+    shutil.copytree(zero_run, run, ignore=shutil.ignore_patterns("evaluation"))
+    shutil.copytree(cctv_dataset, general)
+    arguments = yaml.safe_load((run / "arguments.yaml").read_text()) | {"dataset_mixer": {str(general): 0.2}}
+    (run / "arguments.yaml").write_text(yaml.safe_dump(arguments))
+    evaluate(run, "--limit", "4")
+    assert f"not evaluated: --run {run} --dataset {general} --split test" in capsys.readouterr().out
+    evaluate(run, "--dataset", str(general), "--limit", "4")
+    assert "Also trained on" not in capsys.readouterr().out
+    evaluate(run, "--limit", "4")  # asks nothing again
+    shown = capsys.readouterr().out
+    assert "This evaluation is finished already" in shown and f"| {general} | " in shown
+    verdict = evaluation(run, "general/test")["verdict"][0]
+    assert evaluation(run)["mixed_in"] == [{"dataset": str(general), "verdict": verdict}]
+    assert "Also trained on" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_two_runs_are_compared_pair_by_pair_on_one_page(zero_run, tmp_path, capsys):
     evaluate(zero_run)
     other = tmp_path / "other"

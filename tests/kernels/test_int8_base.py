@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from finetuning.inference.packed_decoder import Linears, compute_dtype
+from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.int8 import dequantize_rows
 from finetuning.kernels.int8_base import Int8Linear, hold_base_in_int8, refuse_int8
 from finetuning.kernels.lora_layers import fuse_lora, projection_stacks
@@ -36,12 +37,13 @@ def fused_in_int8(kind: str, **settings) -> tuple[nn.Module, dict[str, torch.Ten
     model, batch = model_of(kind, **settings)
     assert hold_base_in_int8(model) == 21
     assert fuse_lora(model) == 21
+    assert pass_gradients_in_fp8(model) == 3
     return model, batch
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
 @pytest.mark.parametrize("kind", ["llava", "gemma"])
-def test_the_loss_stays_and_gradients_move_by_what_int8_rounds(kind, dropout):
+def test_the_loss_stays_and_gradients_move_by_what_8_bits_round(kind, dropout):
     model, batch = model_of(kind, torch.float32, lora_dropout=dropout)
     fuse_lora(model)
     torch.manual_seed(2)
@@ -53,7 +55,7 @@ def test_the_loss_stays_and_gradients_move_by_what_int8_rounds(kind, dropout):
     assert loss_in_int8 == pytest.approx(loss, rel=2e-3) and loss_in_int8 != loss
     assert grads.keys() == grads_in_int8.keys() and len(grads) == 42
     errors = [relative_error(grads_in_int8[name], grads[name]) for name in grads]
-    assert min(errors) > 1e-4 and max(errors) < 0.12, errors
+    assert min(errors) > 1e-4 and max(errors) < 0.2, errors
     assert count_parameters(model) == counted
 
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -18,6 +18,7 @@ from finetuning.data.count_tree import CountTree
 from finetuning.folder_lock import take_lock
 from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
 from finetuning.inference.vllm_engine import answer_by_vllm
+from finetuning.kernels.int8_base import set_base_precision
 from finetuning.main_process import refuse_together
 from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.models.loading import load_for_inference
@@ -31,10 +32,12 @@ class AskedModels:
     """The tuned model of a run and its base, loaded when they are first asked, one at a time in memory.
 
     An adapter and its base are one model, the adapter switched off for the base. Both get the run's own processor.
+    `base_precision` is a recipe's: "int8", or None.
     """
 
-    def __init__(self, run: Path, base: str):
+    def __init__(self, run: Path, base: str, base_precision: str | None = None):
         self.run, self.base, self.is_adapter = run, base, adapter_base(run) is not None
+        self.base_precision = base_precision
         self.processing_class = load_saved_processing_class(run)
         self.model: PreTrainedModel | PeftModel | None = None
         self.source: str | None = None
@@ -49,6 +52,7 @@ class AskedModels:
                 torch.cuda.empty_cache()
             asked_by = None if source == str(self.run) else self.processing_class
             self.model, _ = load_for_inference(source, asked_by=asked_by)
+            set_base_precision(self.model, self.base_precision)
             self.source = source
         return self.model
 

@@ -1,8 +1,8 @@
 """Gradients pass through the frozen weights in FP8 (E4M3), at twice the rate of bf16 on capability 8.9 and newer.
 
-Only the backward product grad W runs in FP8. The forward pass is unchanged, and with it the loss of given adapters. FP8
-costs some precision of the gradients, far less than they differ from batch to batch. With the forward products in FP8
-too, the loss curve of a real model left bf16's by 1 to 5 % (benchmarks/README.md).
+Only the backward product grad W runs in FP8. The forward pass is what it was, in 16 bits or in INT8, and with it the loss
+of given adapters. FP8 costs some precision of the gradients, far less than they differ from batch to batch. With the
+forward products in FP8 too, the loss curve of a real model left bf16's by 1 to 5 % (benchmarks/README.md).
 """
 
 from functools import partial

@@ -143,10 +143,7 @@ class DenseWeights(FrozenWeights):
 
 
 class Int8Weights(FrozenWeights):
-    """INT8 weights, stacked; the layers' own become views. For gradients W^T is kept too, quantised from what W is here.
-
-    The contracted axis must be contiguous in memory, hence the second copy.
-    """
+    """INT8 weights and scales of rows, stacked; the layers' own become views."""
 
     joins_a = False
 
@@ -160,41 +157,30 @@ class Int8Weights(FrozenWeights):
         return self.bases[0].dtype
 
     def reset(self) -> None:
-        """Drop stack and copy: the next `refresh` makes them."""
-        self.values: Tensor | None = None
-        self.transposed: tuple[Tensor, Tensor] | None = None
+        """Drop the stack: the next `refresh` makes one."""
+        self.stack: Tensor | None = None
 
     def refresh(self, stack: "ProjectionStack") -> None:
-        """Stack the weights at first use; copy them for gradients in the first pass that has any."""
-        if self.values is None:
-            self.values = concatenate_and_rebind(
-                [base.weight.data for base in self.bases], [base.weight for base in self.bases], "data"
-            )
+        """Stack the weights at first use."""
+        if self.stack is None:
+            weights = [base.weight for base in self.bases]
+            self.stack = concatenate_and_rebind([weight.data for weight in weights], weights, "data")
             self.scale = torch.cat([base.scale for base in self.bases])
             spans = torch.empty(sum(stack.sizes), 2, dtype=torch.int32)
             for rows, columns in stack.b_blocks:
                 spans[rows] = torch.tensor([columns.start, columns.stop], dtype=torch.int32)
             self.spans = spans.to(self.device)
-        if self.transposed is None and stack.layers[0].training and stack.parameters[0].requires_grad:
-            self.transposed = quantize_rows_to_int8(self.weight(stack).T.contiguous())
 
     def write_into(self, rows: Tensor) -> None:
         """One dequantization of the stack."""
-        rows.copy_(dequantize_rows(self.values, self.scale, rows.dtype))
+        rows.copy_(dequantize_rows(self.stack, self.scale, rows.dtype))
 
     def product(self, stack: "ProjectionStack", x: Tensor, x_a: Tensor | None, out: Tensor | None = None) -> Tensor:
         """[x, x_a] [W, B]^T (tokens, sum of out), added to `out` where it is given; x W^T without `x_a`."""
         adds = out is not None
         out = x.new_empty(len(x), sum(stack.sizes)) if out is None else out
         low_rank = () if x_a is None else ((x_a, stack.b.T), self.spans)
-        return int8_linear(quantize_rows_to_int8(x), (self.values, self.scale), out, *low_rank, adds=adds)
-
-    def grad_of_x(self, stack: "ProjectionStack", grad: Tensor, grad_a: Tensor | None, out: Tensor | None) -> Tensor:
-        """[grad, grad_a] [W; s A] (tokens, in); without `grad_a`, grad W added to `out`."""
-        adds = out is not None
-        out = grad.new_empty(len(grad), stack.in_features) if out is None else out
-        low_rank = None if grad_a is None else (grad_a, stack.a)
-        return int8_linear(quantize_rows_to_int8(grad), self.transposed, out, low_rank, adds=adds)
+        return int8_linear(quantize_rows_to_int8(x), (self.stack, self.scale), out, *low_rank, adds=adds)
 
 
 class FourBitWeights(FrozenWeights):

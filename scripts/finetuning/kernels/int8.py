@@ -27,6 +27,12 @@ def hadamard(dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix.to(device, dtype)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has, 132 of an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def quantize_rows_to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """tensor (rows, columns) -> INT8 values of its rotation, and fp32 scales (rows,).
 
@@ -39,9 +45,10 @@ def quantize_rows_to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.empty(rows, dtype=torch.float32, device=tensor.device)
         blocks = triton.next_power_of_2(width // ROTATED)
         rows_at_once = max(1, 128 // blocks)
-        quantize_rows_to_int8_kernel[(triton.cdiv(rows, rows_at_once),)](
+        programs = min(triton.cdiv(rows, rows_at_once), 2 * multiprocessors(tensor.device))
+        quantize_rows_to_int8_kernel[(programs,)](
             tensor, hadamard(tensor.dtype, tensor.device), values, scale, rows, width, tensor.stride(0),
-            ROWS=rows_at_once, BLOCKS=blocks, SIZE=ROTATED, num_warps=8,
+            ROWS=rows_at_once, BLOCKS=blocks, SIZE=ROTATED, num_stages=2, num_warps=8,
         )  # fmt: skip
         return values, scale
     wide = upcast(tensor)
@@ -91,11 +98,12 @@ class Tile(NamedTuple):
     depth: int
     stages: int  # loads under way
     warps: int
+    programs: int = 0  # for each multiprocessor, which take tiles in turn; 0: one for each tile
 
 
 def tile_of(tokens: int, features: int) -> Tile:
     """The fastest tile on an H200 (benchmarks/int8_speed.py)."""
-    return Tile(128, 256, 128, 3, 8) if tokens > 64 else Tile(64, 64, 256, 4, 4)
+    return Tile(128, 128, 128, 3, 8) if tokens > 64 else Tile(64, 64, 256, 4, 4)
 
 
 def launch_int8_linear(
@@ -114,7 +122,9 @@ def launch_int8_linear(
     columns = min(tile.columns, 128)
     x_a, b = (out, out) if low_rank is None else low_rank
     is_transposed = b.stride(0) == 1
-    int8_linear_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(features, tile.columns),)](
+    tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(features, tile.columns)
+    programs = min(tiles, tile.programs * multiprocessors(out.device)) if tile.programs else tiles
+    int8_linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(x_values, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(w_values, [tile.columns, tile.depth]),
         TensorDescriptor.from_tensor(x_a, [tile.rows, 64]),
@@ -123,7 +133,7 @@ def launch_int8_linear(
         x_scale, w_scale, spans, tokens, features, width, x_a.shape[1],
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=64, GROUP=8,
         HAS_LOW_RANK=low_rank is not None, HAS_SPANS=spans is not None, IS_TRANSPOSED=is_transposed, ADDS=adds,
-        num_stages=tile.stages, num_warps=tile.warps,
+        IN_TURN=programs < tiles, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -134,21 +144,21 @@ if triton is not None:
         tensor_ptr, hadamard_ptr, values_ptr, scale_ptr, rows, width, stride,
         ROWS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
-        index = tl.arange(0, ROWS * BLOCKS)
-        row = tl.program_id(0).to(tl.int64) * ROWS + index // BLOCKS
-        start = (index % BLOCKS) * SIZE
-        inside = ((row < rows) & (start < width))[:, None]
-        column = tl.arange(0, SIZE)
-        tensor = tl.load(tensor_ptr + (row * stride + start)[:, None] + column[None, :], mask=inside, other=0.0)
+        index, column = tl.arange(0, ROWS * BLOCKS), tl.arange(0, SIZE)
         hadamard = tl.load(hadamard_ptr + column[:, None] * SIZE + column[None, :])
-        rotated = tl.dot(tensor, hadamard, input_precision="ieee")
-        largest = tl.max(tl.reshape(tl.max(tl.abs(rotated), 1), [ROWS, BLOCKS]), 1)
-        largest = tl.maximum(largest, 1e-30)
-        factor = tl.reshape(tl.broadcast_to((127.0 / largest)[:, None], [ROWS, BLOCKS]), [ROWS * BLOCKS])
-        values = tl.floor(rotated * factor[:, None] + 0.5).to(tl.int8)
-        tl.store(values_ptr + (row * width + start)[:, None] + column[None, :], values, mask=inside)
-        first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        tl.store(scale_ptr + first, largest / (127.0 * 11.313708498984761), mask=first < rows)
+        for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+            row = (first + index // BLOCKS).to(tl.int64)
+            start = (index % BLOCKS) * SIZE
+            inside = ((row < rows) & (start < width))[:, None]
+            tensor = tl.load(tensor_ptr + (row * stride + start)[:, None] + column[None, :], mask=inside, other=0.0)
+            rotated = tl.dot(tensor, hadamard, input_precision="ieee")
+            largest = tl.max(tl.reshape(tl.max(tl.abs(rotated), 1), [ROWS, BLOCKS]), 1)
+            largest = tl.maximum(largest, 1e-30)
+            factor = tl.reshape(tl.broadcast_to((127.0 / largest)[:, None], [ROWS, BLOCKS]), [ROWS * BLOCKS])
+            values = tl.floor(rotated * factor[:, None] + 0.5).to(tl.int8)
+            tl.store(values_ptr + (row * width + start)[:, None] + column[None, :], values, mask=inside)
+            of_scale = first + tl.arange(0, ROWS)
+            tl.store(scale_ptr + of_scale, largest / (127.0 * 11.313708498984761), mask=of_scale < rows)
 
     @triton.jit
     def write_tile(
@@ -176,18 +186,20 @@ if triton is not None:
             product += out_desc.load([first_row, first_column]).to(tl.float32)
         out_desc.store([first_row, first_column], product.to(out_desc.dtype))
 
-    @triton.jit(do_not_specialize=["tokens"])
-    def int8_linear_kernel(
-        x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr, tokens, features, width, ranks,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        GROUP: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SPANS: tl.constexpr, IS_TRANSPOSED: tl.constexpr, ADDS: tl.constexpr,
+    @triton.jit
+    def compute_tile(
+        tile, x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr, tokens, features, width,
+        ranks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        GROUP: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SPANS: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
+        ADDS: tl.constexpr,
     ):  # fmt: skip
+        """One tile of the product, by its number."""
         # Tiles of GROUP rows of tiles run side by side, so that their weights are read from the cache.
         tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(features, BLOCK_N)
-        group = tl.program_id(0) // (GROUP * tiles_n)
+        group = tile // (GROUP * tiles_n)
         rows_in_group = tl.minimum(tiles_m - group * GROUP, GROUP)
-        first_row = (group * GROUP + tl.program_id(0) % (GROUP * tiles_n) % rows_in_group) * BLOCK_M
-        first_column = (tl.program_id(0) % (GROUP * tiles_n) // rows_in_group) * BLOCK_N
+        first_row = (group * GROUP + tile % (GROUP * tiles_n) % rows_in_group) * BLOCK_M
+        first_column = (tile % (GROUP * tiles_n) // rows_in_group) * BLOCK_N
         sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
         for start in range(0, width, BLOCK_K):
             x = x_desc.load([first_row, start])
@@ -205,4 +217,26 @@ if triton is not None:
             write_tile(
                 sums, first_row, first_column, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr,
                 tokens, features, ranks, BLOCK_M, BLOCK_N, BLOCK_R, HAS_LOW_RANK, HAS_SPANS, IS_TRANSPOSED, ADDS,
+            )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["tokens"])
+    def int8_linear_kernel(
+        x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr, tokens, features, width, ranks,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        GROUP: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SPANS: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
+        ADDS: tl.constexpr, IN_TURN: tl.constexpr,
+    ):  # fmt: skip
+        if IN_TURN:
+            tiles = tl.cdiv(tokens, BLOCK_M) * tl.cdiv(features, BLOCK_N)
+            for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+                compute_tile(
+                    tile, x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr,
+                    tokens, features, width, ranks, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
+                    HAS_LOW_RANK, HAS_SPANS, IS_TRANSPOSED, ADDS,
+                )  # fmt: skip
+        else:
+            compute_tile(
+                tl.program_id(0), x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr,
+                tokens, features, width, ranks, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
+                HAS_LOW_RANK, HAS_SPANS, IS_TRANSPOSED, ADDS,
             )  # fmt: skip

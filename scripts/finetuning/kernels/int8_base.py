@@ -1,7 +1,8 @@
-"""`base_precision: int8`: products with the frozen weights of the decoder layers run in INT8, forward and backward.
+"""`base_precision: int8`: forward products with the frozen weights of the decoder layers run in INT8.
 
-Weights and activations have 8 bits and one scale a row, after a rotation (`int8.py`). A gradient passes through the
-weights as the forward product reads them. The low-rank part stays in 16 bits, and the sum is rounded once.
+Weights and activations have 8 bits and one scale a row, after a rotation (`int8.py`). The low-rank part stays in 16 bits,
+and the sum is rounded once. Gradients pass in FP8 (`fp8_backward.py`), whose products are faster still, through the
+weights as the forward product reads them.
 """
 
 from collections.abc import Collection
@@ -91,6 +92,13 @@ def int8_linear_of(linear: nn.Linear) -> Int8Linear:
     return Int8Linear(weight if state is None else dequantize_4bit(weight, state), linear.bias)
 
 
+def set_base_precision(model: nn.Module, base_precision: str | None) -> None:
+    """Let a model that is asked, not trained, multiply in INT8 if that is given. Raises ValueError where it cannot."""
+    if base_precision == "int8":
+        refuse_int8(model)
+        hold_base_in_int8(model)
+
+
 def refuse_int8(model: nn.Module) -> None:
     """Raise ValueError where `model`'s decoder cannot run in INT8 on the device that it is on."""
     linears = [linear for layer in decoder_layers(model) for *_, linear, _ in frozen_linears(layer)]
@@ -99,5 +107,10 @@ def refuse_int8(model: nn.Module) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         where = "the CPU" if device.type != "cuda" else torch.cuda.get_device_name(device)
         raise ValueError(f"base_precision: int8 was made for compute capability 9.0, and this is {where}: leave it out")
+    ranks = {rank for module in model.modules() if hasattr(module, "lora_A") for rank in module.r.values() if rank % 8}
+    if ranks:
+        raise ValueError(
+            f"base_precision: int8 needs adapters of rank 8 and multiples, not {sorted(ranks)}: leave it out"
+        )
     if uneven and all(type(linear) is nn.Linear for linear in linears):
         raise ValueError(f"base_precision: int8 needs layers of width 128 and multiples, not {uneven}: leave it out")

@@ -166,8 +166,6 @@ class ProjectionStack:
             extended = self.concatenate_low_rank(grad, grad_a)
         if extended is not None:
             return torch.mm(extended, self.frozen.weight_and_a(self)), grad_a, grads_b
-        if isinstance(self.frozen, Int8Weights) and seeds is None:
-            return self.frozen.grad_of_x(self, grad, grad_a, None), grad_a, grads_b
         grad_x = torch.mm(grad_a, self.a)
         if seeds is not None:
             grad_x = hashed_dropout(grad_x, seeds, self.dropout)
@@ -177,8 +175,6 @@ class ProjectionStack:
         """grad_x (tokens, in) += grad W, in place; grad is (tokens, sum of out)."""
         if self.fp8_weight is not None:
             return self.fp8_weight.add_product(grad_x, grad)
-        if isinstance(self.frozen, Int8Weights):
-            return self.frozen.grad_of_x(self, grad, None, grad_x)
         return grad_x.addmm_(grad, self.weight())
 
     def split_by_layer(self, stacked: Tensor) -> Tensor:

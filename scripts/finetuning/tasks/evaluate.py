@@ -25,9 +25,10 @@ from finetuning.evaluation.answering import (
 )
 from finetuning.evaluation.frames import frame_times, near_copies, thumbnail
 from finetuning.evaluation.page import Findings, write_evaluation
+from finetuning.evaluation.verdict import KOREAN_OUTCOMES
 from finetuning.folder_lock import give_back
 from finetuning.inference.vllm_engine import refuse_vllm
-from finetuning.pages import Say, model_names, speak
+from finetuning.pages import Say, Table, model_names, speak
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
 from finetuning.tasks.base import Asked
 from finetuning.tasks.count_reading import distribution_table, plan_counts, read_back, write_distributions
@@ -63,12 +64,12 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         "weights_sha256": digest_weights(run),
     }
     base = untuned_model(run)
-    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args.engine)
+    settings |= accepted_changes(run, arguments, base, args) | engine_settings(run, args)
     folder, is_headline = evaluation_folder(run, arguments, name, args.split)
     finished = start_evaluation(folder, settings, overwrite=args.overwrite)
     if not finished:
         # Answers, of both models to the same prompts, and counts from the tuned model's pass over them
-        models = AskedModels(run, base)
+        models = AskedModels(run, base, args.base_precision)
         split = arguments.get("dataset_validation_split", "validation")
         validation_rows = open_split(dataset, split, name) if split in dataset else None
         plan = None  # vLLM tells nothing of counts that it does not answer with
@@ -87,10 +88,14 @@ def evaluate(args: argparse.Namespace, *, vision: bool) -> None:
         print("This evaluation is finished already, and shown here; --overwrite makes it anew.")
         answers = read_answers(folder)
     if state.is_main_process:
-        if not finished or folder.metrics().get("language", "en") != args.language:
+        mixed_in = sets_mixed_in(run, arguments, args.split) if is_own(run, arguments, name) else []
+        shown = folder.metrics()
+        same_page = (shown.get("language", "en"), shown.get("mixed_in", [])) == (args.language, mixed_in)
+        if not finished or not same_page:
             say = speak(args.language)
             findings = find(exam, answers, settings, model_names(say), say)
             add_distribution(findings, run, folder, say)
+            add_mixed_in(findings, mixed_in, run, args.split, say)
             was_taught = is_own(run, arguments, name) and args.split == train_split(arguments)
             warning = say(*TAUGHT) if was_taught else ""
             write_evaluation(
@@ -114,12 +119,49 @@ def add_distribution(findings: Findings, run: Path, folder: EvaluationFolder, sa
         findings.numbers |= {f"tuned_median_{key}": scores[key] for key in ("mae", "rmse", "coverage", "width")}
 
 
-def engine_settings(run: Path, engine: str) -> dict[str, str]:
-    """`{"engine": "vllm"}` where vLLM answers: its answers are no continuation of others. Raises ValueError if it cannot."""
-    if engine != "vllm":
-        return {}
+def sets_mixed_in(run: Path, arguments: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
+    """For each set of the run's `dataset_mixer`: its name, and the first verdict of its own evaluation where there is one."""
+    sets = []
+    for name in arguments.get("dataset_mixer") or ():
+        folder, _ = evaluation_folder(run, arguments, name, split)
+        sets.append({"dataset": name, "verdict": next(iter(folder.metrics().get("verdict", [])), None)})
+    return sets
+
+
+def add_mixed_in(findings: Findings, mixed_in: Sequence[Mapping[str, Any]], run: Path, split: str, say: Say) -> None:
+    """What became of the other sets that the run was trained on, or how to find out: a score that fell is forgotten there."""
+    if not mixed_in:
+        return
+    rows = []
+    for entry in mixed_in:
+        verdict = entry["verdict"]
+        if verdict is None:
+            command = f"--run {run} --dataset {entry['dataset']} --split {split}"
+            rows.append(
+                [entry["dataset"], say(f"not evaluated: {command}", f"아직 평가하지 않음: {command}"), "", "", ""]
+            )
+            continue
+        outcome = say(verdict["outcome"], KOREAN_OUTCOMES[verdict["outcome"]])
+        numbers = [f"{verdict[key]:.2f}" for key in ("base", "tuned")]
+        interval = f"{verdict['low']:+.2f} ... {verdict['high']:+.2f}"
+        rows.append([entry["dataset"], f"{outcome} ({verdict['measure']})", *numbers, interval])
+    columns = say("dataset|verdict|base|tuned|95 % interval", "데이터셋|판정|원본 모델|미세 조정|95 % 구간").split("|")
+    findings.tables.append(Table(say("Also trained on", "함께 학습한 데이터셋"), columns, rows))
+    findings.metrics["mixed_in"] = list(mixed_in)
+
+
+def engine_settings(run: Path, args: argparse.Namespace) -> dict[str, str]:
+    """`engine` and `base_precision` where they are not the default: such answers are no continuation of others.
+
+    Raises ValueError where they cannot be had.
+    """
+    changed = {"base_precision": args.base_precision} if args.base_precision else {}
+    if args.engine != "vllm":
+        return changed
+    if changed:
+        raise ValueError("--engine vllm answers in 16 or 32 bits: leave --base_precision out")
     refuse_vllm(str(run))
-    return {"engine": engine}
+    return {"engine": args.engine}
 
 
 def accepted_changes(

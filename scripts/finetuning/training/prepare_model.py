@@ -37,7 +37,7 @@ def prepare_model(
     # Kernels
     in_int8 = hold_base_in_int8(model) if script_args.base_precision == "int8" else 0
     fused = fuse_lora(model, sharded=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
-    in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision == "fp8_backward" else 0
+    in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision else 0
     ignore_right_padding(model)
     vision_tower_without_autocast(model)
     count_image_tokens_once(model)
