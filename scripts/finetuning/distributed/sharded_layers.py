@@ -19,12 +19,13 @@ from math import prod
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning import upstream
 from finetuning.kernels.frozen_weights import FourBitWeights, FrozenWeights
 from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward
-from finetuning.models.parts import base_model_of, decoder_layers
+from finetuning.models.parts import base_model_of, frozen_tower_of
 
 ALIGNMENT = 128  # bytes: where products read fast
 
@@ -38,13 +39,17 @@ def can_shard_layers(layers: list[nn.Module]) -> bool:
 
 
 def shard_layers(model: nn.Module, layers: list[FusedDecoderLayer], device: torch.device, *, from_first: bool) -> None:
-    """Shard the frozen weights of `layers` over all processes, and all-gather them at use; changes `model` in place.
+    """Shard the frozen weights of `layers`, and of a frozen tower's blocks, and all-gather them at use; changes `model` in place.
 
     Afterwards the weights are plain attributes of their modules, on `device`: no library shards, moves or saves them.
     `from_first`: only the first process is sure to have loaded them, and sends them, layer by layer. What DeepSpeed
     sharded while it loaded the model, vision tower and embeddings too, is replicated.
     """
-    FrozenLayerShards(layers, device, from_first=from_first)
+    tower = frozen_tower_of(model)
+    blocks = [] if tower is None else [part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer)]
+    weights = [weight for layer in [*blocks, *layers] for weight in frozen_weights(layer)]
+    base_model_of(model).num_sharded = sum(count_numbers(weight) for weight in weights)
+    FrozenLayerShards([*blocks, *layers], len(blocks), device, from_first=from_first)
     full = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -66,8 +71,9 @@ class FrozenLayerShards:
     the layer before the current one, which is the last to read what is overwritten. It runs beside the current layer.
     """
 
-    def __init__(self, layers: list[FusedDecoderLayer], device: torch.device, *, from_first: bool):
-        self.processes, self.rank = dist.get_world_size(), dist.get_rank()
+    def __init__(self, layers: list[nn.Module], first_trained: int, device: torch.device, *, from_first: bool):
+        """`layers` in the order in which they are computed; the backward pass ends with number `first_trained`."""
+        self.processes, self.rank, self.first_trained = dist.get_world_size(), dist.get_rank(), first_trained
         pieces = [pieces_of(layer) for layer in layers]
         lengths = [-(-sum(piece.length for piece in own) // (self.processes * ALIGNMENT)) * ALIGNMENT for own in pieces]
         self.buffers = [torch.zeros(self.processes * max(lengths), dtype=torch.uint8, device=device) for _ in range(2)]
@@ -93,7 +99,7 @@ class FrozenLayerShards:
             if not self.copies_are_right():
                 self.copies = None
 
-    def fill(self, full: Tensor, layer: FusedDecoderLayer, pieces: list["Piece"], from_first: bool) -> None:
+    def fill(self, full: Tensor, layer: nn.Module, pieces: list["Piece"], from_first: bool) -> None:
         """Write the layer's weights into `full`, which is all zeros where they leave room."""
         full.zero_()
         with all_gathered(frozen_weights(layer)):
@@ -128,7 +134,7 @@ class FrozenLayerShards:
         """Have layer `index` in its buffer; start the all-gather of the next (`step` 1) or the previous one (-1)."""
         self.start_all_gather(index)
         self.wait_for_buffer(index % 2)
-        if 0 <= index + step < len(self.shards):
+        if (0 if step > 0 else self.first_trained) <= index + step < len(self.shards):
             self.start_all_gather(index + step)
 
     def start_all_gather(self, index: int) -> None:
@@ -218,8 +224,8 @@ class Piece:
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Each weight in `buffer`, in its own shape."""
-        block = self.block(buffer)[: sum(self.sizes)]
-        return list((block if self.width is None else block[:, : self.width]).split(self.sizes))
+        block = self.block(buffer)
+        return [block] if self.stack is None else list(block[: sum(self.sizes), : self.width].split(self.sizes))
 
     def write_into(self, buffer: Tensor) -> None:
         """Copy the weights into the block."""
@@ -291,10 +297,11 @@ def frozen_weights(layer: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in layer.parameters() if not weight.requires_grad]
 
 
-def pieces_of(layer: FusedDecoderLayer) -> list[Piece]:
+def pieces_of(layer: nn.Module) -> list[Piece]:
     """How the layer's frozen weights lie in a buffer: those of its stacks, then the others (norms)."""
     pieces: list[Piece] = []
-    of_stacks = [(stack, [base.weight for base in stack.frozen.bases]) for stack in projection_stacks(layer)]
+    stacks = projection_stacks(layer) if isinstance(layer, FusedDecoderLayer) else []
+    of_stacks = [(stack, [base.weight for base in stack.frozen.bases]) for stack in stacks]
     stacked = {id(weight) for _, weights in of_stacks for weight in weights}
     others = [(None, [weight]) for weight in frozen_weights(layer) if id(weight) not in stacked]
     for stack, weights in of_stacks + others:
@@ -302,7 +309,7 @@ def pieces_of(layer: FusedDecoderLayer) -> list[Piece]:
     return pieces
 
 
-def view_in_buffer(buffer: Tensor, layer: FusedDecoderLayer, pieces: list[Piece]) -> None:
+def view_in_buffer(buffer: Tensor, layer: nn.Module, pieces: list[Piece]) -> None:
     """Let the layer's frozen weights be views of `buffer`, as plain attributes in place of parameters."""
     views = {}
     for piece in pieces:
@@ -320,13 +327,15 @@ def view_in_buffer(buffer: Tensor, layer: FusedDecoderLayer, pieces: list[Piece]
                 setattr(module, name, views[id(parameter)])
 
 
+def count_numbers(weight: Tensor) -> int:
+    """Of a weight, in full: of a shard that DeepSpeed holds, and of packed 4-bit values."""
+    state = getattr(weight, "quant_state", None)
+    return (full_shape(weight) if state is None else state.shape).numel()
+
+
 def num_sharded(model: nn.Module) -> int:
-    """How many weights of linear layers are no parameters any more."""
-    kinds = (BufferedWeights, BufferedFourBitWeights)
-    stacks = [
-        stack for layer in decoder_layers(model) if can_shard_layers([layer]) for stack in projection_stacks(layer)
-    ]
-    return sum(sum(stack.sizes) * stack.in_features for stack in stacks if isinstance(stack.frozen, kinds))
+    """How many numbers of `model` are sharded, and no parameters any more."""
+    return getattr(base_model_of(model), "num_sharded", 0)
 
 
 def all_gathered(weights: list[nn.Parameter]) -> AbstractContextManager:

@@ -51,6 +51,12 @@ class Training:
         return replace(self.strategy, shards_layers_only=ours).shards
 
     @property
+    def holds_gradients(self) -> bool:
+        """Whether memory of all gradients is there from step to step: in buckets, or as they wait for more rows."""
+        ours = self.strategy.is_fsdp and self.shards_own_layers
+        return self.accumulates or not (self.strategy.is_one_process or ours)
+
+    @property
     def joins_weights(self) -> bool:
         """Whether W lies beside B and s A in memory, so that no product copies it."""
         whole = self.strategy.replicates or self.shards_own_layers or not self.strategy.shards_weights

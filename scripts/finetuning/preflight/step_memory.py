@@ -75,7 +75,7 @@ def standing_memory(training: Training) -> dict[str, float]:
         "optimizer": optimizer_memory(training),
         "gradients": 0.0,
     }
-    if not strategy.is_one_process or training.accumulates:  # buckets, flat buffers, shards; or waiting for more rows
+    if training.holds_gradients:  # buckets, flat buffers, shards; or waiting for more rows
         needs["gradients"] = float((2 if deepspeed else 4) * training.trained)
     share = {what: 1 / strategy.num_processes for what in training.shards}
     for what in ("optimizer", "gradients"):
@@ -103,7 +103,9 @@ def weights_memory(training: Training) -> float:
         return float(sum(sizes.values()))
     if "weights" in training.strategy.offloads:
         return 0.0
-    whole = sum(sizes.values()) - layers if training.shards_own_layers else 0.0
+    # (A frozen tower's blocks are sharded like the layers; its embeddings, a hundredth of it, are not.)
+    tower = sizes.get("vision_tower", 0) if training.placement.get("vision_tower") == "frozen" else 0
+    whole = sum(sizes.values()) - layers - tower if training.shards_own_layers else 0.0
     return whole + (sum(sizes.values()) - whole) / training.strategy.num_processes
 
 
@@ -240,7 +242,7 @@ def loss_and_final_norm(training: Training, batch: Batch, ledger: Ledger) -> Non
 
 def add_gradients(training: Training, ledger: Ledger, numbers: int) -> None:
     """fp32 gradients that a backward pass makes, where they are not held from step to step."""
-    if training.strategy.is_one_process and not training.accumulates:
+    if not training.holds_gradients:
         ledger.add("gradients", 4 * numbers)
 
 
