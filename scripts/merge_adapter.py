@@ -10,6 +10,7 @@ layer. For a QLoRA run the report also says how far the merged model is from the
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from finetuning import command
@@ -53,8 +54,9 @@ def main(options: argparse.Namespace) -> None:
         accept_changes=options.accept_changes,
     )
     print(f"{describe(report)}\nMerged model, report and card: {options.output}")
-    print(f"Ask it:  python scripts/generate.py --model {options.output} --question ...")
-    print(f"Upload:  python scripts/push_to_hub.py {options.output} --repo_id NAME")
+    folder = shlex.quote(str(options.output))
+    print(f"Ask it:  python scripts/generate.py --model {folder} --question ...")
+    print(f"Upload:  python scripts/push_to_hub.py {folder} --repo_id NAME")
 
 
 def describe(report: dict) -> str:

@@ -132,10 +132,12 @@ def read_command(
         argv = ["--config", str(default_recipe), *argv]
     recipe = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else None
     if recipe is None or not recipe.is_file():
-        recipes = ", ".join(sorted(os.path.relpath(path) for path in default_recipe.parent.glob("*.yaml")))
-        near = nearest_path(recipe) if recipe else ""
+        names = sorted(path.name for path in default_recipe.parent.glob("*.yaml"))
+        folder = os.path.relpath(default_recipe.parent)
+        near = recipe and (nearest_path(recipe) or did_you_mean(recipe.name, names).replace("mean ", f"mean {folder}/"))
         raise ValueError(
-            f"--config {recipe or ''}: no such file{near or '.'} Recipes that come with the project: {recipes}"
+            f"--config {recipe or ''}: no such file{near or '.'} Recipes that come with the project, in {folder}: "
+            f"{', '.join(names)}"
         )
     refuse_bad_recipe(recipe, parser)
     written = yaml.safe_load(recipe.read_text(encoding="utf-8-sig"))

@@ -35,6 +35,11 @@ WARNED = [
         "`torch.distributed.all_gather_into_tensor` is deprecated.",
         "accelerate 1.15 and DeepSpeed 0.19 call the old name",
     ),
+    Known(
+        "torch.nn.parallel.distributed",
+        "`broadcast_buffers` is deprecated. Use `forward_sync_buffers` ",
+        "accelerate 1.15 passes the old name on",
+    ),
 ]
 # By a logger, whose name is the third word:
 LOGGED = {

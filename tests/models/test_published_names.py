@@ -65,3 +65,18 @@ def test_names_of_the_classes_are_renamed_and_data_is_untouched(tmp_path):
     assert all(torch.equal(renamed[published_name(name)], tensor) for name, tensor in own.items())
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+def test_a_tokenizers_settings_are_those_that_transformers_4_knows(tmp_path):
+    """It would take no `TokenizersBackend`, no list of extra tokens, and make token_type_ids, which `generate` refuses."""
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}', encoding="utf-8")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<image>"]}), encoding="utf-8"
+    )
+    publish(tmp_path)
+    assert json.loads(settings.read_text(encoding="utf-8")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<image>"],
+        "model_input_names": ["input_ids", "attention_mask"],
+    }

@@ -4,7 +4,8 @@ transformers 5 saves a LLaVA under the names that it was loaded from. One made f
 under ZeRO-3, has names of its own classes then: `vision_tower.embeddings...` where the published files say
 `vision_tower.vision_model.embeddings...`. It reads both. transformers 4 and llama.cpp read the published ones only, and
 put random weights in place of the others. Its tokenizers' settings have a class and a key that transformers 4 does not know;
-both are written under their older names, which transformers 5 reads, too.
+both are written under their older names, which transformers 5 reads, too, with what the tokenizer makes: 4 would add
+`token_type_ids`, which no model here takes.
 """
 
 import json
@@ -107,6 +108,7 @@ def publish(folder: Path) -> None:
         older = dict(values)
         if values.get("tokenizer_class") == "TokenizersBackend":
             older["tokenizer_class"] = "PreTrainedTokenizerFast"
+            older.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds token_type_ids by itself
         if isinstance(values.get("extra_special_tokens"), list):
             older["additional_special_tokens"] = older.pop("extra_special_tokens")
         if older != values:

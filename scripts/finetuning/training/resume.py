@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -341,4 +342,6 @@ def finish(trainer: Any, train_metrics: dict[str, float]) -> None:
         give_back(folder)
         kind = "llava" if hasattr(trainer.processing_class, "tokenizer") else "gemma"
         # Where it is, its score, what to do next: the last line.
-        print(f"{folder}: {said.partition(':')[0]}. Next: python scripts/evaluate_{kind}.py --run {folder}")
+        print(
+            f"{folder}: {said.partition(':')[0]}. Next: python scripts/evaluate_{kind}.py --run {shlex.quote(str(folder))}"
+        )
