@@ -45,18 +45,19 @@ def checkpoint_first(model: nn.Module, count: int) -> None:
         upstream.replace(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
 
 
-def fewest_that_fit(peak_with: Callable[[int], float], num_layers: int, budget: float) -> int:
-    """Fewest checkpointed layers with which `peak_with(count)` (bytes, inf if out of memory) stays within `budget`.
+def fewest_that_fit(peak_with: Callable[[int], float], num_layers: int, free: float) -> int:
+    """Fewest checkpointed layers with which `peak_with(count)` (bytes, inf if out of memory) leaves SPARE of `free` bytes.
 
-    Every number is tried before it is taken, by bisection: 6 tries for 32 layers. Raises ValueError if not even all
-    layers are enough.
+    Every number is tried before it is taken, by bisection: 6 tries for 32 layers. All layers where even these leave less.
+    Raises ValueError if not even all layers fit.
     """
+    budget = free * (1 - SPARE)
     if peak_with(0) <= budget:
         return 0
     everything = peak_with(num_layers)
-    if everything > budget:
+    if everything > free:
         raise ValueError(
-            f"a step needs {describe(everything)} with every layer checkpointed, and {describe(budget)} are free: set a "
+            f"a step needs {describe(everything)} with every layer checkpointed, and {describe(free)} are free: set a "
             "smaller per_device_train_batch_size (and more gradient_accumulation_steps), or load_in_4bit: true"
         )
     too_few, enough = 0, num_layers
@@ -74,13 +75,17 @@ def describe(size: float) -> str:
     return "more memory than there is" if math.isinf(size) else f"{size / 2**30:.1f} GiB"
 
 
-def peak_of_a_step(model: nn.Module, batch: dict[str, Any], count: int) -> float:
-    """Bytes that a forward and backward pass of `batch` needs at most on this device, the largest of all processes."""
+def peak_of_a_step(model: nn.Module, batch: dict[str, Any], passes: int, count: int) -> float:
+    """Bytes that `passes` forward and backward passes of `batch` need at most on this device, the largest of all processes.
+
+    A second pass finds the gradients of the first, as all but the first batch of an accumulated step do.
+    """
     checkpoint_first(model, count)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
+        for _ in range(passes):
+            model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
         peak = float(torch.cuda.max_memory_allocated())
     except torch.OutOfMemoryError:
         peak = math.inf
@@ -111,14 +116,17 @@ def with_largest_pictures(rows: list[dict[str, Any]], size: tuple[int, int] | No
     return [row | {"images": [grey] * len(row.get("images") or [])} for row in rows]
 
 
-def held_between_steps(model: nn.Module, args: TrainingArguments) -> int:
-    """Bytes that a first try does not see: the optimizer's state, and gradients that wait for more rows of a step."""
+def optimizer_state(model: nn.Module, args: TrainingArguments) -> int:
+    """Bytes of the optimizer's state, which a try does not see."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     name = args.optim.value
     # Pages may lie in main memory; of an optimizer that is not known Adam's two fp32 numbers are assumed.
-    state = 0 if name.startswith("paged") else bytes_of_optimizer(name) or 8
-    waits = args.gradient_accumulation_steps > 1 and args.world_size == 1  # DDP's are there from the start
-    return trained * (state + (4 if waits else 0))
+    return trained * (0 if name.startswith("paged") else bytes_of_optimizer(name) or 8)
+
+
+def passes_of_a_try(args: TrainingArguments) -> int:
+    """Two where gradients wait for more rows of a step; DDP holds them from the start."""
+    return 2 if args.gradient_accumulation_steps > 1 and args.world_size == 1 else 1
 
 
 class LayerCheckpointing(TrainerCallback):
@@ -153,15 +161,16 @@ class LayerCheckpointing(TrainerCallback):
             batch.pop(name, None)
         batch = trainer._prepare_inputs(batch)
         free, total = torch.cuda.mem_get_info()
-        budget = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
-        budget = budget * (1 - SPARE) - held_between_steps(model, trainer.args)
+        free = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+        free -= optimizer_state(model, trainer.args)
         if dist.is_initialized():
-            budgets = torch.tensor(budget, device="cuda")
-            dist.all_reduce(budgets, op=dist.ReduceOp.MIN)
-            budget = budgets.item()
+            least = torch.tensor(free, device="cuda")
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            free = least.item()
+        passes = passes_of_a_try(trainer.args)
         model.train()
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]), trainer.compute_loss_context_manager():
-            count = fewest_that_fit(partial(peak_of_a_step, model, batch), self.num_layers, budget)
+            count = fewest_that_fit(partial(peak_of_a_step, model, batch, passes), self.num_layers, free)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # of the tries
         return count
