@@ -95,19 +95,12 @@ def main(recipe: argparse.Namespace, options: argparse.Namespace) -> "list[RowAu
     from finetuning.data.label_preview import LENGTH_COLUMNS, length_table
     from finetuning.data.pictures import open_picture
     from finetuning.families import is_vision
-    from finetuning.models.processing import follow_tiles, load_config, load_processing_class
+    from finetuning.models.processing import follow_tiles, load_config, processing_class_of
 
     # What training would load, without weights
     config = load_config(recipe.model_name_or_path, recipe.model_revision)
     vision = is_vision(config)
-    processing_class = load_processing_class(
-        recipe.model_name_or_path,
-        image_aspect_ratio=recipe.image_aspect_ratio,
-        image_max_tiles=recipe.image_max_tiles,
-        image_tiles=recipe.image_tiles,
-        chat_template_path=recipe.chat_template_path,
-        revision=recipe.model_revision,
-    )
+    processing_class = processing_class_of(recipe)
     if recipe.image_max_tiles is not None:
         follow_tiles(config, processing_class)
     dataset = open_dataset(recipe.dataset_name, vision=vision)

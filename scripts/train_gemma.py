@@ -29,7 +29,7 @@ from finetuning.data.label_audit import check_first_rows
 from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.kernels.packed_attention import register_packed_attention
 from finetuning.models.loading import load_base_for_training
-from finetuning.models.processing import load_config, load_processing_class
+from finetuning.models.processing import load_config, processing_class_of
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import searches_unused_parameters
@@ -64,11 +64,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     else:
         exam = open_exam(script_args, own_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
-    tokenizer = load_processing_class(
-        model_args.model_name_or_path,
-        chat_template_path=training_args.chat_template_path,
-        revision=model_args.model_revision,
-    )
+    tokenizer = processing_class_of(script_args, training_args, model_args)
     if script_args.dry_run:
         dry_run(script_args, training_args, model_args, config, train_rows, tokenizer)
         return

@@ -31,7 +31,7 @@ from finetuning.data.label_audit import check_first_rows
 from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
 from finetuning.models.loading import load_base_for_training
-from finetuning.models.processing import follow_tiles, load_config, load_processing_class
+from finetuning.models.processing import follow_tiles, load_config, processing_class_of
 from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.preflight.checks import refuse_what_cannot_work
 from finetuning.preflight.strategies import rows_without_image, searches_unused_parameters
@@ -65,14 +65,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     plan = plan_run(script_args, training_args, model_args)
     exam = open_exam(script_args, own_rows, validation_rows)
     settle_best(training_args, answers_are_scored=exam is not None)
-    processor = load_processing_class(
-        model_args.model_name_or_path,
-        image_aspect_ratio=script_args.image_aspect_ratio,
-        image_max_tiles=script_args.image_max_tiles,
-        image_tiles=script_args.image_tiles,
-        chat_template_path=training_args.chat_template_path,
-        revision=model_args.model_revision,
-    )
+    processor = processing_class_of(script_args, training_args, model_args)
     if script_args.dry_run:
         dry_run(script_args, training_args, model_args, config, train_rows, processor)
         return

@@ -97,6 +97,14 @@ def template_path(config: PreTrainedConfig, given: str | None) -> Path | None:
     return CHAT_TEMPLATES / template_of(config)
 
 
+def processing_class_of(*settings: Any) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """`load_processing_class` for a recipe: its three groups of arguments, or one namespace of its flags."""
+    recipe = {name: value for group in settings for name, value in vars(group).items()}
+    names = ("image_aspect_ratio", "image_max_tiles", "image_tiles", "chat_template_path")
+    given = {name: recipe[name] for name in names}
+    return load_processing_class(recipe["model_name_or_path"], revision=recipe["model_revision"], **given)
+
+
 def load_processing_class(
     name: str,
     *,
