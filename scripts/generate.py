@@ -27,7 +27,7 @@ from typing import Any
 from finetuning import command
 from finetuning.data.pictures import SUFFIXES, find_pictures, what_is_wrong
 from finetuning.fingerprints import changed_files
-from finetuning.flags import ANSWERS_KEPT, Parser, add_accept_changes, add_answering_flags, nearest_path
+from finetuning.flags import ANSWERS_KEPT, asking_parser, nearest_path
 from finetuning.model_files import config_of
 from finetuning.run_folder import (
     adapter_base,
@@ -273,8 +273,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="a base (folder or Hub name), outputs/<run>, or a merged folder")
+    parser = asking_parser(__doc__)
     parser.add_argument("--image", nargs="+", default=[], help="pictures, folders, .txt files with a path a line")
     parser.add_argument("--question", nargs="+", default=[], help="questions, .txt files with one a line")
     parser.add_argument("--output", type=Path, help="JSONL file for the answers")
@@ -283,10 +282,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         "--list_wide", type=int, default=0, metavar="N", help="with --counts: name the N widest intervals"
     )
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
-    add_answering_flags(parser, max_new_tokens=256)
-    add_accept_changes(parser)
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
-    parser.add_argument("--load_in_4bit", action="store_true", help="quantise the weights: 7B parameters in 5 GB")
     return parser.parse_args(argv)
 
 

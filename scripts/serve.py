@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from finetuning import command
-from finetuning.flags import LANGUAGES, Parser, add_accept_changes, add_answering_flags, positive
+from finetuning.flags import LANGUAGES, asking_parser, positive
 from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, read_count_settings, refuse_unfinished
 
@@ -140,8 +140,7 @@ def main(options: argparse.Namespace) -> None:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line; flags are not abbreviated."""
-    parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="a base (folder or Hub name), outputs/<run>, or a merged folder")
+    parser = asking_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=positive, default=8000, help="(default %(default)s)")
     parser.add_argument("--queue", type=positive, default=64, help="questions that may wait (default %(default)s)")
@@ -149,10 +148,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         "--max_megapixels", type=positive, default=50, metavar="N", help="largest picture (default %(default)s)"
     )
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the page (default %(default)s)")
-    add_answering_flags(parser, max_new_tokens=256)
-    add_accept_changes(parser)
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
-    parser.add_argument("--load_in_4bit", action="store_true", help="quantise the weights: 7B parameters in 5 GB")
     return parser.parse_args(argv)
 
 

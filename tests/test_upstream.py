@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from conftest import ROOT, run_command
-from deepspeed.runtime import engine
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +40,7 @@ from finetuning.arguments import parse_arguments
 from finetuning.data.dataset import open_dataset, open_split
 from finetuning.distributed.barrier import barriers_without_timeout
 from finetuning.distributed.fsdp2 import keep_fp32_reductions, set_wrap_classes
-from finetuning.distributed.sharded_layers import FrozenLayerShards, frozen_weights
+from finetuning.distributed.sharded_layers import shard_layers
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import count_image_tokens_once
 from finetuning.manifest import has_manifest
@@ -268,20 +267,19 @@ def test_fsdp2_wraps_a_frozen_tower_layer_by_layer_without_our_names():
         assert ("CLIPEncoder" in model.base_model.model._no_split_modules) is ours
 
 
-def test_deepspeed_sends_the_buffers_of_frozen_layers_without_our_mark(one_process_group, monkeypatch):
-    sent: set[int] = set()
-    monkeypatch.setattr(engine.dist, "broadcast", lambda data, *args, **kwargs: sent.add(data.data_ptr()))
-    monkeypatch.setattr(engine.groups, "_get_broadcast_src_rank", lambda: 0)
-    for ours in with_and_without("ds_optim_param"):
-        model = with_lora(tiny_llava(), LANGUAGE_MODEL)
+def test_4_bit_weights_in_a_buffer_do_not_say_how_they_are_read_without_our_mark(one_process_group, tmp_path):
+    """bitsandbytes' own layers ask them wherever the fused layer does not compute."""
+    tiny_llava(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=loading.NOT_QUANTISED)
+    for ours in with_and_without("quant_state"):
+        base = loading.load_base_model(str(tmp_path), dtype=torch.float32, quantization=quantization)
+        model = with_lora(base, LANGUAGE_MODEL)
         fuse_lora(model)
         layers = decoder_layers(model)
-        FrozenLayerShards(layers)
-        frozen = {weight.data_ptr() for layer in layers for weight in frozen_weights(layer)}
-        sent.clear()
-        started = SimpleNamespace(dist_backend="gloo", module=model, seq_data_parallel_group=None)
-        engine.DeepSpeedEngine._broadcast_model(started)
-        assert sent and frozen.isdisjoint(sent) is ours
+        shard_layers(model, layers, torch.device("cpu"), from_first=True)
+        weight = layers[0].self_attn.q_proj.get_base_layer().weight
+        assert not isinstance(weight, torch.nn.Parameter)
+        assert hasattr(weight, "quant_state") is ours
 
 
 def test_processes_wait_in_a_collective_without_our_barrier(one_process_group, monkeypatch):

@@ -5,7 +5,7 @@ A stack trace is for mistakes of the program. Standard library only.
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,19 +29,27 @@ LOST_LOADER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is k
 NO_TERMINAL = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
+def describe_lost_loader(processes: str, ended_by: str) -> str:
+    """What is said of a process that reads data and is gone, where no more is known."""
+    return (
+        f"a process that reads data ({processes}) was ended by {ended_by}: too little memory, or a damaged file "
+        "(scripts/check_data.py finds it). The same command continues from the last checkpoint"
+    )
+
+
 @contextmanager
-def lost_loaders_named() -> Iterator[None]:
-    """A process that reads data and is gone (PyTorch's RuntimeError) becomes a ValueError with a sentence."""
+def lost_loaders_named(describe: Callable[[str, str], str] = describe_lost_loader) -> Iterator[None]:
+    """A process that reads data and is gone (PyTorch's RuntimeError) becomes a ValueError with a sentence.
+
+    `describe` makes it of the process's number and what ended it.
+    """
     try:
         yield
     except RuntimeError as error:
         lost = LOST_LOADER.search(str(error))
         if lost is None:
             raise
-        raise ValueError(
-            f"a process that reads data ({lost[1]}) was ended by {lost[2] or 'itself'}: too little memory, or a damaged file "
-            "(scripts/check_data.py finds it). The same command continues from the last checkpoint"
-        ) from error
+        raise ValueError(describe(lost[1], lost[2] or "itself")) from error
 
 
 def sentence(error: Exception) -> str:

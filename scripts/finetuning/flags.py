@@ -116,6 +116,18 @@ def add_accept_changes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def asking_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of every command that loads one model and asks it."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--model", required=True, help="a base (folder or Hub name), outputs/<run>, or a merged folder")
+    add_answering_flags(parser, max_new_tokens=256)
+    add_accept_changes(parser)
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
+    add("--load_in_4bit", action="store_true", help="quantise the weights: 7B parameters in 5 GB")
+    return parser
+
+
 def evaluation_parser(description: str, *, max_new_tokens: int) -> argparse.ArgumentParser:
     """The flags that every evaluation has."""
     parser = Parser(description)

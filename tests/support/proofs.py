@@ -22,6 +22,7 @@ FUSED = f"{UPSTREAM}::test_projections_run_one_by_one_without_our_layer"
 COSTS = f"{UPSTREAM}::test_a_step_costs_more_without"
 LAYERS = "training/test_activation_checkpointing.py::test_the_first_layers_are_computed_again_and_gradients_stay"
 WORKERS = f"{UPSTREAM}::test_slurms_signal_ends_the_loader_processes_without_ours"
+AUGMENTED = "data/test_augmentation.py::test_each_epoch_changes_a_row_anew_and_a_resumed_one_as_the_first_would_have"
 READING = "faults/test_safe_reading.py"
 PROOFS = {
     # training/
@@ -58,6 +59,9 @@ PROOFS = {
     "DataLoader.worker_init_fn": WORKERS,
     "DataLoader.__iter__": "training/test_read_ahead.py::test_the_next_epoch_is_asked_for_when_this_one_has_ended",
     # data/
+    "DataLoader.collate_fn": AUGMENTED,
+    "SeedableRandomSampler.__iter__": AUGMENTED,
+    "SeedableRandomSampler.__class__": AUGMENTED,
     "ProcessorMixin._adjust_assistant_masks_indices": "data/test_collator.py::test_answers_are_found_in_lists_as_in_tensors",
     # models/
     "Module.train": COSTS,
@@ -92,7 +96,7 @@ PROOFS = {
     "TorchCheckpointEngine.load": f"{READING}::test_the_reader_can_be_replaced_again_in_one_process",
     "DeepSpeedZeroOptimizer._update_model_bit16_weights": COSTS,
     "DeepSpeedZeroOptimizer.scaled_global_norm": COSTS,
-    "engine.ds_optim_param": f"{UPSTREAM}::test_deepspeed_sends_the_buffers_of_frozen_layers_without_our_mark",
+    "modules.quant_state": f"{UPSTREAM}::test_4_bit_weights_in_a_buffer_do_not_say_how_they_are_read_without_our_mark",
 }  # fmt: skip
 # Compares a launched training with and without, in itself.
 COMPARES_ITSELF = COSTS

@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from finetuning.data.dataset import describe_rows
 from finetuning.data.pictures import PictureError, name_picture, open_picture
-from finetuning.failures import LOST_LOADER
+from finetuning.failures import lost_loaders_named
 from finetuning.main_process import found_by_main
 
 BATCH_SIZE = 64
@@ -68,26 +68,22 @@ def find_bad_rows(rows: Dataset) -> list[dict[str, Any]]:
     return found
 
 
-@contextmanager
-def lost_reader_named(rows: Dataset, in_work: Callable[[], range]) -> Iterator[None]:
+def lost_reader_named(rows: Dataset, in_work: Callable[[], range]) -> AbstractContextManager[None]:
     """A process that reads `rows` and is gone (PyTorch's RuntimeError) becomes a ValueError that names the picture.
 
     `in_work()` are the places of the rows that may have been read then. Each is opened again in a child.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        lost = LOST_LOADER.search(str(error))
-        if lost is None:
-            raise
+
+    def describe(process: str, ended_by: str) -> str:
         places = range(in_work().start, min(in_work().stop, len(rows)))
         if named := picture_that_ends_a_process(rows, places):
-            raise ValueError(f"{describe_rows(rows)}, {named}. Replace the file and prepare again") from error
-        raise ValueError(
-            f"{describe_rows(rows)}: a process that reads rows was ended by {lost[2] or 'itself'} while rows "
-            f"{places.start:,} to {places.stop - 1:,} were in work; each of their pictures opens by itself. Is there too "
-            "little memory?"
-        ) from error
+            return f"{describe_rows(rows)}, {named}. Replace the file and prepare again"
+        return (
+            f"{describe_rows(rows)}: a process that reads rows was ended by {ended_by} while rows {places.start:,} to "
+            f"{places.stop - 1:,} were in work; each of their pictures opens by itself. Is there too little memory?"
+        )
+
+    return lost_loaders_named(describe)
 
 
 def picture_that_ends_a_process(rows: Dataset, places: Sequence[int]) -> str | None:
