@@ -1,5 +1,6 @@
 """Each change to another library is noticed when its name goes, and saves what it is there for."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -501,11 +502,14 @@ def test_slurms_signal_ends_the_loader_processes_without_ours(trained, monkeypat
             batches = iter(trained.get_train_dataloader())
             next(batches)
             (worker,) = multiprocessing.active_children()
-            subprocess.run(["kill", str(worker.pid)], check=True)  # their own process ends them by TERM, too
-            worker.join(timeout=0.5)
+            # By another process: their own ends them by TERM, too. PyTorch raises where one is lost.
+            with contextlib.suppress(RuntimeError):
+                subprocess.run(["kill", str(worker.pid)], check=True)
+                worker.join(timeout=20 if names else 0.5)
             assert worker.is_alive() is (not names)
-            worker.kill()
-            worker.join()
+            with contextlib.suppress(RuntimeError):
+                worker.kill()
+                worker.join()
             del batches
 
 

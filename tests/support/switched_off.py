@@ -40,7 +40,7 @@ def without(*words: str) -> Iterator[None]:
 
         def restore(cls: type) -> type:
             bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in TESTED]
-            ours = {name for base in cls.__mro__ if base not in bases for name in vars(base)}
+            ours = {name for base in cls.__mro__ if base.__module__.startswith("finetuning.") for name in vars(base)}
             for entry in off:
                 # A module of ours has a forward of its own: what is replaced of Module is replaced in instances.
                 if (
