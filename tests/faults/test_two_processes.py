@@ -90,8 +90,8 @@ def test_a_stopped_training_goes_on(commands, trained, tmp_path):
     run = tmp_path / "run"
     job = commands.start(*words(run, save_strategy="no"))
     deadline = time.monotonic() + 300
-    while not read_progress(run).get("attempts") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while read_progress(run).get("step", 0) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
     for process in processes_of(job):
         process.send_signal(signal.SIGTERM)
     result = job.wait()
