@@ -35,15 +35,18 @@ def are_copies(left: Image.Image, right: Image.Image) -> bool:
 def near_duplicates(left: np.ndarray, right: np.ndarray, max_bits: int) -> Iterator[tuple[int, int, int]]:
     """(row of left, row of right, differing bits) of all pairs of hashes at most `max_bits` apart.
 
-    `left` and `right` are (n, 4) and (m, 4) uint64, as `stack_hashes` makes them. 10^8 pairs take 0.6 s on one core.
+    `left` and `right` are (n, 4) and (m, 4) uint64, as `stack_hashes` makes them. Of an array with itself each pair comes
+    once, the smaller row first. 10^8 pairs that look nothing alike take 0.26 s on one core, of look-alikes 0.9 s.
     """
-    words = np.ascontiguousarray(right.T)
+    words = np.ascontiguousarray(right.T[:2])
     for row, of_row in enumerate(left):
-        differing = np.zeros(len(right), dtype=np.uint16)  # up to 256, which is 0 in a byte
-        for word, of_word in zip(words, of_row, strict=True):
-            differing += np.bitwise_count(word ^ of_word)
-        for column in np.flatnonzero(differing <= max_bits):
-            yield row, int(column), int(differing[column])
+        start = row + 1 if left is right else 0
+        in_half = np.bitwise_count(words[0, start:] ^ of_row[0])
+        in_half += np.bitwise_count(words[1, start:] ^ of_row[1])
+        near = start + np.flatnonzero(in_half <= max_bits)
+        differing = np.bitwise_count(right[near] ^ of_row).sum(axis=1, dtype=np.uint16)  # up to 256, which is 0 in a byte
+        for place in np.flatnonzero(differing <= max_bits):
+            yield row, int(near[place]), int(differing[place])
 
 
 def stack_hashes(hashes: Sequence[bytes]) -> np.ndarray:
