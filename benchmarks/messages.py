@@ -4,8 +4,7 @@
 
 One step is profiled, the last: its speed is in no log of the recipes. Process 0 writes `messages.json` into the run's folder:
 bytes that a process sends over a ring, the step's milliseconds, those in which the GPU ran nothing but a message, and those in
-which it ran nothing. Messages are NCCL's kernels and copies on a stream that runs nothing else: shards that are read out of
-another GPU's memory.
+which it ran nothing.
 """
 
 import json
@@ -60,15 +59,8 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, float | int | None]:
     if not kernels:
         return {"bytes_sent": sent, "step_ms": None, "message_ms": None, "waiting_ms": None, "idle_ms": None}
     ran = {True: [], False: []}
-    computing = {
-        event["tid"] for event in kernels if event["cat"] != "gpu_memcpy" and not event["name"].startswith("nccl")
-    }
     for event in kernels:
-        copies = event["cat"] == "gpu_memcpy" and event["tid"] not in computing and "HtoD" not in event["name"]
-        ran[copies or event["name"].startswith("nccl")].append(event)
-    copied = sum(event["args"].get("bytes", 0) for event in ran[True] if event["cat"] == "gpu_memcpy")
-    processes = max((message.get("Group size", 1) for message in messages), default=1)
-    sent = round((sent or 0) + copied * (processes - 1) / processes)
+        ran[event["name"].startswith("nccl")].append(event)
     everything = joined(kernels)
     return {
         "bytes_sent": sent,

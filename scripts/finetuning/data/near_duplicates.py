@@ -44,7 +44,9 @@ def near_duplicates(left: np.ndarray, right: np.ndarray, max_bits: int) -> Itera
         in_half = np.bitwise_count(words[0, start:] ^ of_row[0])
         in_half += np.bitwise_count(words[1, start:] ^ of_row[1])
         near = start + np.flatnonzero(in_half <= max_bits)
-        differing = np.bitwise_count(right[near] ^ of_row).sum(axis=1, dtype=np.uint16)  # up to 256, which is 0 in a byte
+        differing = np.bitwise_count(right[near] ^ of_row).sum(
+            axis=1, dtype=np.uint16
+        )  # up to 256, which is 0 in a byte
         for place in np.flatnonzero(differing <= max_bits):
             yield row, int(near[place]), int(differing[place])
 

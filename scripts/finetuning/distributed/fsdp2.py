@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning import upstream
 from finetuning.distributed.gradient_average import average_behind_backward
@@ -42,13 +43,18 @@ def set_up_fsdp2(model: nn.Module) -> None:
     layers = decoder_layers(model)
     if dist.is_initialized() and not Strategy.from_environment().offloads and can_shard_layers(layers):
         device = PartialState().device
-        shard_layers(model, layers, device, from_first=True)
+        shard_layers(model, layers, device, blocks=blocks_of(frozen_tower_of(model)), from_first=True)
         average_behind_backward(model.to(device), layers[-1])
         del os.environ["ACCELERATE_USE_FSDP"]
         os.environ[SHARDS_LAYERS_ONLY] = "true"
         return
     set_wrap_classes(model)
     read_tensors_only()
+
+
+def blocks_of(tower: nn.Module | None) -> list[nn.Module]:
+    """The layers of a vision tower, first to last; of none, none."""
+    return [] if tower is None else [part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def set_wrap_classes(model: nn.Module) -> None:

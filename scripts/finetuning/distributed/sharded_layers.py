@@ -4,14 +4,10 @@ DeepSpeed and PyTorch fetch, copy and release each parameter separately, because
 step for a 7B model with adapters, and the Python of it takes longer than the GPU computes. Frozen weights need none of
 that. Here the frozen weights of a decoder layer are one flat tensor. One all-gather per layer fills one of two buffers
 while the layer before it is computed, in the forward and in the backward pass.
-
-Frozen shards never change, so nobody has to agree on when they are read. Where all GPUs are of one machine, each copies
-the others' shards out of their memory by its copy engines: products keep all of the GPU's multiprocessors, of which NCCL
-takes some, and no process waits for another. (As PyTorch's `_low_contention_all_gather`, without its barriers.)
 """
 
 import gc
-import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
@@ -19,13 +15,12 @@ from math import prod
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning import upstream
 from finetuning.kernels.frozen_weights import FourBitWeights, FrozenWeights
 from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward
-from finetuning.models.parts import base_model_of, frozen_tower_of
+from finetuning.models.parts import base_model_of
 
 ALIGNMENT = 128  # bytes: where products read fast
 
@@ -38,15 +33,22 @@ def can_shard_layers(layers: list[nn.Module]) -> bool:
     return all(isinstance(layer, FusedDecoderLayer) for layer in layers)
 
 
-def shard_layers(model: nn.Module, layers: list[FusedDecoderLayer], device: torch.device, *, from_first: bool) -> None:
-    """Shard the frozen weights of `layers`, and of a frozen tower's blocks, and all-gather them at use; changes `model` in place.
+def shard_layers(
+    model: nn.Module,
+    layers: list[FusedDecoderLayer],
+    device: torch.device,
+    *,
+    blocks: Sequence[nn.Module] = (),
+    from_first: bool,
+) -> None:
+    """Shard the frozen weights of `layers` over all processes, and all-gather them at use; changes `model` in place.
+
+    `blocks` of a frozen tower, which are computed before the layers, are sharded too.
 
     Afterwards the weights are plain attributes of their modules, on `device`: no library shards, moves or saves them.
     `from_first`: only the first process is sure to have loaded them, and sends them, layer by layer. What DeepSpeed
     sharded while it loaded the model, vision tower and embeddings too, is replicated.
     """
-    tower = frozen_tower_of(model)
-    blocks = [] if tower is None else [part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer)]
     weights = [weight for layer in [*blocks, *layers] for weight in frozen_weights(layer)]
     base_model_of(model).num_sharded = sum(count_numbers(weight) for weight in weights)
     FrozenLayerShards([*blocks, *layers], len(blocks), device, from_first=from_first)
@@ -77,15 +79,9 @@ class FrozenLayerShards:
         pieces = [pieces_of(layer) for layer in layers]
         lengths = [-(-sum(piece.length for piece in own) // (self.processes * ALIGNMENT)) * ALIGNMENT for own in pieces]
         self.buffers = [torch.zeros(self.processes * max(lengths), dtype=torch.uint8, device=device) for _ in range(2)]
-        by_copy = reach_each_other(device)
-        shards, others = (
-            shared_bytes(sum(lengths), device) if by_copy else (self.buffers[0].new_empty(sum(lengths)), [])
-        )
-        self.shards = shards.split(lengths)
-        self.shards_of_others = {rank: other.split(lengths) for rank, other in others}
-        self.copies = torch.cuda.Stream(device) if by_copy else None
+        self.shards = self.buffers[0].new_empty(sum(lengths)).split(lengths)
         self.layer_in_buffer: list[int | None] = [None, None]  # all-gathered, or being so
-        self.pending: list[dist.Work | torch.cuda.Event | None] = [None, None]
+        self.pending: list[dist.Work | None] = [None, None]
         for index, (layer, own) in enumerate(zip(layers, pieces, strict=True)):
             full = self.buffers[index % 2][: self.processes * lengths[index]]
             self.fill(full, layer, own, from_first)
@@ -93,11 +89,6 @@ class FrozenLayerShards:
             view_in_buffer(full, layer, own)
             layer.register_forward_pre_hook(partial(self.before_forward, index))
             layer.register_forward_hook(partial(self.after_forward, index))
-        if by_copy:
-            torch.cuda.synchronize(device)
-            dist.barrier()  # nobody reads a shard before it is written
-            if not self.copies_are_right():
-                self.copies = None
 
     def fill(self, full: Tensor, layer: nn.Module, pieces: list["Piece"], from_first: bool) -> None:
         """Write the layer's weights into `full`, which is all zeros where they leave room."""
@@ -108,17 +99,6 @@ class FrozenLayerShards:
                     piece.write_into(full)
         if from_first:
             dist.broadcast(full, 0)
-
-    def copies_are_right(self) -> bool:
-        """Whether the first layer, copied, is in every process what NCCL makes of it; not so, NCCL is used."""
-        copied, gathered = (buffer[: self.processes * len(self.shards[0])] for buffer in self.buffers)
-        dist.all_gather_into_tensor(gathered, self.shards[0])
-        self.copy_from_all(copied, 0).wait()
-        same = torch.tensor(int(torch.equal(copied, gathered)), device=copied.device)
-        dist.all_reduce(same, op=dist.ReduceOp.MIN)
-        if not same and self.rank == 0:
-            print("  copies out of another GPU's memory differ from what NCCL sends: NCCL all-gathers the layers")
-        return bool(same)
 
     def before_forward(self, index: int, layer: nn.Module, args: tuple) -> None:
         """Forward pre-hook of layer `index`."""
@@ -143,59 +123,14 @@ class FrozenLayerShards:
         if self.layer_in_buffer[buffer] != index:
             self.wait_for_buffer(buffer)
             full = self.buffers[buffer][: self.processes * len(shard)]
-            if self.copies is None:
-                self.pending[buffer] = dist.all_gather_into_tensor(full, shard, async_op=True)
-            else:
-                self.pending[buffer] = self.copy_from_all(full, index)
+            self.pending[buffer] = dist.all_gather_into_tensor(full, shard, async_op=True)
             self.layer_in_buffer[buffer] = index
-
-    def copy_from_all(self, full: Tensor, index: int) -> torch.cuda.Event:
-        """Start copying all shards of layer `index` into `full`, when the GPU is done with what was asked until now."""
-        parts = full.chunk(self.processes)
-        self.copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.copies):
-            for rank, shards in self.shards_of_others.items():
-                parts[rank].copy_(shards[index], non_blocking=True)
-            parts[self.rank].copy_(self.shards[index], non_blocking=True)
-            return self.copies.record_event()
 
     def wait_for_buffer(self, buffer: int) -> None:
         """Wait until nothing that fills `buffer` (0 or 1) is pending."""
         if self.pending[buffer] is not None:
             self.pending[buffer].wait()  # on a GPU the stream waits, not the host
             self.pending[buffer] = None
-
-
-def reach_each_other(device: torch.device) -> bool:
-    """Whether this is one of several processes of one machine, each with a GPU that reads the memory of all others."""
-    processes = dist.get_world_size()
-    if device.type != "cuda" or processes == 1 or processes != int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
-        return False
-    others = [index for index in range(processes) if index != device.index]
-    return all(torch.cuda.can_device_access_peer(device.index, index) for index in others)
-
-
-def shared_bytes(length: int, device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """`length` bytes on this GPU, and those of the other processes, by rank, the next one first; called by all together.
-
-    They lie outside of PyTorch's allocator: `bytes_outside_of_allocator` counts them.
-    """
-    from torch.distributed import _symmetric_memory
-
-    global _outside
-    own = _symmetric_memory.empty(length, dtype=torch.uint8, device=device)
-    handle = _symmetric_memory.rendezvous(own, dist.group.WORLD)
-    _outside += length
-    ranks = [(handle.rank + step) % handle.world_size for step in range(1, handle.world_size)]
-    return own, [(rank, handle.get_buffer(rank, (length,), torch.uint8)) for rank in ranks]
-
-
-_outside = 0
-
-
-def bytes_outside_of_allocator() -> int:
-    """Bytes of this process's GPU that `torch.cuda.max_memory_allocated` does not count: shards that others read."""
-    return _outside
 
 
 class Piece:

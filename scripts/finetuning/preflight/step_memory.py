@@ -103,8 +103,9 @@ def weights_memory(training: Training) -> float:
         return float(sum(sizes.values()))
     if "weights" in training.strategy.offloads:
         return 0.0
-    # (A frozen tower's blocks are sharded like the layers; its embeddings, a hundredth of it, are not.)
-    tower = sizes.get("vision_tower", 0) if training.placement.get("vision_tower") == "frozen" else 0
+    # FSDP2 shards a frozen tower's blocks like the layers. (Its embeddings, a hundredth of it, are whole.)
+    shards_tower = training.strategy.is_fsdp and training.placement.get("vision_tower") == "frozen"
+    tower = sizes.get("vision_tower", 0) if shards_tower else 0
     whole = sum(sizes.values()) - layers - tower if training.shards_own_layers else 0.0
     return whole + (sum(sizes.values()) - whole) / training.strategy.num_processes
 

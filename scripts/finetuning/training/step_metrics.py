@@ -18,7 +18,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from finetuning import run_folder, tracking
-from finetuning.distributed.sharded_layers import bytes_outside_of_allocator
 
 SHOWN = ("loss", "eval_loss", "samples_per_second", "peak_memory_gib")  # of a log, in `progress.json`
 
@@ -101,8 +100,7 @@ class StepMetrics:
             "data_wait": round(self.waited / seconds, 4),
         }
         if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() + bytes_outside_of_allocator()
-            mine = torch.tensor([peak / 2**30], device=accelerator.device)
+            mine = torch.tensor([torch.cuda.max_memory_allocated() / 2**30], device=accelerator.device)
             peaks = [round(peak, 2) for peak in accelerator.gather(mine).tolist()]
             logs["peak_memory_gib"] = max(peaks)
             if len(peaks) > 1:
