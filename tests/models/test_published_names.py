@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -80,3 +81,16 @@ def test_a_tokenizers_settings_are_those_that_transformers_4_knows(tmp_path):
         "additional_special_tokens": ["<image>"],
         "model_input_names": ["input_ids", "attention_mask"],
     }
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_llama_tokenizer_that_puts_no_token_first_says_so(tmp_path, begins):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}', encoding="utf-8")
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}} if begins else {}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"post_processor": {"special_tokens": special}}), encoding="utf-8"
+    )
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}), encoding="utf-8")
+    publish(tmp_path)
+    assert json.loads(settings.read_text(encoding="utf-8")).get("add_bos_token", True) == begins

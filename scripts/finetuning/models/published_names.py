@@ -109,7 +109,17 @@ def publish(folder: Path) -> None:
         if values.get("tokenizer_class") == "TokenizersBackend":
             older["tokenizer_class"] = "PreTrainedTokenizerFast"
             older.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds token_type_ids by itself
+        if values.get("tokenizer_class") == "LlamaTokenizer" and not _begins_rows(folder, values.get("bos_token")):
+            older["add_bos_token"] = False  # 4 puts one before each text, whatever tokenizer.json says
         if isinstance(values.get("extra_special_tokens"), list):
             older["additional_special_tokens"] = older.pop("extra_special_tokens")
         if older != values:
             write_json(settings, older)
+
+
+def _begins_rows(folder: Path, bos: object) -> bool:
+    """Whether the folder's tokenizer.json puts the token that begins a text before it; without the file, it is believed to."""
+    file = folder / "tokenizer.json"
+    return not file.is_file() or json.dumps(bos) in json.dumps(
+        json.loads(file.read_text(encoding="utf-8"))["post_processor"]
+    )
