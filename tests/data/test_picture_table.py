@@ -19,6 +19,9 @@ from finetuning.data.picture_table import FILE
 from support.raw_data import with_pictures
 
 
+pytestmark = pytest.mark.slow  # a second for the dataset that all read
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """30 frames of 30 kB, each asked about three times: `frames/` and `data/`."""

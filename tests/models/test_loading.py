@@ -33,6 +33,7 @@ def test_fp16_keeps_the_sums_that_overflow_in_fp32(tiny_gemma):
     assert torch.allclose(logits.float(), expected, atol=2e-3 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_a_process_that_is_sent_its_weights_has_room_for_none_and_all_else(tiny_llava):
     model_args = ModelConfig(model_name_or_path=str(tiny_llava), attn_implementation="sdpa")
     empty = base_model_without_weights(model_args, torch.bfloat16)

@@ -6,7 +6,7 @@
     ShardedWeights           of ZeRO-3 or FSDP2: there while their decoder layer is all-gathered, copied at each use
     ShardedFourBitWeights    the same in 4 bits, dequantized at each use
 
-`distributed.sharded_layers` adds a fifth kind, whose weights are all-gathered into a buffer.
+`distributed.sharded_layers` adds two whose weights are all-gathered into a buffer, dense and in 4 bits.
 """
 
 import operator
