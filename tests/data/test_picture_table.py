@@ -18,7 +18,6 @@ from finetuning.data.mixture import mix, open_mixed_in
 from finetuning.data.picture_table import FILE
 from support.raw_data import with_pictures
 
-
 pytestmark = pytest.mark.slow  # a second for the dataset that all read
 
 
