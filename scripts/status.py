@@ -68,7 +68,7 @@ def describe(run: Path) -> str:
     progress = read_progress(run)
     if not progress:
         raise ValueError(
-            f"{run}: no run here ({PROGRESS} is missing){nearest_path(run)}; the folder is a recipe's output_dir"
+            f"{run}: no run here ({PROGRESS} is missing){nearest_path(run) or '.'} The folder is a recipe's output_dir"
         )
     completed = read_metrics(run).get("completed")
     attempts: list[dict[str, Any]] = progress["attempts"]

@@ -146,12 +146,12 @@ def launch_problems(script: str, strategy: str, processes: int | None = None) ->
     problems = []
     if not Path(script).is_file() or Path(script).name not in commands:
         problems.append(
-            f"{script}: no training command{nearest_path(script)}; there are {', '.join(f'scripts/{name}' for name in commands)}"
+            f"{script}: no training command{nearest_path(script) or '.'} There are {', '.join(f'scripts/{name}' for name in commands)}"
         )
     if not (STRATEGIES / f"{strategy}.yaml").is_file():
         known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
         problems.append(
-            f"{strategy}: no strategy{did_you_mean(strategy, known)}; accelerate_configs/ has {', '.join(known)}"
+            f"{strategy}: no strategy{did_you_mean(strategy, known) or '.'} accelerate_configs/ has {', '.join(known)}"
         )
     elif (processes or 1) > 1 and Strategy.from_file(strategy).is_one_process:
         problems.append(f"{strategy} is for one process, and this job has {processes}: try ddp")
