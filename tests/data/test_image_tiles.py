@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
 from PIL import Image
 
 from finetuning.data.collator import LlavaDataCollator, prompt_batch
 from finetuning.data.count_tree import AnswerForm
+from finetuning.data.dataset import open_dataset
 from finetuning.data.image_tiles import parse_tiles, tile_boxes, tiles_of, with_tiles
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator
@@ -90,7 +90,7 @@ def test_a_batch_shows_the_picture_and_then_its_tiles(tiny_llava, tiled):
 
 
 def test_the_audit_the_plan_and_shared_prefixes_count_tiles(tiny_llava, tiled, cctv_dataset):
-    rows = load_from_disk(str(cctv_dataset))["train"].select(range(6))
+    rows = open_dataset(str(cctv_dataset), vision=True)["train"].select(range(6))
     collate, config = LlavaDataCollator(tiled), load_config(str(tiny_llava))
     lengths = [int(collate([one])["attention_mask"].sum()) for one in rows]
     audits = Auditor(tiled, config)(list(rows))
