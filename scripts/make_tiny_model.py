@@ -82,6 +82,8 @@ It was produced by the studio, has {n} episodes, is rated PG-13 and was scored {
 이 애니메이션은 어떤 작품인가요? 장르는 액션, 모험, 코미디입니다. 제작사는 어디인가요? 총 {n}화이며 평점은 {n}.{n}점입니다.
 """
 
+GRID = 4  # rows, and cells of a row, in which shapes are located
+
 
 def corpus(text: Path | None = None) -> list[str]:
     """Lines that a vocabulary is learnt from: the project's own, and those of the file `text`."""
@@ -313,8 +315,11 @@ def make_gemma3(args: argparse.Namespace) -> tuple[Gemma3ForConditionalGeneratio
     return model, processor
 
 
-def draw_shapes(rng: random.Random, size: int, count: int) -> Image.Image:
-    """A square picture of `count` shapes (discs, bars, and pins: a disc on a bar) that may hide one another in part."""
+def draw_shapes(rng: random.Random, size: int, count: int) -> tuple[Image.Image, list[tuple[float, float]]]:
+    """A square picture of `count` shapes (discs, bars, and pins: a disc on a bar) that may hide one another in part.
+
+    Returned with the (x, y) of each shape's middle, in pixels.
+    """
     image = Image.new("RGB", (size, size), tuple(rng.randint(110, 235) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     scale = size * rng.uniform(0.5, 1.0) * min(1.0, math.sqrt(20 / max(count, 20)))
@@ -335,17 +340,34 @@ def draw_shapes(rng: random.Random, size: int, count: int) -> Image.Image:
         if kind != "bar":
             top = y if kind == "disc" else y - height
             draw.ellipse([x - width, top - width, x + width, top + width], fill=head)
-    return image
+    return image, placed
+
+
+def describe_grid(places: list[tuple[float, float]], size: int) -> str:
+    """How many places lie in each cell of a square of `size` pixels, 9 at most: "0120 0000 3001 0010", row by row."""
+    cells = [[0] * GRID for _ in range(GRID)]
+    for x, y in places:
+        cells[int(y / size * GRID)][int(x / size * GRID)] += 1
+    return " ".join("".join(str(min(number, 9)) for number in row) for row in cells)
 
 
 def shape_row(rng: random.Random, size: int, max_count: int) -> dict:
-    """A question about a drawn picture of 1 to `max_count` shapes."""
+    """A question about a drawn picture of 1 to `max_count` shapes; every second time also where they are.
+
+    Where things are teaches a small model to look, many numbers a picture: how soon it counts then hangs less on its seed.
+    """
     count = rng.randint(1, max_count)
     question, answer = rng.choice(
         [("How many shapes are there?", f"{count} shapes."), ("도형이 몇 개 있나요?", f"{count}개입니다.")]
     )
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "images": [draw_shapes(rng, size, count)]}
+    image, places = draw_shapes(rng, size, count)
+    if rng.random() < 0.5:
+        messages += [
+            {"role": "user", "content": "Where are they?"},
+            {"role": "assistant", "content": describe_grid(places, size)},
+        ]
+    return {"messages": messages, "images": [image]}
 
 
 def text_row(rng: random.Random, sentences: list[str]) -> dict:
@@ -416,7 +438,7 @@ def main() -> None:
     parser.add_argument("--patch_size", type=int, default=8)
     parser.add_argument("--vision_hidden_size", type=int, default=128)
     parser.add_argument("--vision_layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=1000, help="steps of --pretrain")
+    parser.add_argument("--steps", type=int, default=850, help="steps of --pretrain")
     parser.add_argument("--max_count", type=int, default=20, help="shapes in a picture at most")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
