@@ -203,6 +203,7 @@ def test_killed_at_random_moments_a_command_ends_as_if_nothing_had_been(
         result = job.wait()
         done = result.code == 0 or "never overwritten" in result.log  # this start, or one whose end was killed
         assert done or result.code == -9, result.log
+        assert "Traceback" not in result.log, result.log
         killed += result.code == -9
         if done:
             ended += 1
