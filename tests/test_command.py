@@ -26,6 +26,21 @@ command.run(main)
 """
 
 
+READER = """
+import multiprocessing, os, signal, sys, time
+from finetuning import command
+def read(parent):
+    while os.getppid() == parent and "killed" in sys.argv:
+        time.sleep(0.01)
+    sys.excepthook(ConnectionResetError, ConnectionResetError("reset by peer"), None)
+process = multiprocessing.get_context("fork").Process(target=read, args=(os.getpid(),))
+process.start()
+if "killed" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+process.join()
+"""
+
+
 def start(**environment: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER],
@@ -105,3 +120,12 @@ def test_a_launch_that_loses_its_processes_is_refused(monkeypatch, flag):
 def test_the_installed_libraries_have_the_words_of_each_silenced_warning(known):
     assert known.words in inspect.getsource(import_module(known.module))
     assert known.reason
+
+
+@pytest.mark.slow
+def test_a_reader_whose_command_was_killed_prints_no_trace_and_any_other_does():
+    for word in ("killed", "alive"):
+        ended = subprocess.run(
+            [sys.executable, "-c", READER, word], cwd=ROOT / "scripts", capture_output=True, text=True, check=False
+        )
+        assert ("reset by peer" in ended.stderr) == (word == "alive"), ended.stderr

@@ -4,6 +4,7 @@ Standard library only. Commands whose imports take seconds import it first: Ctrl
 libraries warn of as they are imported is known (`known_warnings`).
 """
 
+import multiprocessing
 import os
 import re
 import signal
@@ -124,7 +125,18 @@ def _press_again(ignored: "sys.UnraisableHookArgs") -> None:
     threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
 
 
+def _parent_is_gone() -> bool:
+    """Whether this is a process that reads for a command which has ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return False
+    parent.join(1.0)
+    return not parent.is_alive()
+
+
 def _without_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, ConnectionError) and _parent_is_gone():
+        return  # the command was killed while this process handed it what it had read
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     elif is_main_process():
