@@ -464,6 +464,7 @@ def test_options_that_would_end_in_a_stack_trace(tmp_path):
 
     assert found(None) == found(T4) == []
     assert found(H200, use_liger_kernel=True) == ["use_liger_kernel"]
+    assert [problem.split()[0] for problem in found(H200, auto_find_batch_size=True)] == ["auto_find_batch_size"]
     (problem,) = features.option_problems(training_arguments(tmp_path, activation_offloading=True), None)
     assert problem.startswith("activation_offloading") and "there is no GPU: remove it" in problem
     assert found(H200, activation_offloading=True) == []

@@ -12,7 +12,7 @@ from finetuning.strategy import CONFIGS, Strategy
 
 
 def option_problems(training_args: TrainingArguments, capability: tuple[int, int] | None) -> list[str]:
-    """Options of transformers and TRL that would end in a stack trace; `capability` is None without a GPU."""
+    """Options of transformers and TRL that would end in a stack trace, or in another training; `capability` is None without a GPU."""
     problems = []
     if training_args.use_liger_kernel:
         problems.append(
@@ -23,6 +23,12 @@ def option_problems(training_args: TrainingArguments, capability: tuple[int, int
         problems.append(
             "activation_offloading moves activations from a GPU to main memory, and there is no GPU: remove it from the "
             "recipe"
+        )
+    if training_args.auto_find_batch_size:
+        problems.append(
+            "auto_find_batch_size makes batches smaller until they fit and steps with them: a step of 16 rows becomes one of "
+            "4, at the same learning rate. Set global_batch_size and a smaller per_device_train_batch_size; "
+            "checkpoint_layers: auto makes room by itself"
         )
     return problems
 
