@@ -214,7 +214,7 @@ def main(options: argparse.Namespace) -> None:
         ask_vllm(options, remaining, dtype)
         return
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
-    set_base_precision(model, options.base_precision)
+    set_base_precision(model, options.base_precision, Path(options.model))
     session = Session(model, processing_class, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     if options.chat:
         session.chat([open_image(image) for image in images], questions)

@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> None:
     refuse_changed_run(run, adapter_base(run), None, accept_changes=options.accept_changes)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
-    set_base_precision(model, options.base_precision)
+    set_base_precision(model, options.base_precision, run)
     if read_count_settings(run):
         forms, largest, calibration = settings_of(run)
         reader = CountReader(model, processing_class, forms, largest)

@@ -80,7 +80,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
     placed = describe_trainable(model)
-    speed = prepare_model(model, script_args, training_args)
+    speed = prepare_model(model, script_args, training_args, rows=train_rows, processing_class=tokenizer)
 
     # Train
     trainer = FineTuningTrainer(

@@ -86,7 +86,13 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     placed = describe_trainable(model)
     shares_prefix = uses_shared_prefix(script_args, train_rows, config)
     lacks_pictures = any(rows is not None and rows_without_image(rows) for rows in (train_rows, validation_rows))
-    speed = prepare_model(model, script_args, training_args, shares_prefix=shares_prefix, lacks_pictures=lacks_pictures)
+    speed = prepare_model(
+        *(model, script_args, training_args),
+        rows=train_rows,
+        processing_class=processor,
+        shares_prefix=shares_prefix,
+        lacks_pictures=lacks_pictures,
+    )
 
     # Train
     counting = counting_questions(train_rows, script_args.task) if script_args.number_loss == "crps" else []

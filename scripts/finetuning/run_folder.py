@@ -49,6 +49,7 @@ EVALUATION = "evaluation"
 REPORT = "report.html"
 CARD = "README.md"
 SKIPPED_ROWS = "skipped_rows.json"
+INT8_PRODUCTS = "int8_products.json"
 CHECKSUM = "crc32"  # of the other values
 COUNTS = "count_calibration.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -204,6 +205,17 @@ def read_begun_with(folder: Path) -> dict[str, Any]:
 def write_skipped_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Note which rows a training passed over, and why."""
     write_json(folder / SKIPPED_ROWS, {"rows": list(rows)})
+
+
+def write_int8_products(folder: Path, choice: dict[str, Any]) -> None:
+    """Note which products of the base stay in 16 bits under `base_precision: int8`, and what the others cost."""
+    write_checked(folder / INT8_PRODUCTS, choice)
+
+
+def read_int8_products(folder: Path) -> dict[str, Any] | None:
+    """What a run, of which `folder` may be a checkpoint, noted of them; None where it noted nothing."""
+    place = next((place for place in (folder, folder.parent) if (place / INT8_PRODUCTS).is_file()), None)
+    return None if place is None else read_checked(place / INT8_PRODUCTS, "Delete it: they are then chosen anew")
 
 
 def find_again(folder: Path, name: str) -> str:

@@ -52,7 +52,7 @@ class AskedModels:
                 torch.cuda.empty_cache()
             asked_by = None if source == str(self.run) else self.processing_class
             self.model, _ = load_for_inference(source, asked_by=asked_by)
-            set_base_precision(self.model, self.base_precision)
+            set_base_precision(self.model, self.base_precision, self.run)
             self.source = source
         return self.model
 

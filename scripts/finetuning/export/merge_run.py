@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
@@ -30,12 +31,13 @@ from finetuning.export.merging import (
 from finetuning.failures import writing
 from finetuning.families import is_vision
 from finetuning.folder_lock import one_at_a_time
+from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.manifest import made_whole
 from finetuning.model_card import write_model_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
 from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
 from finetuning.models.published_names import save
-from finetuning.run_folder import adapter_base, find_again
+from finetuning.run_folder import adapter_base, find_again, read_int8_products
 from finetuning.training.origin import refuse_changed_run
 
 GIB = 2**30
@@ -114,6 +116,17 @@ def load_with_adapter(run: Path, base: str, dtype: torch.dtype, device: str, rev
     return model
 
 
+def load_as_trained(run: Path, arguments: dict, dtype: torch.dtype) -> nn.Module | None:
+    """The run over its quantised base, as it was trained; None where the base was not quantised."""
+    in_int8 = arguments.get("base_precision") == "int8"
+    if not (in_int8 or arguments.get("load_in_4bit") or arguments.get("load_in_8bit")):
+        return None
+    model, _ = load_for_inference(str(run), dtype=dtype)
+    if in_int8:
+        hold_base_in_int8(model, (read_int8_products(run) or {}).get("in_16_bits", ()))
+    return model
+
+
 def save_merged(model: PeftModel, parts: Parts, folder: Path, max_shard_size: str) -> dict:
     """Merge, and write model, processor and template to `folder`; what `merge_in_place` says of it."""
     merged, changes = merge_in_place(model)
@@ -184,9 +197,9 @@ def merge(
                 "answers": answers_of(parts.probes, untuned, tuned, merged),
             }
             check_proof(report)
-            if arguments.get("load_in_4bit") or arguments.get("load_in_8bit"):
-                model, _ = load_for_inference(str(run), dtype=parts.dtype)
-                as_trained = "Asking as trained (4 bits)"
+            model = load_as_trained(run, arguments, parts.dtype)
+            if model is not None:
+                as_trained = "Asking as trained (quantised)"
                 trained = observe(model, parts.processing_class, parts.probes, description=as_trained, follow=tuned)
                 report["quantised_run_against_merged"] = compare_observations(merged, trained)
             write_merge_report(folder, report)

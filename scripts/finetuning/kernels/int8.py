@@ -33,6 +33,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether the GPU can copy tiles of tensors by itself, as the kernel asks of it: from compute capability 9.0 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def quantize_rows_to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """tensor (rows, columns) -> INT8 values of its rotation, and fp32 scales (rows,).
 
@@ -80,7 +86,7 @@ def int8_linear(
     holds is one more addend.
     """
     (x_values, x_scale), (w_values, w_scale) = x, weight
-    if runs_triton(x_values):
+    if runs_triton(x_values) and has_copy_engine(x_values.device):
         launch_int8_linear(x, weight, out, low_rank, spans, adds, tile_of(*out.shape))
         return out
     kind = upcast(out).dtype

@@ -6,6 +6,7 @@ weights as the forward product reads them.
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from finetuning.kernels.int8 import ROTATED, dequantize_rows, int8_linear, quantize_rows_to_int8
 from finetuning.models.parts import decoder_layers
+from finetuning.run_folder import read_int8_products
 
 try:
     from bitsandbytes.functional import dequantize_4bit
@@ -92,11 +94,14 @@ def int8_linear_of(linear: nn.Linear) -> Int8Linear:
     return Int8Linear(weight if state is None else dequantize_4bit(weight, state), linear.bias)
 
 
-def set_base_precision(model: nn.Module, base_precision: str | None) -> None:
-    """Let a model that is asked, not trained, multiply in INT8 if that is given. Raises ValueError where it cannot."""
+def set_base_precision(model: nn.Module, base_precision: str | None, run: Path) -> None:
+    """Let a model that is asked, not trained, multiply in INT8 if that is given. Raises ValueError where it cannot.
+
+    `run` is what was loaded: a run's folder may say which products stay in 16 bits.
+    """
     if base_precision == "int8":
         refuse_int8(model)
-        hold_base_in_int8(model)
+        hold_base_in_int8(model, (read_int8_products(run) or {}).get("in_16_bits", ()))
 
 
 def refuse_int8(model: nn.Module) -> None:

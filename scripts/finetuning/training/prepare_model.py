@@ -1,14 +1,17 @@
 """Changes to the model between loading and training, in order: fused kernels, the strategy's set-up, the shared prefix."""
 
+from pathlib import Path
+
+from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.distributed.deepspeed_zero import set_up_deepspeed
 from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.distributed.fsdp2 import set_up_fsdp2
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
-from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import (
     count_image_tokens_once,
@@ -17,6 +20,7 @@ from finetuning.kernels.model_patches import (
 )
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.strategy import Strategy
+from finetuning.training.int8_products import hold_in_int8
 
 
 def prepare_model(
@@ -24,6 +28,8 @@ def prepare_model(
     script_args: ScriptArguments,
     training_args: TrainingArguments,
     *,
+    rows: Dataset | None = None,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
     shares_prefix: bool = False,
     lacks_pictures: bool = False,
 ) -> str:
@@ -31,11 +37,15 @@ def prepare_model(
 
     ZeRO and FSDP2 depend on it: it names what they wrap, shards frozen layers and completes DeepSpeed's configuration.
     Fused LoRA rounds once where PEFT rounds twice, so losses in 16 bits differ in the last digits from those of
-    `fused_lora: false`. `lacks_pictures`: some batches may have no picture. FP8 costs some precision of the
-    gradients, INT8 of the products. The other patches compute the same.
+    `fused_lora: false`. `rows` and `processing_class` are needed where `base_precision` is int8, whose cost is measured on
+    a few rows. `lacks_pictures`: some batches may have no picture. FP8 costs some precision of the gradients, INT8 of the
+    products. The other patches compute the same.
     """
     # Kernels
-    in_int8 = hold_base_in_int8(model) if script_args.base_precision == "int8" else 0
+    held = ""
+    if script_args.base_precision == "int8":
+        number, cost = hold_in_int8(model, Path(training_args.output_dir), rows, processing_class)
+        held = f"; {number} base layers in INT8, which {cost}"
     fused = fuse_lora(model, sharded=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
     in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision else 0
     ignore_right_padding(model)
@@ -56,7 +66,6 @@ def prepare_model(
         enable_shared_prefix(model)
 
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
-    held = f"; {in_int8} base layers in INT8" if in_int8 else ""
     passed = f"; gradients pass through the weights of {in_fp8} layers in FP8" if in_fp8 else ""
     # DoRA, 8 bits, and what a sharding strategy leaves out of decoder layers.
     others = sum(isinstance(module, LoraLayer) for module in model.modules()) - fused
