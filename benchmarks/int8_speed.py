@@ -41,11 +41,13 @@ SHAPES = {
 RANKS = 64
 TILES = [
     int8.Tile(rows=128, columns=128, depth=128, stages=3, warps=8),
-    int8.Tile(rows=128, columns=128, depth=128, stages=6, warps=8, programs=1),
-    int8.Tile(rows=128, columns=256, depth=128, stages=3, warps=8, programs=1),
-    int8.Tile(rows=128, columns=256, depth=128, stages=4, warps=8, programs=1),
+    int8.Tile(rows=128, columns=128, depth=128, stages=4, warps=4),
+    int8.Tile(rows=128, columns=128, depth=256, stages=3, warps=8),
+    int8.Tile(rows=128, columns=256, depth=64, stages=4, warps=8),
+    int8.Tile(rows=128, columns=256, depth=128, stages=3, warps=8),
+    int8.Tile(rows=128, columns=256, depth=128, stages=4, warps=8),
     int8.Tile(rows=256, columns=128, depth=128, stages=3, warps=8),
-    int8.Tile(rows=256, columns=128, depth=128, stages=3, warps=8, programs=1),
+    int8.Tile(rows=64, columns=256, depth=128, stages=4, warps=4),
 ]
 
 
@@ -211,7 +213,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
-    print_table("check", {str(shape): check(*shape, int8.tile_of(shape[0], shape[2])) for shape in CHECKED}, ".2e")
+    print_table("check", {str(shape): check(*shape, int8.tile_of(shape[0])) for shape in CHECKED}, ".2e")
     with tqdm(unit="call", disable=None) as bar:
         if options.prefill:
             calls = prefill_calls(options.prefill, 64, 607)

@@ -632,6 +632,7 @@ def test_fp8_against_models_that_it_does_not_fit(tmp_path):
         ({}, (8, 9), LlamaConfig(), "compute capability 8.9 (9.0 would do)"),
         ({}, (10, 0), LlamaConfig(), "compute capability 10.0 (9.0 would do)"),
         ({}, None, LlamaConfig(), "a CPU (compute capability 9.0 would do)"),
+        ({}, H200, LlamaConfig(), "a launch by ZeRO-2 (accelerate_configs/ddp.yaml would do)"),
         ({"lora_r": 4}, H200, LlamaConfig(), "lora_r: 4 (a multiple of 8 would do)"),
         (
             {},
@@ -641,10 +642,12 @@ def test_fp8_against_models_that_it_does_not_fit(tmp_path):
         ),
     ],
 )
-def test_int8_against_what_it_cannot_do(tmp_path, model, capability, config, message):
+def test_int8_against_what_it_cannot_do(monkeypatch, tmp_path, model, capability, config, message):
+    training_args = training_arguments(tmp_path)
+    launch_by(monkeypatch, "ZeRO-2" if message is not None and "ZeRO-2" in message else "one process")
     found = features.base_precision_problems(
         script_arguments(base_precision="int8"),
-        training_arguments(tmp_path),
+        training_args,
         ModelArguments(**{"lora_r": 64} | model),
         capability,
         config,

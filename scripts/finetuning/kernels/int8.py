@@ -87,7 +87,7 @@ def int8_linear(
     """
     (x_values, x_scale), (w_values, w_scale) = x, weight
     if runs_triton(x_values) and has_copy_engine(x_values.device):
-        launch_int8_linear(x, weight, out, low_rank, spans, adds, tile_of(*out.shape))
+        launch_int8_linear(x, weight, out, low_rank, spans, adds, tile_of(len(out)))
         return out
     kind = upcast(out).dtype
     product = (x_values.to(kind) @ w_values.to(kind).T) * x_scale[:, None] * w_scale
@@ -104,11 +104,10 @@ class Tile(NamedTuple):
     depth: int
     stages: int  # loads under way
     warps: int
-    programs: int = 0  # for each multiprocessor, which take tiles in turn; 0: one for each tile
 
 
-def tile_of(tokens: int, features: int) -> Tile:
-    """The fastest tile on an H200 (benchmarks/int8_speed.py)."""
+def tile_of(tokens: int) -> Tile:
+    """The fastest on an H200 (benchmarks/int8_speed.py); small tiles for few tokens, so that each multiprocessor has one."""
     return Tile(128, 128, 128, 3, 8) if tokens > 64 else Tile(64, 64, 256, 4, 4)
 
 
@@ -128,9 +127,7 @@ def launch_int8_linear(
     columns = min(tile.columns, 128)
     x_a, b = (out, out) if low_rank is None else low_rank
     is_transposed = b.stride(0) == 1
-    tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(features, tile.columns)
-    programs = min(tiles, tile.programs * multiprocessors(out.device)) if tile.programs else tiles
-    int8_linear_kernel[(programs,)](
+    int8_linear_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(features, tile.columns),)](
         TensorDescriptor.from_tensor(x_values, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(w_values, [tile.columns, tile.depth]),
         TensorDescriptor.from_tensor(x_a, [tile.rows, 64]),
@@ -139,7 +136,7 @@ def launch_int8_linear(
         x_scale, w_scale, spans, tokens, features, width, x_a.shape[1],
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=64, GROUP=8,
         HAS_LOW_RANK=low_rank is not None, HAS_SPANS=spans is not None, IS_TRANSPOSED=is_transposed, ADDS=adds,
-        IN_TURN=programs < tiles, num_stages=tile.stages, num_warps=tile.warps,
+        num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -192,20 +189,19 @@ if triton is not None:
             product += out_desc.load([first_row, first_column]).to(tl.float32)
         out_desc.store([first_row, first_column], product.to(out_desc.dtype))
 
-    @triton.jit
-    def compute_tile(
-        tile, x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr, tokens, features, width,
-        ranks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    @triton.jit(do_not_specialize=["tokens"])
+    def int8_linear_kernel(
+        x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr, tokens, features, width, ranks,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
         GROUP: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SPANS: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
         ADDS: tl.constexpr,
     ):  # fmt: skip
-        """One tile of the product, by its number."""
         # Tiles of GROUP rows of tiles run side by side, so that their weights are read from the cache.
         tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(features, BLOCK_N)
-        group = tile // (GROUP * tiles_n)
+        group = tl.program_id(0) // (GROUP * tiles_n)
         rows_in_group = tl.minimum(tiles_m - group * GROUP, GROUP)
-        first_row = (group * GROUP + tile % (GROUP * tiles_n) % rows_in_group) * BLOCK_M
-        first_column = (tile % (GROUP * tiles_n) // rows_in_group) * BLOCK_N
+        first_row = (group * GROUP + tl.program_id(0) % (GROUP * tiles_n) % rows_in_group) * BLOCK_M
+        first_column = (tl.program_id(0) % (GROUP * tiles_n) // rows_in_group) * BLOCK_N
         sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
         for start in range(0, width, BLOCK_K):
             x = x_desc.load([first_row, start])
@@ -223,26 +219,4 @@ if triton is not None:
             write_tile(
                 sums, first_row, first_column, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr,
                 tokens, features, ranks, BLOCK_M, BLOCK_N, BLOCK_R, HAS_LOW_RANK, HAS_SPANS, IS_TRANSPOSED, ADDS,
-            )  # fmt: skip
-
-    @triton.jit(do_not_specialize=["tokens"])
-    def int8_linear_kernel(
-        x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr, tokens, features, width, ranks,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-        GROUP: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SPANS: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
-        ADDS: tl.constexpr, IN_TURN: tl.constexpr,
-    ):  # fmt: skip
-        if IN_TURN:
-            tiles = tl.cdiv(tokens, BLOCK_M) * tl.cdiv(features, BLOCK_N)
-            for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-                compute_tile(
-                    tile, x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr,
-                    tokens, features, width, ranks, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
-                    HAS_LOW_RANK, HAS_SPANS, IS_TRANSPOSED, ADDS,
-                )  # fmt: skip
-        else:
-            compute_tile(
-                tl.program_id(0), x_desc, w_desc, x_a_desc, b_desc, out_desc, x_scale_ptr, w_scale_ptr, spans_ptr,
-                tokens, features, width, ranks, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
-                HAS_LOW_RANK, HAS_SPANS, IS_TRANSPOSED, ADDS,
             )  # fmt: skip

@@ -188,6 +188,9 @@ def base_precision_problems(
         f"a launch by {launch}, where weights come and go ({CONFIGS}/ddp.yaml or deepspeed_zero2.yaml would do)": (
             launch.shards_weights
         ),
+        f"a launch by {launch} ({CONFIGS}/ddp.yaml would do)": (
+            is_int8 and launch.is_deepspeed and not launch.shards_weights
+        ),
         f"a model of type {text.model_type} ({' or '.join(kinds)} would do)": text.model_type not in kinds,
         f"layers of width {', '.join(map(str, uneven))} (multiples of {128 if is_int8 else 16} would do)": bool(uneven),
     }

@@ -293,7 +293,9 @@ def evaluation_seconds(workload: Workload, training: Training, gpu: Gpu) -> floa
 
 
 def bits_of(settings: dict[str, Any]) -> int | None:
-    """Of the base's linear layers, where they are quantised."""
+    """Of the base's linear layers, where they are stored in fewer than 16; INT8 keeps a copy for gradients."""
+    if settings["base_precision"] == "int8":
+        return None
     return 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else None
 
 

@@ -30,11 +30,14 @@ def hold_in_int8(
 
     A run that goes on keeps the products that it was begun with; all processes take the main one's.
     """
+    device = PartialState().device
+    model.to(device)
     choice = read_int8_products(folder) if checkpoints(folder) else None
     if choice is None:
         number = min(ROWS, len(rows))
         sample = undecoded(rows, [index * len(rows) // number for index in range(number)])
-        choice = choose_products(model, collate(processing_class, sample).to(next(model.parameters()).device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as in training
+            choice = choose_products(model, collate(processing_class, sample).to(device))
         [choice] = broadcast_object_list([choice])
         if PartialState().is_main_process:
             write_int8_products(folder, choice)
