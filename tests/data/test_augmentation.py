@@ -1,5 +1,7 @@
 """Pictures changed at random show all that they showed, the same on every way to a row, and flips spare words of sides."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from accelerate.data_loader import SeedableRandomSampler, skip_first_batches
@@ -8,7 +10,9 @@ from PIL import Image
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
+from finetuning.arguments import ScriptArguments
 from finetuning.data.augmentation import KINDS, augment, augment_batches, names_sides
+from finetuning.preflight.features import augmentation_problems
 from finetuning.training.read_ahead import read_next_epoch_ahead
 
 
@@ -109,3 +113,17 @@ def test_words_of_sides_are_found_in_english_and_korean(text, speaks_of_sides):
     rows = Dataset.from_dict({"messages": [first, second, second]})
     assert names_sides(rows) == ((1, text) if speaks_of_sides else None)
     assert names_sides(rows.select([0])) is None
+
+
+def test_what_would_be_ignored_or_make_a_text_untrue_is_refused_with_the_row():
+    turns = [{"role": "user", "content": "Who is on the left?"}, {"role": "assistant", "content": "A boy."}]
+    rows = Dataset.from_dict({"messages": [turns], "images": [[None]]})
+    asked, order = ScriptArguments("data", image_augmentation="flip"), SimpleNamespace(train_sampling_strategy="random")
+    (problem,) = augmentation_problems(asked, order, rows)
+    assert "row 0 untrue, which says 'Who is on the left?': leave flip out" in problem
+    (problem,) = augmentation_problems(asked, order, rows.remove_columns("images"))
+    assert "has no effect: the rows hold no pictures" in problem
+    blurred = ScriptArguments("data", image_augmentation=["blur"])
+    assert augmentation_problems(blurred, order, rows) == []
+    (problem,) = augmentation_problems(blurred, SimpleNamespace(train_sampling_strategy="group_by_length"), rows)
+    assert "set train_sampling_strategy: random" in problem
