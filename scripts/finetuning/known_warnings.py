@@ -48,6 +48,11 @@ LOGGED = {
         "for backward compatibility. Install torchvision to use the default backend, ",
         "torchvision is no requirement: pictures are read with Pillow, as the published processors did",
     ),
+    "transformers.trainer_utils": Known(
+        "transformers.trainer_utils",
+        "The tokenizer has new PAD/BOS/EOS tokens that differ from the model config and generation config. ",
+        "TRL sets the token that ends a turn, and transformers 5.23 writes it into the model's config, as it should",
+    ),
     "DeepSpeed": Known(
         "deepspeed.accelerator.real_accelerator",
         "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",
