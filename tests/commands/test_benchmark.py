@@ -158,5 +158,12 @@ def test_messages_of_a_step_are_counted_and_those_that_the_gpu_waits_for(monkeyp
     sent = [message("allreduce", 1000, 1000, "Float"), message("_allgather_base", 500, 2000, "BFloat16")]
     sent.append(message("barrier", 1, 1, "Float"))
     # A ring of 4 sends 2 x 3/4 of 4,000 bytes, and 3/4 of the 4,000 that each has in the end.
-    assert summarise(kernels + sent) == {"bytes_sent": 9000, "step_ms": 9.0, "message_ms": 3.0, "waiting_ms": 1.5}
-    assert summarise([]) == {"bytes_sent": None, "step_ms": None, "message_ms": None, "waiting_ms": None}
+    assert summarise(kernels + sent) == {
+        "bytes_sent": 9000,
+        "step_ms": 9.0,
+        "message_ms": 3.0,
+        "waiting_ms": 1.5,
+        "idle_ms": 0.0,
+    }
+    nothing = dict.fromkeys(["bytes_sent", "step_ms", "message_ms", "waiting_ms", "idle_ms"])
+    assert summarise([]) == nothing

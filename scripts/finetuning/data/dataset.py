@@ -55,9 +55,16 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     ]
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems) + ". docs/data.md describes the columns (The data contract)")
-    if vision:
-        dataset = DatasetDict({split: with_undecoded_pictures(rows, folder) for split, rows in dataset.items()})
-    return dataset
+    # A text model's rows may have pictures, too, which nobody looks at: they must not be looked for either.
+    has_pictures = {
+        split: vision or is_list_of_pictures(rows.features.get("images")) for split, rows in dataset.items()
+    }
+    return DatasetDict(
+        {
+            split: with_undecoded_pictures(rows, folder) if has_pictures[split] else rows
+            for split, rows in dataset.items()
+        }
+    )
 
 
 def describe_damage(folder: Path) -> str | None:
@@ -109,6 +116,11 @@ def _read_arrow_files(paths: Sequence[Path], sender: Connection) -> None:
         sender.send(problem)
 
 
+def is_list_of_pictures(feature: object) -> bool:
+    """Whether a column of this type holds lists of pictures."""
+    return isinstance(feature, List) and isinstance(feature.feature, Image)
+
+
 def with_undecoded_pictures(rows: Dataset, folder: Path) -> Dataset:
     """`images` as lists of `{"bytes", "path"}`: the library would open them by other rules than `open_picture`.
 
@@ -122,7 +134,7 @@ def with_undecoded_pictures(rows: Dataset, folder: Path) -> Dataset:
             f"images is {feature}, expected a list of pictures in each row: write [picture], or prepare the data with "
             "data_prep/prepare_conversations.py"
         )
-    if not isinstance(feature, List) or not isinstance(feature.feature, Image):
+    if not is_list_of_pictures(feature):
         return rows.cast_column("images", List(Image(decode=False)))
     return with_stored_pictures(rows, folder)
 
