@@ -268,6 +268,7 @@ def test_fsdp2_wraps_a_frozen_tower_layer_by_layer_without_our_names():
         assert ("CLIPEncoder" in model.base_model.model._no_split_modules) is ours
 
 
+@pytest.mark.slow
 def test_4_bit_weights_in_a_buffer_do_not_say_how_they_are_read_without_our_mark(one_process_group, tmp_path):
     """bitsandbytes' own layers ask them wherever the fused layer does not compute."""
     tiny_llava(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)

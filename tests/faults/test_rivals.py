@@ -41,6 +41,7 @@ def test_a_second_training_merge_or_generate_is_refused_and_nothing_is_written(
         assert not (tmp_path / name).exists() and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_second_preparation_is_refused_and_what_a_killed_one_left_is_removed(rival, tmp_path):
     output, other = tmp_path / "out", tmp_path / ".out-of-the-way"
     process = rival(output)
@@ -55,6 +56,7 @@ def test_a_second_preparation_is_refused_and_what_a_killed_one_left_is_removed(r
     give_back(output)
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_moved_away_from_an_evaluation(rival, tmp_path):
     run = tmp_path / "run"
     process = rival(run / "evaluation" / "test")

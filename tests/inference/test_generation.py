@@ -23,6 +23,7 @@ def test_answers_are_those_of_generate_one_row_at_a_time(kind, adapter, request)
     assert generate_answers(model, processing_class, rows, batch_size=2, max_new_tokens=12) == expected
 
 
+@pytest.mark.slow
 def test_base_and_tuned_come_together_and_pictures_are_seen_once(tiny_llava, monkeypatch):
     model, processor = load(tiny_llava, adapter=True)
     rows = vision_rows()

@@ -29,7 +29,7 @@ def logits(model, batch):
     return model(**batch).logits
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rslora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", STARTS)
 def test_the_model_begins_as_it_was_and_is_saved_against_the_base(start, rslora, tiny_llava, tmp_path):
     batch = LlavaDataCollator(load_processing_class(str(tiny_llava)))(rows_of_all_shapes())

@@ -144,6 +144,7 @@ def test_damaged_metrics_are_written_again_from_the_checkpoint_or_nothing_is_tou
         start_or_continue(str(begun), ARGUMENTS, BEGUN_WITH)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_queued_again_on_another_node_is_not_kept_out_by_its_own_lock(begun, monkeypatch):
     give_back(begun)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
