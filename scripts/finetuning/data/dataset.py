@@ -56,12 +56,11 @@ def open_dataset(name: str, *, vision: bool) -> DatasetDict:
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems) + ". docs/data.md describes the columns (The data contract)")
     # A text model's rows may have pictures, too, which nobody looks at: they must not be looked for either.
-    has_pictures = {
-        split: vision or is_list_of_pictures(rows.features.get("images")) for split, rows in dataset.items()
-    }
     return DatasetDict(
         {
-            split: with_undecoded_pictures(rows, folder) if has_pictures[split] else rows
+            split: with_undecoded_pictures(rows, folder)
+            if vision or is_list_of_pictures(rows.features.get("images"))
+            else rows
             for split, rows in dataset.items()
         }
     )

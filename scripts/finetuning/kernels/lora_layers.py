@@ -419,8 +419,8 @@ def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:
         return False
     if any(norm.weight.requires_grad for norm in norms.modules()) or type(layer.mlp.act_fn) not in IS_GELU:
         return False
-    # Gemma 3's attention gets its window by the mask.
-    if sharded if type(layer) not in TWO_NORM_LAYERS else has_sliding_window(attention.config):
+    is_gemma3 = type(layer) not in TWO_NORM_LAYERS  # its attention gets its window by the mask
+    if (is_gemma3 and sharded) or (has_sliding_window(attention.config) and not is_gemma3):
         return False
     query, key, value, output, gate, up, down = linear_layers
     layer.fused_qkv = ProjectionStack([query, key, value], sharded=sharded)
