@@ -12,7 +12,7 @@ from finetuning.tasks.numerals import numeral_pattern
 # Anybody: "no people" is nobody, "no children" is not.
 ANYBODY = (
     r"people|peoples|ppl|persons?|individuals?|pedestrians?|humans?|human\sbeings?|visitors?|customers?|shoppers?"
-    r"|passengers?|folks?|souls?|passers-by|passersby|bystanders?"
+    r"|passengers?|folks?|souls?|pax|passers-by|passersby|bystanders?"
 )
 SOMEBODY = (
     r"peeps|figures?|heads?|faces?|subjects?|men|man|women|woman|adults?|children|child|kids?|boys?"
@@ -222,7 +222,8 @@ CORRECTION = re.compile(
     r"|sorry,(?=\s(?:\d|i|there|it|that|make))|or rather,?|strike that|my mistake)"
     # "25, no, 27", "I thought 25, but there are 27", 25명인 줄 알았는데.
     r"|(?<=\d)\s?[,–-]\s?no,?(?=\s\d)"
-    r"|\bi\s(?:first\s|initially\s|originally\s)?(?:thought|guessed|assumed)\b[^.;]{0,40}?\d[^.;]{0,20}?\bbut\b"
+    r"|\bi\s(?:(?:first\s|initially\s|originally\s)?(?:thought|guessed|assumed)|(?:first|initially|originally)\s"
+    r"(?:counted|saw|found|had))\b[^.;]{0,40}?\d[^.;]{0,20}?\bbut\b"
     r"|\d\s?(?:명|사람)?(?:인|이라고|으로|라고)\s?(?:줄|생각|봤|보았|셌)[가-힣 ]{0,6}(?:는데|지만|으나)"
     r"|(?:^|[\s,.])(?:아니,|아니(?=\s\d)|아니다[,.]|아뇨,|정정(?:하면|합니다|하겠습니다)?[:,.]?|다시\s?(?:세|보니|확인)[가-힣]{0,4}"
     r"|수정[:합하][가-힣]{0,3})"
@@ -292,7 +293,7 @@ TOTAL_BEFORE = re.compile(
     r"|are|of|to|comes? to|in the \w+|visible))*"
     r"|\b(?:so|hence|thus|therefore|in total|altogether|overall|in all|all told|all together|in sum|combined|summing up|sum(?:s)? (?:of"
     r"|to|up to)|sum|grand total|adds? up to"
-    r"|adding up to|for a total of|that(?:'s| is)|which makes|all in all|people in total)(?:,? (?:there (?:are"
+    r"|adding up to|for a total of|that(?:'s| is)|which (?:makes|gives)|all in all|people in total)(?:,? (?:there (?:are"
     r"|is|were)|i (?:count|see)|we have|it is|it's|that's|that makes|makes))?"
     r"|(?:^|[^가-힣])(?:총계?|총원|총수|총인원|총합|총\s?인원|총\s?사람|모두|전부|도합|합계|합쳐서?|합치면|합하면|합해서?|더하면|다\s?합쳐|통틀어"
     r"|전체|총\s?\S{1,3}\s?수|전체\s?인원|합|계)(?:은|는|이|수|하여|다)?)"
@@ -419,6 +420,7 @@ EVEN_LOWER = [
     ),
     (r"(?<=[열물른흔쉰순든백]) 약 (?=[세네다여일여아])", " 한 "),
     (r"(?<![가-힣])한 (?=두 ?(?:명|사람))", "한"),
+    (r"(?<=[열물른흔쉰순든백]) ?하고도? (?=[한두세네다여일아])", " "),  # 스물 하고도 여섯
 ]
 # A number of other things has their name behind it: "3 floors", "2 parked cars", "1 bus", "26 km". A number with
 # anything else behind it may be people: "20 are walking", "25 further away".
