@@ -40,7 +40,7 @@ from clock import Clock
 from finetuning.arguments import TrainingArguments
 from finetuning.data.collator import LlavaDataCollator
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
-from finetuning.families import is_vision
+from finetuning.families import family_of, is_vision
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.kernels.lora_layers import fuse_lora
@@ -245,7 +245,9 @@ def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_fold
         **run,
     }
     if vision and not variant.shared:
-        measured["share_of_peak"] = needed_flops(config, tokens, answers) * options.steps / seconds / options.peak
+        views = answers * family_of(config).views(config, (options.picture_size, options.picture_size))
+        operations = needed_flops(config, tokens, answers, views)
+        measured["share_of_peak"] = operations * options.steps / seconds / options.peak
     return measured
 
 
@@ -376,8 +378,11 @@ def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespac
     return json.loads((folder / "measured.json").read_text(encoding="utf-8")) | {"tokens_a_step": tokens}
 
 
-def needed_flops(model_config: PreTrainedConfig, tokens: float, rows: int) -> float:
-    """Operations of a step with frozen weights: 4 per weight and token, causal attention, the vision tower's forward."""
+def needed_flops(model_config: PreTrainedConfig, tokens: float, rows: int, views: int) -> float:
+    """Operations of a step with frozen weights: 4 per weight and token, causal attention, the vision tower's forward.
+
+    `views` are how often the tower sees a picture or a tile of it.
+    """
     config, vision = model_config.text_config, model_config.vision_config
     width, layers = config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -387,10 +392,9 @@ def needed_flops(model_config: PreTrainedConfig, tokens: float, rows: int) -> fl
     )
     attention = layers * 3.5 * 2 * (tokens / rows) ** 2 * attention_width * rows
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    tower_weights = vision.num_hidden_layers * (
-        4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    )
-    return 4 * weights * tokens + attention + 2 * tower_weights * patches * rows
+    block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    tower = vision.num_hidden_layers * (2 * block + 4 * patches * vision.hidden_size) * patches
+    return 4 * weights * tokens + attention + tower * views
 
 
 def peak_rate() -> float:

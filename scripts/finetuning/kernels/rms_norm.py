@@ -18,7 +18,9 @@ def rms_norm(hidden: Tensor, weight: Tensor, offset: float, eps: float, out: Ten
     if runs_triton(hidden):
         rows, width = hidden.shape
         block = triton.next_power_of_2(width)
-        rms_norm_kernel[(rows,)](hidden, weight, out, width, out.stride(0), offset, eps, BLOCK=block, num_warps=8)
+        rms_norm_kernel[(rows,)](
+            hidden, weight, out, width, out.stride(0), offset, eps, BLOCK=block, num_warps=warps_for(block)
+        )
         return out
     hidden_fp32 = upcast(hidden)
     normed = hidden_fp32 * torch.rsqrt(hidden_fp32.square().mean(-1, keepdim=True) + eps)
@@ -34,10 +36,11 @@ def rms_norm_backward(
     """
     if runs_triton(hidden):
         rows, width = hidden.shape
+        block = triton.next_power_of_2(width)
         grad_hidden, normed = torch.empty_like(hidden), torch.empty_like(grad)
         rms_norm_backward_kernel[(rows,)](
             hidden, weight, grad, grad_residual.contiguous(), grad_hidden, normed, width, offset, eps,
-            BLOCK=triton.next_power_of_2(width), num_warps=8,
+            BLOCK=block, num_warps=warps_for(block),
         )  # fmt: skip
         return grad_hidden, normed
     hidden_fp32 = upcast(hidden)
@@ -47,6 +50,11 @@ def rms_norm_backward(
     scaled = upcast(grad) * scale
     grad_normed = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return (grad_normed + upcast(grad_residual)).to(hidden.dtype), (normed * scale).to(grad.dtype)
+
+
+def warps_for(block: int) -> int:
+    """One for each 256 numbers, at most 8: rows of a head's width are many, and most of larger programs would wait."""
+    return max(1, min(8, block // 256))
 
 
 if triton is not None:
