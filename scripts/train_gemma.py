@@ -37,6 +37,7 @@ from finetuning.tasks.anime_facts import AnimeExam, FactReader
 from finetuning.tasks.exam import open_exam
 from finetuning.training.best_checkpoint import settle_best
 from finetuning.training.dry_run import dry_run
+from finetuning.training.eva import begin_from_inputs
 from finetuning.training.number_loss import make_number_loss
 from finetuning.training.planned_run import plan_run
 from finetuning.training.prepare_model import prepare_model
@@ -79,6 +80,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     )
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
+    if model_args.init_lora_weights == "eva" and checkpoint is None:
+        begin_from_inputs(model, train_rows, tokenizer)
     placed = describe_trainable(model)
     speed = prepare_model(model, script_args, training_args, rows=train_rows, processing_class=tokenizer)
 

@@ -38,6 +38,7 @@ from finetuning.preflight.strategies import rows_without_image, searches_unused_
 from finetuning.tasks.exam import counting_questions, open_exam
 from finetuning.training.best_checkpoint import settle_best
 from finetuning.training.dry_run import dry_run
+from finetuning.training.eva import begin_from_inputs
 from finetuning.training.number_loss import make_number_loss
 from finetuning.training.planned_run import plan_run
 from finetuning.training.prepare_model import prepare_model
@@ -83,6 +84,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         follow_tiles(model.config, processor)
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
+    if model_args.init_lora_weights == "eva" and checkpoint is None:
+        begin_from_inputs(model, train_rows, processor)
     placed = describe_trainable(model)
     shares_prefix = uses_shared_prefix(script_args, train_rows, config)
     lacks_pictures = any(rows is not None and rows_without_image(rows) for rows in (train_rows, validation_rows))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import train_llava
 from datasets import load_from_disk
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -21,7 +22,7 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from finetuning.arguments import ScriptArguments, parse_arguments
+from finetuning.arguments import ModelArguments, ScriptArguments, parse_arguments
 from finetuning.data.collator import LlavaDataCollator, with_pictures
 from finetuning.data.label_audit import Auditor
 from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image, uses_shared_prefix
@@ -35,8 +36,9 @@ from finetuning.kernels.model_patches import count_image_tokens_once, ignore_rig
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
 from finetuning.models.loading import load_base_model, load_for_inference
 from finetuning.models.parts import count_parameters
+from finetuning.models.picture_parameters import picture_parameters, without_adapter
 from finetuning.models.processing import follow_tiles, load_config, load_processing_class
-from finetuning.models.trainable import describe_trainable
+from finetuning.models.trainable import describe_trainable, set_trainable
 from finetuning.training.activation_checkpointing import with_largest_pictures
 from support.families import CLIP_L_336, FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
 from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora
@@ -124,11 +126,19 @@ def test_loader_processes_leave_room_for_all_tiles(processor, config):
     assert bytes_of_fetch(processor) == 4 * (1 + tiles) * 3 * 32 * 32 * 4
 
 
-def test_a_newline_that_stays_frozen_beside_a_trained_projector_is_said(folder):
-    model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"])
-    has_newline = any("image_newline" in name for name, _ in model.named_parameters())
-    assert ("image_newline stays as it is beside LoRA" in describe_trainable(model)) == has_newline
-    assert "stays as it is" not in describe_trainable(random_model(folder))
+@pytest.mark.parametrize("projector", ["full", "lora"])
+def test_vectors_beside_the_projector_are_trained_with_it_or_said_to_stay(projector, folder):
+    script_args = ScriptArguments(dataset_name="x", projector=projector, vision_tower="frozen")
+    base = random_model(folder)
+    names = list(picture_parameters(base))
+    if projector == "lora" and not any("multi_modal_projector" in n and "linear" in n for n, _ in base.named_modules()):
+        pytest.skip("the projector has no linear layer for LoRA")
+    model = set_trainable(base, script_args, ModelArguments(lora_r=4))
+    trained = picture_parameters(model, trained=True)
+    assert len(trained) == (len(names) if projector == "full" else 0)
+    assert ("image_newline stays as it is: LoRA adapts matrices" in describe_trainable(model)) == (
+        projector == "lora" and bool(names)
+    )
 
 
 def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, config):
@@ -267,6 +277,25 @@ SAVED = ("--save_strategy", "steps", "--save_steps", "2")
 @pytest.fixture(scope="module")
 def run(trained, dataset, tmp_path_factory):
     return train(trained, dataset, tmp_path_factory.mktemp("lora") / trained.name, *LORA, *SAVED)
+
+
+@pytest.mark.slow
+def test_the_adapter_holds_all_of_the_projector_and_is_off_without_it(run, trained, dataset):
+    base, _ = load_for_inference(str(trained))
+    model, processor = load_for_inference(str(run))
+    saved = load_file(run / "adapter_model.safetensors")
+    for name, parameter in picture_parameters(base).items():
+        assert not torch.equal(saved[f"base_model.model.{name}"], parameter)
+    batch = dict(LlavaDataCollator(processor)([load_from_disk(dataset)["validation"][0]]))
+    with torch.no_grad():
+        tuned, expected = model(**batch).logits, base(**batch).logits
+        assert not torch.equal(tuned, expected)
+        with without_adapter(model):
+            assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model(**batch).logits, tuned)
+        # PEFT's own loader reads the same.
+        theirs = PeftModel.from_pretrained(load_base_model(str(trained), dtype=torch.float32), run).eval()
+        torch.testing.assert_close(theirs(**batch).logits, tuned, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -258,8 +258,9 @@ class ModelArguments(ModelConfig):
     init_lora_weights: str | None = setting(
         None,
         "How LoRA begins. Unset: A random, B zero; gaussian, orthogonal: PEFT's other draws; pissa, "
-        "pissa_niter_16 (faster), olora: from the base's largest directions, saved as plain LoRA of twice the rank.",
-        choices=["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"],
+        "pissa_niter_16 (faster), olora: from the base's largest directions, saved as plain LoRA of twice the rank; eva: A "
+        "from the largest directions of what layers read in rows of the run.",
+        choices=["gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva"],
     )
 
 

@@ -22,6 +22,7 @@ from finetuning.kernels.int8_base import set_base_precision
 from finetuning.main_process import refuse_together
 from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.models.loading import load_for_inference
+from finetuning.models.picture_parameters import without_adapter
 from finetuning.models.processing import load_saved_processing_class
 from finetuning.run_folder import EvaluationFolder, adapter_base, changed_settings, set_aside
 
@@ -60,7 +61,7 @@ class AskedModels:
     def as_named(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
         """The model of that name, an adapter off for the base."""
         model = self.load(name)
-        with model.disable_adapter() if name == "base" and isinstance(model, PeftModel) else nullcontext():
+        with without_adapter(model) if name == "base" and isinstance(model, PeftModel) else nullcontext():
             yield model
 
 

@@ -35,6 +35,7 @@ from finetuning.kernels.int8_base import hold_base_in_int8
 from finetuning.manifest import made_whole
 from finetuning.model_card import write_model_card
 from finetuning.models.loading import check_adapter_is_complete, load_base_model, load_for_inference
+from finetuning.models.picture_parameters import load_adapter, without_adapter
 from finetuning.models.processing import follow_tiles, load_config, load_saved_processing_class
 from finetuning.models.published_names import save
 from finetuning.run_folder import adapter_base, find_again, read_int8_products
@@ -109,7 +110,7 @@ def where_it_fits(output: Path, num_bytes: int) -> str:
 def load_with_adapter(run: Path, base: str, dtype: torch.dtype, device: str, revision: str) -> PeftModel:
     """The base in the dtype of the merge, and the run's adapter on it."""
     model = load_base_model(base, dtype=dtype, device_map={"": device}, revision=revision)
-    model = PeftModel.from_pretrained(model, run).eval()
+    model = load_adapter(model, run).eval()
     for part in model.modules():
         if isinstance(part, ModulesToSaveWrapper):  # saved as the fp32 masters of training; LoRA is computed in fp32
             part.to(dtype)
@@ -167,7 +168,7 @@ def merge(
         model = load_with_adapter(run, parts.base, parts.dtype, parts.device, parts.revision)
         follow_tiles(model.config, parts.processing_class)
         tuned = observe(model, parts.processing_class, parts.probes, description="Asking base + adapter")
-        with model.disable_adapter():
+        with without_adapter(model):
             untuned = observe(model, parts.processing_class, parts.probes, description="Asking the base", follow=tuned)
 
         # Merge and save; what is not proven does not stay

@@ -18,6 +18,7 @@ from finetuning.inference.count_distribution import CountReader
 from finetuning.inference.generation import answer_batch
 from finetuning.inference.packed_decoder import reason_against
 from finetuning.inference.prompt_reader import PromptReader
+from finetuning.models.picture_parameters import without_adapter
 
 
 class QueueFull(Exception):
@@ -139,7 +140,7 @@ class AnswerQueue:
     def _reply(self, jobs: Sequence[Job], name: str) -> list[Reply]:
         rows = [job.row for job in jobs]
         if self.answerer is None:
-            off = self.model.disable_adapter() if name == "base" and len(self.names) > 1 else nullcontext()
+            off = without_adapter(self.model) if name == "base" and len(self.names) > 1 else nullcontext()
             with off:
                 texts = answer_batch(self.model, self.processing_class, rows, max_new_tokens=self.max_new_tokens)
             lengths = [0] * len(rows)

@@ -25,6 +25,7 @@ from finetuning.inference.decode_steps import DecodeSteps, NewRows
 from finetuning.inference.packed_decoder import KeyValuePool, PackedDecoder
 from finetuning.inference.packed_prompts import PackedPrompts, Segment
 from finetuning.inference.prompt_reader import PromptGroup
+from finetuning.models.picture_parameters import without_adapter
 
 LIKELIHOODS = "likelihoods"  # beside the names of the models, what a row's tree tells
 CHUNK_TOKENS = 32768  # more make no product faster
@@ -263,7 +264,7 @@ class Answerer:
     @contextmanager
     def as_named(self, name: str) -> Iterator[None]:
         """The model that answers as `name`: a PeftModel's base with its adapter off, else the model as it is."""
-        off = self.model.disable_adapter() if name == "base" and isinstance(self.model, PeftModel) else nullcontext()
+        off = without_adapter(self.model) if name == "base" and isinstance(self.model, PeftModel) else nullcontext()
         with self.one_at_a_time, off:
             self.decoder.follow_switch()
             yield

@@ -20,6 +20,7 @@ from finetuning.inference.answer_stream import AnswerStream
 from finetuning.inference.answerer import LIKELIHOODS, Answerer
 from finetuning.inference.packed_decoder import reason_against
 from finetuning.inference.prompt_reader import PromptReader, cut_windows, group_rows, image_ids_of, read_prompts
+from finetuning.models.picture_parameters import without_adapter
 from finetuning.strategy import Strategy
 
 # Rows that a process answers between two results, where the batch size is chosen here: just under a full batch.
@@ -140,7 +141,7 @@ def answer_by_transformers(
             batch = [rows[index] for index in indices]
             texts = {}
             for name in names:
-                off = model.disable_adapter() if name == "base" and isinstance(model, PeftModel) else nullcontext()
+                off = without_adapter(model) if name == "base" and isinstance(model, PeftModel) else nullcontext()
                 with off:
                     texts[name] = answer_batch(model, processing_class, batch, max_new_tokens=max_new_tokens)
             answers = [(index, {name: texts[name][place] for name in names}) for place, index in enumerate(indices)]

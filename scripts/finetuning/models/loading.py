@@ -27,6 +27,7 @@ from finetuning.arguments import TrainingArguments
 from finetuning.device import inference_dtype, weight_dtype
 from finetuning.families import is_vision
 from finetuning.models.parts import base_model_of
+from finetuning.models.picture_parameters import load_adapter
 from finetuning.models.processing import (
     SAFE,
     follow_tiles,
@@ -240,7 +241,7 @@ def load_for_inference(
         revision=arguments.get("model_revision", "main") if is_adapter else "main",
     )
     if is_adapter:
-        model = PeftModel.from_pretrained(model, name)
+        model = load_adapter(model, name)
         for parameter in model.parameters():
             # PEFT loads parts trained in full in fp32; their inputs have the dtype of the base.
             if parameter.dtype == torch.float32:

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from finetuning.arguments import ModelArguments, ScriptArguments
 from finetuning.models.adapter_start import adapter_of, changes_base
-from finetuning.models.parts import MODULE_OF, PICTURE_PARAMETERS, count_parameters, part_of, parts_of
+from finetuning.models.parts import MODULE_OF, count_parameters, part_of, parts_of
+from finetuning.models.picture_parameters import picture_parameters
 from finetuning.strategy import Strategy
 
 
@@ -42,7 +43,8 @@ def set_trainable(
     weights of two dtypes (DeepSpeed#8072).
 
     Returns a PeftModel if any part is `lora`, else the same model. Parts trained in full beside LoRA are PEFT's
-    `modules_to_save`, so that the adapter folder holds everything that was trained (LLaVA#844: projector lost).
+    `modules_to_save`, so that the adapter folder holds everything that was trained (LLaVA#844: projector lost). Vectors
+    beside the projector follow it, and are saved by `models/picture_parameters.py`: PEFT knows modules only.
     Raises ValueError if all parts are frozen, if the language model is trained in full beside LoRA, or if the trainable
     parameters differ from the recipe in the end.
     """
@@ -58,6 +60,7 @@ def set_trainable(
             )
         # Without weights, where memory is planned, there is nothing to begin from.
         start = None if model.device.type == "meta" else model_args.init_lora_weights
+        start = None if start == "eva" else start  # set later, from rows (`training/eva.py`)
         lora = LoraConfig(
             task_type=model_args.lora_task_type,
             r=model_args.lora_r,
@@ -74,6 +77,8 @@ def set_trainable(
             model = get_peft_model(model, lora, autocast_adapter_dtype=not deepspeed)
         if changes_base(start):
             model.adapter_start = adapter_of(model)
+        for parameter in picture_parameters(model).values():
+            parameter.requires_grad_(wanted["projector"] == "full")
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[part_of(name)] == "full")
@@ -141,13 +146,9 @@ def describe_trainable(model: nn.Module) -> str:
         f"  {part:<15}{count['trainable']:>15,} of {count['total']:>15,} parameters trained"
         for part, count in counts.items()
     ]
-    if counts.get("projector", {}).get("trainable"):
-        # PEFT saves modules that are trained in full, and no single parameters.
-        names = [name.rpartition(".")[2] for name, each in model.named_parameters() if not each.requires_grad]
+    if counts.get("projector", {}).get("lora"):
         lines += [
-            f"  {name} stays as it is beside LoRA: PEFT saves no single vectors"
-            for name in PICTURE_PARAMETERS
-            if name in names
+            f"  {name.rpartition('.')[2]} stays as it is: LoRA adapts matrices" for name in picture_parameters(model)
         ]
     trainable, total = (sum(count[key] for count in counts.values()) for key in ("trainable", "total"))
     return "\n".join([*lines, f"  {'all':<15}{trainable:>15,} of {total:>15,} ({trainable / total:.4%})"])

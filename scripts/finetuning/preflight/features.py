@@ -75,6 +75,11 @@ def start_problems(script_args: ScriptArguments, model_args: ModelArguments) -> 
             f"init_lora_weights: {start} decomposes whole weights and keeps adapters in fp32, which a launch by {launch} does not: "
             f"launch with {CONFIGS}/ddp.yaml"
         )
+    if start == "eva" and launch.shards_weights:
+        problems.append(
+            f"init_lora_weights: eva asks the whole model before it is trained, which a launch by {launch} holds in shards: "
+            f"launch with {CONFIGS}/ddp.yaml"
+        )
     return problems
 
 

@@ -32,6 +32,7 @@ from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import use_supervised_rows
 from finetuning.manifest import follow_umask
 from finetuning.models.parts import base_model_of, cache_named_parameters, switch_mode_only_on_change
+from finetuning.models.picture_parameters import add_to_adapter, picture_parameters
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
@@ -305,15 +306,18 @@ class FineTuningTrainer(LearningRatesTrainer):
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and not self.strategy.replicates:
-            self._save(output_dir, state_dict=full_trained_weights(self.model))
+        folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        trained = picture_parameters(model, trained=True) if isinstance(model, PeftModel) else {}
+        if isinstance(model, PeftModel) and not self.strategy.replicates:
+            trained = full_trained_weights(self.model)
+            self._save(output_dir, state_dict=trained)
         elif self.accelerator.is_fsdp2 and not _internal_call:
             # The end of a full fine-tune; its checkpoints hold shards, and transformers would leave those only.
             self._save(output_dir, state_dict=full_weights(self.accelerator, self.model))
         else:
             super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            folder = Path(output_dir or self.args.output_dir)
+            add_to_adapter(folder, trained)
             follow_umask(folder.glob("*.safetensors"))
             # A pickle that nothing here reads: arguments.yaml says the same, to people too.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
