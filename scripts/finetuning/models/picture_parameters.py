@@ -26,8 +26,13 @@ def picture_parameters(model: nn.Module, *, trained: bool = False) -> dict[str, 
     }
 
 
-def add_to_adapter(folder: Path, trained: Mapping[str, Tensor]) -> None:
-    """Write those of `trained` (full name -> weight) into the adapter of `folder`, which PEFT saved without them."""
+def add_to_adapter(folder: Path, trained: nn.Module | Mapping[str, Tensor]) -> None:
+    """Write the trained ones into the adapter of `folder`, which PEFT saved without them.
+
+    `trained` is the model, or its trained weights by full name where no process holds them all. Not of a model without LoRA.
+    """
+    if isinstance(trained, nn.Module):
+        trained = picture_parameters(trained, trained=True) if isinstance(trained, PeftModel) else {}
     added = {name: weight for name, weight in trained.items() if name.rpartition(".")[2] in PICTURE_PARAMETERS}
     if added:
         state = load_file(folder / ADAPTER_WEIGHTS)

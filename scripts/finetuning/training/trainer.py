@@ -32,7 +32,7 @@ from finetuning.kernels.cuda_graphs import CudaGraphs
 from finetuning.kernels.linear_cross_entropy import use_supervised_rows
 from finetuning.manifest import follow_umask
 from finetuning.models.parts import base_model_of, cache_named_parameters, switch_mode_only_on_change
-from finetuning.models.picture_parameters import add_to_adapter, picture_parameters
+from finetuning.models.picture_parameters import add_to_adapter
 from finetuning.strategy import Strategy
 from finetuning.training.activation_checkpointing import LayerCheckpointing
 from finetuning.training.best_checkpoint import StopEarly, find_best
@@ -306,9 +306,8 @@ class FineTuningTrainer(LearningRatesTrainer):
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
-        trained = picture_parameters(model, trained=True) if isinstance(model, PeftModel) else {}
-        if isinstance(model, PeftModel) and not self.strategy.replicates:
+        trained = self.accelerator.unwrap_model(self.model)
+        if isinstance(trained, PeftModel) and not self.strategy.replicates:
             trained = full_trained_weights(self.model)
             self._save(output_dir, state_dict=trained)
         elif self.accelerator.is_fsdp2 and not _internal_call:
@@ -317,10 +316,15 @@ class FineTuningTrainer(LearningRatesTrainer):
         else:
             super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            add_to_adapter(folder, trained)
-            follow_umask(folder.glob("*.safetensors"))
-            # A pickle that nothing here reads: arguments.yaml says the same, to people too.
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            complete_saved(Path(output_dir or self.args.output_dir), trained)
+
+
+def complete_saved(folder: Path, trained: torch.nn.Module | dict[str, torch.Tensor]) -> None:
+    """What transformers and PEFT left of a saved model in `folder`, made whole and readable; `trained` as `add_to_adapter`'s."""
+    add_to_adapter(folder, trained)
+    follow_umask(folder.glob("*.safetensors"))
+    # A pickle that nothing here reads: arguments.yaml says the same, to people too.
+    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 @contextmanager
