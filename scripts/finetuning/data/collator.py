@@ -24,6 +24,7 @@ from trl.data_utils import prepare_multimodal_messages
 from finetuning import upstream
 from finetuning.data.image_tiles import num_views, tiles_of, with_tiles
 from finetuning.data.pictures import PictureError, open_pictures
+from finetuning.data.pixel_table import pixel_values
 from finetuning.families import family_of
 
 
@@ -100,9 +101,13 @@ class LlavaDataCollator:
         """
         pictures = [example["images"] for example in examples if example["images"]]
         nested = isinstance(self.processor, LlavaOnevisionProcessor)  # which counts the pictures of each row
-        batch = {}
+        batch: dict[str, Any] = {}
         if pictures:
-            batch = self.processor.image_processor(pictures if nested else list(chain(*pictures)), return_tensors="pt")
+            if isinstance(self.processor, LlavaProcessor):
+                batch = pixel_values(self.processor.image_processor, list(chain(*pictures)))
+            else:
+                flat = pictures if nested else list(chain(*pictures))
+                batch = self.processor.image_processor(flat, return_tensors="pt")
         dialogues = []
         for example in examples:
             messages = prepare_multimodal_messages(example["messages"], images=example["images"])
