@@ -13,7 +13,7 @@ Stopped half way, the same command continues; finished, it shows what is there.
 
 import argparse
 
-from finetuning import command
+from finetuning import command, start
 from finetuning.flags import ANSWERS_KEPT, evaluation_parser
 from finetuning.model_files import refuse_missing_dataset
 from finetuning.run_folder import EvaluationFolder, digest_weights, find_again, open_run, untuned_model
@@ -25,6 +25,7 @@ def main(args: argparse.Namespace) -> None:
     """Ask base and tuned model the titles' questions, score them and write the evaluation into the run."""
     run, arguments = open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=False)
+    start.prepare(untuned_model(run))
     # PyTorch comes with these: once there is something to evaluate.
     from datasets import Dataset
 

@@ -12,16 +12,17 @@ way, the same command continues; finished, it shows what is there.
 
 import argparse
 
-from finetuning import command
+from finetuning import command, start
 from finetuning.flags import ANSWERS_KEPT, evaluation_parser
 from finetuning.model_files import refuse_missing_dataset
-from finetuning.run_folder import open_run
+from finetuning.run_folder import open_run, untuned_model
 
 
 def main(args: argparse.Namespace) -> None:
     """Evaluate the run. Raises ValueError where run or dataset is missing, before PyTorch is imported."""
-    open_run(args.run)
+    run, _ = open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=True)
+    start.prepare(untuned_model(run))
     from finetuning.tasks.evaluate import evaluate  # PyTorch comes with it: once there is something to evaluate
 
     evaluate(args, vision=True)

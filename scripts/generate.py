@@ -19,14 +19,12 @@ import argparse
 import json
 import sys
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetuning import command
+from finetuning import command, start
 from finetuning.data.pictures import SUFFIXES, find_pictures, what_is_wrong
-from finetuning.fingerprints import changed_files
 from finetuning.flags import ANSWERS_KEPT, asking_parser, nearest_path
 from finetuning.model_files import config_of
 from finetuning.run_folder import (
@@ -172,10 +170,8 @@ def main(options: argparse.Namespace) -> None:
         if not remaining:
             print(f"All {len(items):,} answers are in {options.output} already")
             return
-    # Files are compared with those of the training while PyTorch is imported: of a 7B base that takes seconds
-    base, comparing = adapter_base(Path(options.model)), None
-    if command.is_main_process():
-        comparing = ThreadPoolExecutor(1).submit(changed_files, Path(options.model), base, None)
+    base = adapter_base(Path(options.model))
+    start.prepare(base)
 
     # Ask
     import torch
@@ -192,8 +188,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.training.origin import refuse_changed_run
 
     state = open_processes()
-    accept = options.accept_changes
-    changes = refuse_changed_run(Path(options.model), base, None, accept_changes=accept, comparing=comparing)
+    changes = refuse_changed_run(Path(options.model), base, None, accept_changes=options.accept_changes)
     if options.engine == "vllm":
         refuse_vllm(options.model)
     if options.counts:

@@ -13,9 +13,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from finetuning import command
+from finetuning import command, start
 from finetuning.flags import Parser, add_accept_changes, nearest_path
-from finetuning.run_folder import is_unfinished, read_arguments
+from finetuning.run_folder import adapter_base, is_unfinished, read_arguments
 
 
 def check_inputs(run: Path, output: Path) -> dict:
@@ -42,6 +42,7 @@ def check_inputs(run: Path, output: Path) -> dict:
 def main(options: argparse.Namespace) -> None:
     """Merge, prove, and say what was found. Raises ValueError where a folder is wrong or the merge is not proven."""
     arguments = check_inputs(options.run, options.output)
+    start.prepare(adapter_base(options.run))
     from finetuning.export.merge_run import merge  # PyTorch comes with it: once there is something to merge
 
     report = merge(

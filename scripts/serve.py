@@ -17,7 +17,7 @@ import socket
 import sys
 from pathlib import Path
 
-from finetuning import command
+from finetuning import command, start
 from finetuning.flags import LANGUAGES, asking_parser, positive
 from finetuning.model_files import config_of
 from finetuning.run_folder import adapter_base, read_count_settings, refuse_unfinished
@@ -85,6 +85,7 @@ def main(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
+        start.prepare(adapter_base(Path(options.model)))
         from finetuning.inference.openai_api import Limits, make_app
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install -r requirements-serve.txt") from error

@@ -14,12 +14,13 @@ from finetuning import command  # first: see there
 
 from pathlib import Path
 
+from finetuning import start
 from finetuning.command_line import refuse_wrong_command
 
 RECIPE = Path(__file__).parent / "configs" / "gemma_qlora.yaml"
 if __name__ == "__main__":
     # Before PyTorch is imported, which takes seconds
-    command.run(lambda: refuse_wrong_command(RECIPE, __doc__, vision=False))
+    command.run(lambda: start.prepare(refuse_wrong_command(RECIPE, __doc__, vision=False)))
 
 from transformers import set_seed
 
@@ -48,6 +49,7 @@ from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     """One training from its recipe to its saved weights. Raises ValueError where it cannot work, TrainingDiverged."""
+    start.ended("imports")
     # Run: a fresh start, or the checkpoint of an interrupted one
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=False)
@@ -70,6 +72,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         dry_run(script_args, training_args, model_args, config, train_rows, tokenizer)
         return
     checkpoint = begin(script_args, training_args, model_args, config, plan)
+    start.ended("checks")
 
     # Model
     for rows in (train_rows, *parts):  # of a mixture its own first, then the first of each part
@@ -78,6 +81,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
+    start.ended("weights")
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
     model = set_trainable(model, script_args, model_args)
     if model_args.init_lora_weights == "eva" and checkpoint is None:
@@ -99,6 +103,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         number_loss=make_number_loss(script_args, tokenizer),
     )
     trainer.accelerator.print(placed, speed, describe_run(trainer), sep="\n")
+    start.ended("adapters and Trainer")
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save

@@ -14,12 +14,13 @@ from finetuning import command  # first: see there
 
 from pathlib import Path
 
+from finetuning import start
 from finetuning.command_line import refuse_wrong_command
 
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
 if __name__ == "__main__":
     # Before PyTorch is imported, which takes seconds
-    command.run(lambda: refuse_wrong_command(RECIPE, __doc__, vision=True))
+    command.run(lambda: start.prepare(refuse_wrong_command(RECIPE, __doc__, vision=True)))
 
 from transformers import set_seed
 
@@ -49,6 +50,7 @@ from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     """One training from its recipe to its saved weights. Raises ValueError where it cannot work, TrainingDiverged."""
+    start.ended("imports")
     # Run: a fresh start, or the checkpoint of an interrupted one
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=True)
@@ -71,6 +73,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         dry_run(script_args, training_args, model_args, config, train_rows, processor)
         return
     checkpoint = begin(script_args, training_args, model_args, config, plan, skipped_rows=skipped)
+    start.ended("checks")
 
     # Model
     if script_args.image_max_tiles is not None:
@@ -80,6 +83,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
     model = load_base_for_training(
         model_args, training_args, trains_base_weights="lora" not in script_args.placement.values()
     )
+    start.ended("weights")
     if script_args.image_max_tiles is not None:
         follow_tiles(model.config, processor)
     set_seed(training_args.seed)  # here, because some strategies draw random numbers while they load
@@ -116,6 +120,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments, model_a
         image_augmentation=script_args.image_augmentation or (),
     )
     trainer.accelerator.print(placed, speed, describe_run(trainer), sep="\n")
+    start.ended("adapters and Trainer")
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save

@@ -169,8 +169,8 @@ def read_command(
     return argv, settings
 
 
-def refuse_wrong_command(default_recipe: Path, description: str, *, vision: bool) -> None:
-    """Raise ValueError with all that is wrong with a training command's words, dataset and base model.
+def refuse_wrong_command(default_recipe: Path, description: str, *, vision: bool) -> str:
+    """The name of the base model. Raises ValueError with all that is wrong with a training command's words, data and base.
 
     `--help` ends the command here.
     """
@@ -186,6 +186,7 @@ def refuse_wrong_command(default_recipe: Path, description: str, *, vision: bool
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+    return settings.model_name_or_path
 
 
 def unknown_flag(word: str, parser: argparse.ArgumentParser) -> str:

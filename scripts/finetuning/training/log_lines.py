@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from finetuning import start
+
 WIDEST = 100  # columns
 
 
@@ -60,6 +62,9 @@ class LogLines(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        start.ended("first step")
+        if state.is_world_process_zero and (said := start.told()):
+            self.say(said)
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -6,7 +6,6 @@ accepted.
 
 import hashlib
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from finetuning import run_folder
 from finetuning.arguments import ModelArguments, ScriptArguments, TrainingArguments
-from finetuning.fingerprints import MODEL_FILES, changed_files, changes, of_dataset, of_folder, of_mixture
+from finetuning.fingerprints import changed_files, changes, of_dataset, of_mixture, of_model
 from finetuning.main_process import found_by_main
 from finetuning.manifest import HASH
 from finetuning.models.processing import load_config, template_path
@@ -42,25 +41,17 @@ def fingerprints(
 
 def of_base(name: str, config: PreTrainedConfig) -> str | None:
     """The fingerprint of a model's folder; of a Hub model its commit."""
-    return of_folder(Path(name), MODEL_FILES) or getattr(config, "_commit_hash", None)
+    return of_model(name) or getattr(config, "_commit_hash", None)
 
 
-def refuse_changed_run(
-    run: Path,
-    base: str | None,
-    dataset: str | None,
-    *,
-    accept_changes: bool,
-    comparing: Future[list[str]] | None = None,
-) -> list[str]:
+def refuse_changed_run(run: Path, base: str | None, dataset: str | None, *, accept_changes: bool) -> list[str]:
     """What differs from the finished run: its own files, its base, and `dataset` where it is the run's; on all processes.
 
-    `comparing` are the files as the main process has begun to compare them (`changed_files`) while it did something else.
     Raises ValueError in all of them where something does and `accept_changes` is not set.
     """
 
     def differences() -> list[str]:
-        found = comparing.result() if comparing else changed_files(run, base, dataset)
+        found = changed_files(run, base, dataset)
         if base and not Path(base).is_dir():
             revision = (run_folder.read_arguments(run) or {}).get("model_revision", "main")
             commit = of_base(base, load_config(base, revision))

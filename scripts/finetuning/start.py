@@ -1,0 +1,57 @@
+"""The seconds before a command computes: what goes on beside its imports, what they leave out, and where the time went.
+
+Standard library only at import.
+"""
+
+import importlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from finetuning.command import is_main_process
+from finetuning.fingerprints import hash_ahead
+
+COMPILER_OFF = "TORCHDYNAMO_DISABLE"
+_ended: dict[str, float] = {}  # part of the start -> seconds from the command to its end
+
+
+def prepare(base: str | None = None) -> None:
+    """Called before the first import of PyTorch: begins to hash the base model, imports bitsandbytes without the compiler.
+
+    bitsandbytes 0.50 wraps four functions in `torch.compile` as it is imported, and PEFT imports it for every LoRA. That
+    loads all of PyTorch's compiler, a sixth of all imports. The four serve neither CUDA nor CPUs, which have their own.
+    """
+    if base is not None and is_main_process():
+        hash_ahead(base)
+    before = os.environ.get(COMPILER_OFF)
+    os.environ[COMPILER_OFF] = "1"
+    try:
+        with suppress(ImportError):  # who quantises nothing can do without
+            importlib.import_module("bitsandbytes")
+    finally:
+        del os.environ[COMPILER_OFF]
+        if before is not None:
+            os.environ[COMPILER_OFF] = before
+
+
+def seconds() -> float:
+    """Seconds since this process was started (Linux: field 22 of /proc/self/stat, in ticks since the boot)."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def ended(part: str) -> None:
+    """Note that a part of a training's start has ended, the first time that it does."""
+    if part not in _ended:
+        _ended[part] = seconds()
+
+
+def told() -> str:
+    """Seconds from the command to here, and of each part; once, and of a command that noted its imports: else empty."""
+    if "imports" not in _ended or "told" in _ended:
+        return ""
+    ends = list(_ended.items())
+    parts = [f"{part} {end - begin:.1f}" for (part, end), (_, begin) in zip(ends, [("", 0.0), *ends], strict=False)]
+    ended("told")
+    return f"{ends[-1][1]:.1f} s from the command to its first step: {', '.join(parts)}"
