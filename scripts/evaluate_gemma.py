@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     """Ask base and tuned model the titles' questions, score them and write the evaluation into the run."""
     run, arguments = open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=False)
-    start.prepare(untuned_model(run))
+    start.prepare(untuned_model(run), engine=args.engine)
     # PyTorch comes with these: once there is something to evaluate.
     from datasets import Dataset
 

@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     """Evaluate the run. Raises ValueError where run or dataset is missing, before PyTorch is imported."""
     run, _ = open_run(args.run)
     refuse_missing_dataset(args.dataset, vision=True)
-    start.prepare(untuned_model(run))
+    start.prepare(untuned_model(run), engine=args.engine)
     from finetuning.tasks.evaluate import evaluate  # PyTorch comes with it: once there is something to evaluate
 
     evaluate(args, vision=True)

@@ -171,7 +171,7 @@ def main(options: argparse.Namespace) -> None:
             print(f"All {len(items):,} answers are in {options.output} already")
             return
     base = adapter_base(Path(options.model))
-    start.prepare(base)
+    start.prepare(base, engine=options.engine)
 
     # Ask
     import torch

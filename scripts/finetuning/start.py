@@ -3,8 +3,10 @@
 Standard library only at import.
 """
 
+import ctypes
 import importlib
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,14 +18,17 @@ COMPILER_OFF = "TORCHDYNAMO_DISABLE"
 _ended: dict[str, float] = {}  # part of the start -> seconds from the command to its end
 
 
-def prepare(base: str | None = None) -> None:
-    """Called before the first import of PyTorch: begins to hash the base model, imports bitsandbytes without the compiler.
+def prepare(base: str | None = None, *, engine: str = "built-in") -> None:
+    """Called before the first import of PyTorch: begins to hash the base model, opens the GPU, imports bitsandbytes.
 
-    bitsandbytes 0.50 wraps four functions in `torch.compile` as it is imported, and PEFT imports it for every LoRA. That
-    loads all of PyTorch's compiler, a sixth of all imports. The four serve neither CUDA nor CPUs, which have their own.
+    Without PyTorch's compiler: bitsandbytes 0.50 wraps four functions in `torch.compile` as it is imported, PEFT imports it
+    for every LoRA, and all of the compiler is loaded with it, a seventh of all imports. The four serve neither CUDA nor
+    CPUs, which have functions of their own.
     """
     if base is not None and is_main_process():
         hash_ahead(base)
+    if engine != "vllm":  # which forks processes that open it themselves
+        threading.Thread(target=open_gpu, daemon=True).start()
     before = os.environ.get(COMPILER_OFF)
     os.environ[COMPILER_OFF] = "1"
     try:
@@ -33,6 +38,18 @@ def prepare(base: str | None = None) -> None:
         del os.environ[COMPILER_OFF]
         if before is not None:
             os.environ[COMPILER_OFF] = before
+
+
+def open_gpu() -> None:
+    """Start the CUDA driver and this process's context, which PyTorch then finds; nothing on a machine without a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), number) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def seconds() -> float:

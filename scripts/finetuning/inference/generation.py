@@ -53,8 +53,11 @@ def answer_rows(
     Raises ValueError for a row that cannot be asked, and where not one row fits the GPU.
     """
     state = PartialState()
-    was_training = model.training
+    was_training, threads = model.training, torch.get_num_threads()
     model.eval()
+    if model.device.type == "cuda":
+        # What the host computes is small. After each such piece the threads of all cores would spin for a while (OpenMP).
+        torch.set_num_threads(1)
     window = WINDOW * state.num_processes if batch_size == "auto" else BATCHES_A_WINDOW * int(batch_size)
     windows = cut_windows(image_ids_of(rows), window)
     if packs(model):
@@ -76,6 +79,7 @@ def answer_rows(
                 window = {name: [answers[name] for answers in whole] for name in names}
                 yield window | ({} if trees is None else {LIKELIHOODS: [answers.get(LIKELIHOODS) for answers in whole]})
     finally:
+        torch.set_num_threads(threads)
         model.train(was_training)
         answered.close()
 
