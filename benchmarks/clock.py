@@ -1,5 +1,6 @@
 """What every way of training is measured by; Unsloth's environment, which has other versions, imports it too."""
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -46,3 +47,23 @@ class Clock(TrainerCallback):
             "loss_steps": [entry["step"] for entry in history],
             "losses": [entry["loss"] for entry in history],
         }
+
+
+def limit_memory(gib: float | None, elsewhere: int = 0) -> None:
+    """Hold this process to `gib` of the GPU's memory, its CUDA context included; None takes a limit away.
+
+    `elsewhere` bytes of the GPU are another process's.
+    """
+    if not torch.cuda.is_available():
+        return
+    free_memory()
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved() - elsewhere
+    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else (gib * GIB - context) / total)
+
+
+def free_memory() -> None:
+    """Give back what the run before held on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -5,7 +5,7 @@
 
 Only the config and the processor of the model are read. Its weights are drawn at random in the published shape, once, and
 copied for every setting. Settings are drawn with a fixed seed: even ones are for calibration, odd ones are held out, said
-before anything is measured. The first line of the output is the machine, each further one a setting, its batch and what was
+before anything is measured. Another --seed draws others. The first line of the output is the machine, each further one a setting, its batch and what was
 measured. All memory is that of the setting alone: the kept copy of the weights is taken off. The second line runs on a CPU.
 """
 
@@ -45,6 +45,7 @@ from finetuning.models.loading import keep_residual_stream_in_fp32
 from finetuning.models.parts import decoder_layers
 from finetuning.models.processing import load_config, load_processing_class
 from finetuning.models.trainable import set_trainable
+from finetuning.training.planned_run import launch_seconds
 from finetuning.training.prepare_model import prepare_model
 from finetuning.training.trainer import FineTuningTrainer
 
@@ -72,9 +73,9 @@ class Setting:
     projector: str = "frozen"
 
 
-def llava_settings(count: int = 36, full: int = 4) -> Iterator[Setting]:
+def llava_settings(seed: int = 24, count: int = 36, full: int = 4) -> Iterator[Setting]:
     """LoRA and NF4 of LLaVA; then full, whose weights, gradients and optimizer take 106 GiB."""
-    drawn = random.Random(24)
+    drawn = random.Random(seed)
     halves = ["calibration", "held out"]
     for index in range(count):
         questions = drawn.choice([1, 1, 1, 3, 3])
@@ -104,9 +105,9 @@ def llava_settings(count: int = 36, full: int = 4) -> Iterator[Setting]:
         )
 
 
-def text_settings(count: int = 18, full: int = 4) -> Iterator[Setting]:
+def text_settings(seed: int = 24, count: int = 18, full: int = 4) -> Iterator[Setting]:
     """LoRA, NF4 and full of a text model."""
-    drawn = random.Random(24)
+    drawn = random.Random(seed)
     halves = ["calibration", "held out"]
     for index in range(count + full):
         rows = ["padded", "packed", "side by side"][index // 2 % 3]
@@ -330,9 +331,9 @@ def tensors_of(model: nn.Module | None) -> list[torch.Tensor]:
 
 
 def machine() -> dict[str, Any]:
-    """What rates are compared with: the chip, its matrix peak in bf16, its copies of memory."""
+    """What rates are compared with: the host's launches, the chip, its matrix peak in bf16, its copies of memory."""
     if not torch.cuda.is_available():
-        return {"machine": "CPU", "torch": torch.__version__}
+        return {"machine": "CPU", "torch": torch.__version__, "launch_seconds": launch_seconds("cpu")}
     large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(large)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -345,6 +346,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "launch_seconds": launch_seconds("cuda"),
         "total_bytes": torch.cuda.mem_get_info()[1],
         "matrix_flops": peak_rate(),
         "copied_bytes_a_second": 5 * 2 * large.numel() / (start.elapsed_time(end) / 1000),
@@ -358,6 +360,9 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="Hub name or folder; config and processor are read, no weights")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; must not be there yet")
+    parser.add_argument(
+        "--seed", type=int, default=24, help="of the settings (default %(default)s, the published grid)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="of each setting, two of them to warm up")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th setting")
     parser.add_argument("--only", nargs="+", help="only settings of these methods and precisions, such as nf4 fp16")
@@ -373,7 +378,7 @@ def main() -> None:
     register_packed_attention()
     settings = [
         setting
-        for setting in (llava_settings() if vision else text_settings())
+        for setting in (llava_settings if vision else text_settings)(options.seed)
         if options.only is None or {setting.method, setting.precision} & set(options.only)
     ][:: options.every]
     # One kind of weights after the other: each is drawn once.

@@ -9,7 +9,6 @@ With `--unsloth PYTHON` Unsloth can run beside them, in its own environment. Wri
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -35,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from clock import Clock
+from clock import Clock, free_memory, limit_memory
 
 from finetuning.arguments import TrainingArguments
 from finetuning.data.collator import LlavaDataCollator
@@ -94,6 +93,9 @@ LLAVA = {
     "this project, NF4, 1 at once": replace(SMALL, ours=True, checkpoint_layers="auto", batch_size=1, accumulate=8),
     "TRL, NF4, 4 at once": replace(SMALL, batch_size=4, accumulate=2),
     "TRL, NF4, 1 at once": replace(SMALL, batch_size=1, accumulate=8),
+    # Dropout, which its fast layers lack, is left out for Unsloth's sake.
+    "Unsloth, NF4, 4 at once": replace(SMALL, unsloth=True, dropout=0.0, batch_size=4, accumulate=2),
+    "Unsloth, NF4, 1 at once": replace(SMALL, unsloth=True, dropout=0.0, batch_size=1, accumulate=8),
     "Unsloth": Variant(unsloth=True),
     "Unsloth, NF4": Variant(unsloth=True, nf4=True, checkpoint_layers="all"),
     "this project, 3 questions, separate": Variant(ours=True, questions=3),
@@ -221,8 +223,21 @@ def lora_of(variant: Variant, *, vision: bool) -> dict:
     return {"r": 64, "lora_alpha": 32, "lora_dropout": variant.dropout, "target_modules": targets}
 
 
-def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_folder: Path, bar: tqdm) -> dict:
-    """Train for `options.warmup + options.steps` steps; what was measured."""
+def train(
+    name: str, variant: Variant, gib: float | None, options: argparse.Namespace, unsloth_folder: Path, bar: tqdm
+) -> dict:
+    """Train for `options.warmup + options.steps` steps in `gib` of the GPU; what was measured, or `failed`."""
+    said = {"variant": name, **asdict(variant), "memory_gib": gib}
+    try:
+        return said | measure(variant, gib, options, unsloth_folder, bar)
+    except (torch.OutOfMemoryError, ValueError) as error:  # does not fit: that is a result
+        if gib is None:
+            raise
+        return said | {"failed": str(error).splitlines()[0]}
+
+
+def measure(variant: Variant, gib: float | None, options: argparse.Namespace, unsloth_folder: Path, bar: tqdm) -> dict:
+    """Seconds, tokens, memory and losses. Raises OutOfMemoryError, or ValueError where no choice of layers fits."""
     config = load_config(options.model)
     vision = is_vision(config)
     batch_size = variant.batch_size or options.batch_size
@@ -230,14 +245,12 @@ def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_fold
     rows_needed = steps * batch_size * variant.accumulate * (options.rows_a_sequence if variant.packed else 1)
     rows = draw_rows(rows_needed, variant.questions, vision=vision, side=options.picture_size)
     if variant.unsloth:
-        run = train_by_unsloth(variant, rows, options, unsloth_folder, bar)
+        run = train_by_unsloth(variant, rows, gib, options, unsloth_folder, bar)
     else:
-        run = train_here(variant, rows, options, options.output / "run", bar)
+        run = train_here(variant, rows, gib, options, options.output / "run", bar)
     seconds, tokens = run.pop("seconds"), run.pop("tokens_a_step")
     answers = batch_size * variant.accumulate * variant.questions
     measured = {
-        "variant": name,
-        **asdict(variant),
         "ms_a_step": 1000 * seconds / options.steps,
         "samples_a_second": None if variant.packed else answers * options.steps / seconds,
         "tokens_a_step": tokens,
@@ -251,7 +264,9 @@ def train(name: str, variant: Variant, options: argparse.Namespace, unsloth_fold
     return measured
 
 
-def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, folder: Path, bar: tqdm) -> dict:
+def train_here(
+    variant: Variant, rows: Dataset, gib: float | None, options: argparse.Namespace, folder: Path, bar: tqdm
+) -> dict:
     """By TRL or by this project, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -263,7 +278,7 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
     set_seed(options.seed)
     limit_memory(None)  # the model is larger before it is quantised
     model = random_model(options.model, variant, device, dtype)
-    limit_memory(options.memory_gib)
+    limit_memory(gib)
     set_seed(options.seed)
     lora = LoraConfig(**lora_of(variant, vision=vision))
     clock = Clock(options.warmup, bar.update)
@@ -306,24 +321,9 @@ def train_here(variant: Variant, rows: Dataset, options: argparse.Namespace, fol
     return measured
 
 
-def limit_memory(gib: float | None) -> None:
-    """Hold this process to `gib` of the GPU's memory, its CUDA context included; None takes a limit away."""
-    if not torch.cuda.is_available():
-        return
-    free_memory()
-    free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else (gib * 2**30 - context) / total)
-
-
-def free_memory() -> None:
-    """Give back what the run before held on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespace, folder: Path, bar: tqdm) -> dict:
+def train_by_unsloth(
+    variant: Variant, rows: Dataset, gib: float | None, options: argparse.Namespace, folder: Path, bar: tqdm
+) -> dict:
     """By `unsloth_speed.py` in the Python `options.unsloth`, which gets the weights, the tokens and the labels in files.
 
     The version of transformers that Unsloth takes cannot say which tokens of a row with a picture are the assistant's.
@@ -347,11 +347,14 @@ def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespac
 
     rows = rows.map(tokenise)
     rows.save_to_disk(folder / "rows")
+    free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
     order = {
         "arguments": arguments_of(variant, options, folder / "run", vision=True, cuda=cuda),
         "lora": lora_of(variant, vision=True),
         "nf4": variant.nf4,
         "warmup": options.warmup,
+        "memory_gib": gib,
+        "memory_elsewhere": total - free,
     }
     (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
     last_lines = deque(maxlen=30)
@@ -374,8 +377,10 @@ def train_by_unsloth(variant: Variant, rows: Dataset, options: argparse.Namespac
                 last_lines.append(line)
     if process.returncode != 0:
         sys.exit(f"train_speed.py: {options.unsloth} ended with {process.returncode}:\n{''.join(last_lines)}")
-    tokens = sum(map(len, rows["input_ids"])) / (options.warmup + options.steps)
-    return json.loads((folder / "measured.json").read_text(encoding="utf-8")) | {"tokens_a_step": tokens}
+    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    if "failed" in measured:
+        raise torch.OutOfMemoryError(measured["failed"])
+    return measured | {"tokens_a_step": sum(map(len, rows["input_ids"])) / (options.warmup + options.steps)}
 
 
 def needed_flops(model_config: PreTrainedConfig, tokens: float, rows: int, views: int) -> float:
@@ -424,10 +429,14 @@ def write_report(results: list[dict], options: argparse.Namespace, folder: Path)
     (folder / "results.json").write_text(
         json.dumps({"facts": facts, "results": results}, indent=1) + "\n", encoding="utf-8"
     )
-    means = []
-    for name in dict.fromkeys(result["variant"] for result in results):
-        rounds = [result for result in results if result["variant"] == name]
-        means.append((name, rounds, sum(r["ms_a_step"] for r in rounds) / len(rounds)))
+    means, failures = [], []
+    for name, gib in dict.fromkeys((result["variant"], result["memory_gib"]) for result in results):
+        rounds = [result for result in results if (result["variant"], result["memory_gib"]) == (name, gib)]
+        title = name if gib is None else f"{name}, in {gib:g} GiB"
+        if failed := next((result["failed"] for result in rounds if "failed" in result), None):
+            failures.append(f"{title}: {failed}")
+        else:
+            means.append((title, rounds, sum(r["ms_a_step"] for r in rounds) / len(rounds)))
     lines = [
         f"{machine}, torch {torch.__version__}, {options.model} in its published shape with random weights, LoRA r=64, "
         f"batch {options.batch_size}, mean of {options.steps} steps after {options.warmup} to warm up, "
@@ -447,7 +456,7 @@ def write_report(results: list[dict], options: argparse.Namespace, folder: Path)
             f"{first['share_of_peak'] * first['ms_a_step'] / ms:.2f}" if first.get("share_of_peak") else "",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([*lines, *(f"\n{failure}" for failure in failures)]) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, rounds, _ in means:
@@ -493,7 +502,12 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="images (or text rows) a step")
     parser.add_argument("--picture_size", type=int, default=336, help="side of the drawn pictures in pixels")
     parser.add_argument("--rows_a_sequence", type=int, default=12, help="text rows drawn for a packed sequence")
-    parser.add_argument("--memory_gib", type=float, help="most memory of the GPU, the CUDA context included")
+    parser.add_argument(
+        "--memory_gib",
+        type=float,
+        nargs="+",
+        help="most memory of the GPU, the CUDA context included: for all, or for each",
+    )
     parser.add_argument("--workers", type=int, default=4, help="loader processes")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--logging_steps", type=int, default=5)
@@ -509,6 +523,11 @@ def main() -> None:
     names = options.variants or [name for name in DEFAULTS if name in known]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"train_speed.py: --variants {unknown} are unknown for this model; there are {list(known)}")
+    limits = (options.memory_gib or [None]) * (1 if len(options.memory_gib or ()) > 1 else len(names))
+    if len(limits) != len(names):
+        sys.exit(
+            f"train_speed.py: --memory_gib has {len(limits)} numbers for {len(names)} variants: give one, or one each"
+        )
     if any(known[name].unsloth for name in names):
         options.unsloth = python_with_unsloth(options.unsloth)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -522,9 +541,9 @@ def main() -> None:
         tqdm(total=options.rounds * len(names) * (options.warmup + options.steps), unit="step") as bar,
     ):
         for _ in range(options.rounds):
-            for name in names:
+            for name, gib in zip(names, limits, strict=True):
                 bar.set_description(name)
-                results.append(train(name, known[name], options, Path(unsloth_folder), bar))
+                results.append(train(name, known[name], gib, options, Path(unsloth_folder), bar))
                 report = write_report(results, options, options.output)
     print(report)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from clock import Clock
+from clock import Clock, limit_memory
 from datasets import load_from_disk
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
@@ -58,6 +58,7 @@ def main() -> None:
     model = unsloth.FastVisionModel.get_peft_model(
         model, **order["lora"], use_gradient_checkpointing=checkpointing, random_state=arguments.seed
     )
+    limit_memory(order["memory_gib"], order["memory_elsewhere"])
     clock = Clock(order["warmup"], partial(print, "step", flush=True))
     trainer = SFTTrainer(
         model=model,
@@ -67,7 +68,11 @@ def main() -> None:
         data_collator=partial(collate, image_processor=processor.image_processor, pad=processor.tokenizer.pad_token_id),
         callbacks=[clock],
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        (folder / "measured.json").write_text(json.dumps({"failed": str(error)}) + "\n", encoding="utf-8")
+        return
     versions = {module.__name__: module.__version__ for module in (unsloth, torch, transformers, trl)}
     measured = json.dumps(clock.measured(trainer) | {"versions": versions})
     (folder / "measured.json").write_text(measured + "\n", encoding="utf-8")

@@ -81,10 +81,18 @@ def test_peak_memory_is_what_was_measured(shape, method, rank, checkpointed, dro
     assert planned == pytest.approx(gib, rel=0.02)
 
 
+@pytest.mark.parametrize("base_precision, gib", [(None, 29.5), ("fp8_backward", 35.6), ("int8", 29.4)])
+def test_peak_memory_of_8_bit_bases_is_what_was_measured(base_precision, gib):
+    training = training_of(LLAVA, "lora", 64, 0, 0.0, "adamw_torch_fused")
+    training = dataclasses.replace(training, base_precision=base_precision)
+    assert sum(peak_memory(training, Batch(8, 607, 72, 8)).values()) / GIB == pytest.approx(gib, rel=0.01)
+
+
 # LLaVA-1.5-7B, batch 8 of 607 tokens on each of two H200s, GiB at the peak (benchmarks/README.md, Several GPUs).
 ON_TWO = [
     ("ddp", "lora", None, 30.1), ("deepspeed_zero2", "lora", None, 29.7), ("deepspeed_zero3", "lora", None, 24.4),
     ("deepspeed_zero3_offload", "lora", None, 17.7), ("ddp", "lora", 4, 21.3), ("deepspeed_zero3", "full", None, 57.3),
+    ("fsdp2", "lora", None, 24.1), ("fsdp2", "lora", 4, 19.1),
 ]  # fmt: skip
 
 

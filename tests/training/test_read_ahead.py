@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, RandomSampler
 
-from finetuning.training.read_ahead import read_next_epoch_ahead
+from finetuning.training.read_ahead import end_readers, read_next_epoch_ahead
 
 ROWS = list(range(10))
 
@@ -38,6 +38,17 @@ def test_the_next_epoch_is_asked_for_when_this_one_has_ended():
     assert len(list(ahead.__iter__())) == 3
     assert ahead.sampler.epoch == 1
     assert ahead._iterator._tasks_outstanding > 0
+
+
+@pytest.mark.slow
+def test_readers_of_the_next_epoch_end_as_they_are_told():
+    ahead = loader(persistent=True)
+    read_next_epoch_ahead(ahead)
+    list(ahead.__iter__())
+    processes = ahead._iterator._workers
+    end_readers(ahead)
+    assert [process.exitcode for process in processes] == [0]  # -15 where they had to be stopped, after five seconds
+    assert len(list(ahead.__iter__())) == 3
 
 
 def test_a_loader_whose_order_comes_from_training_s_random_numbers_stays_as_it_is():

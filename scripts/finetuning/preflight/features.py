@@ -8,6 +8,7 @@ from finetuning.data.augmentation import names_sides
 from finetuning.data.shared_prefix import uses_shared_prefix
 from finetuning.kernels.lora_layers import PROJECTIONS, TWO_NORM_LAYERS
 from finetuning.models.adapter_start import changes_base
+from finetuning.preflight.step_time import has_8_bit_products
 from finetuning.strategy import CONFIGS, Strategy
 
 
@@ -206,9 +207,8 @@ def base_precision_problems(
 
 def gpu_problems(is_int8: bool, capability: tuple[int, int] | None) -> dict[str, bool]:
     """What stands against a GPU of that compute capability (None: a CPU) -> whether it does."""
-    # INT8 was measured on 9.0 alone: its kernel loads tiles by Hopper's copy engine, and 10.3 has few INT8 units.
     needed = "9.0" if is_int8 else "8.9 or newer"
-    suffices = capability is not None and (capability[0] == 9 if is_int8 else capability >= (8, 9))
+    suffices = capability is not None and has_8_bit_products("int8" if is_int8 else "fp8_backward", capability)
     return {
         f"a CPU (compute capability {needed} would do)": capability is None,
         f"compute capability {'.'.join(map(str, capability or ()))} ({needed} would do)": (

@@ -131,7 +131,7 @@ class FusedLayer(Layer):
 
     def unpacked(self, stack: Stack, *, backward: bool = False) -> list[float]:
         """Bytes of W in the type of the products with B behind it, or s A below it; nothing where it is kept so."""
-        if self.is_dense:
+        if self.is_dense or self.training.base_precision == "int8":
             return []
         scales = [4 * stack.inner * stack.outer / 64] if self.training.bits == 4 and self.training.nested else []
         if not backward:

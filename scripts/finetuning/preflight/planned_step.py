@@ -19,6 +19,7 @@ class Training:
     dropout: float = 0.0
     bits: int | None = None  # 4 or 8
     nested: bool = False  # scales of 4-bit weights quantised too
+    base_precision: str | None = None  # fp8_backward or int8
     precision: str = "bf16"  # bf16, fp16 or fp32
     weight_bytes: int = 2  # of the frozen weights
     optimizer: str = "adamw_torch_fused"
@@ -60,7 +61,8 @@ class Training:
     def joins_weights(self) -> bool:
         """Whether W lies beside B and s A in memory, so that no product copies it."""
         whole = self.strategy.replicates or self.shards_own_layers or not self.strategy.shards_weights
-        return self.layers_are_fused and self.bits is None and self.compute_bytes == self.weight_bytes and whole
+        is_16_bit = self.bits is None and self.base_precision != "int8" and self.compute_bytes == self.weight_bytes
+        return self.layers_are_fused and is_16_bit and whole
 
     @property
     def compute_bytes(self) -> int:

@@ -21,7 +21,7 @@ from finetuning.preflight.row_lengths import (
     several_dialogues_an_image,
 )
 from finetuning.preflight.step_memory import fewest_checkpointed, process_memory
-from finetuning.preflight.step_time import EFFICIENCY, Gpu, step_seconds
+from finetuning.preflight.step_time import EFFICIENCY, Gpu, has_8_bit_products, step_seconds
 from finetuning.strategy import Strategy, divide_batch
 
 TEMPLATES = Path(__file__).parents[1] / "chat_templates"
@@ -151,6 +151,9 @@ def training_of(workload: Workload, strategy: Strategy, gpu: Gpu, *, bits: int |
     settings, shape = workload.settings, workload.shape
     if settings["bf16"] and not gpu.has_bf16:
         raise ValueError(f"{gpu.title} has no bf16: remove bf16 from the recipe")
+    in_8_bits = settings["base_precision"]
+    if in_8_bits and not has_8_bit_products(in_8_bits, gpu.capability):
+        raise ValueError(f"{gpu.title} cannot do base_precision: {in_8_bits}: remove it from the recipe")
     precision = "fp16" if settings["fp16"] or not (settings["bf16"] or gpu.has_bf16) else "bf16"
     parts = [part for part in ("language_model", "projector", "vision_tower") if part in shape.parameters]
     placement = {part: settings[part] for part in parts}
@@ -166,6 +169,7 @@ def training_of(workload: Workload, strategy: Strategy, gpu: Gpu, *, bits: int |
         dropout=settings["lora_dropout"] if is_lora else 0.0,
         bits=bits,
         nested=settings["use_bnb_nested_quant"],
+        base_precision=settings["base_precision"],
         precision=precision,
         weight_bytes=4 if wide else 2,
         optimizer=settings["optim"],

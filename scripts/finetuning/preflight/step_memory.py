@@ -129,9 +129,13 @@ def linear_weights(training: Training) -> float:
         return numbers / 2 + numbers / 64 * ((1 + 4 / 256) if training.nested else 4)
     if training.bits == 8:
         return numbers + 4 * sum(outer for _, outer in training.shape.text.projections.values())
+    if training.base_precision == "int8":
+        return 2 * numbers  # in INT8, and in FP8 for gradients
+    for_gradients = numbers if training.base_precision == "fp8_backward" else 0
     if not training.joins_weights:
-        return numbers * training.weight_bytes
-    return sum(stack.joined for stack in FusedLayer(training, Batch(1, 1, 1), 0).stacks) * training.weight_bytes
+        return numbers * training.weight_bytes + for_gradients
+    joined = sum(stack.joined for stack in FusedLayer(training, Batch(1, 1, 1), 0).stacks)
+    return joined * training.weight_bytes + for_gradients
 
 
 def adapter_copies(training: Training) -> float:

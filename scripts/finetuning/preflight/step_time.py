@@ -36,11 +36,20 @@ class Gpu:
         return self.capability >= (8, 0)
 
 
+def has_8_bit_products(base_precision: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU can do `base_precision`. FP8 needs 8.9.
+
+    INT8 was measured on 9.0 alone: its kernel loads tiles by Hopper's copy engine, and 10.3 has few INT8 units.
+    """
+    return capability[0] == 9 if base_precision == "int8" else capability >= (8, 9)
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """Shares of a datasheet's rates that a step reaches, and what the host takes to launch it, in seconds, on an H200's machine."""
 
     products: float = 0.65
+    eight_bits: float = 1.55  # times the rate of 16 bits, quantising included: frozen weights in INT8 or FP8
     attention: float = 0.35
     bandwidth: float = 0.63
     optimizer: float = 0.85  # of the bandwidth: a few large kernels
@@ -115,12 +124,19 @@ def products_seconds(training: Training, batch: Batch, gpu: Gpu) -> float:
     how = training.placement["language_model"]
     adapters = training.rank * sum(inner + outer for inner, outer in text.projections.values()) if how == "lora" else 0
     own = text.linear_parameters if how == "full" else adapters  # whose gradients are products too
-    numbers = (forward + backward) * (text.linear_parameters + adapters) + own
+    base = text.linear_parameters * (forward / speedup(training, "forward") + backward / speedup(training, "backward"))
+    numbers = base + (forward + backward) * adapters + own
     fraction = 1 - skipped_share(training, batch)
     operations = 2 * batch.tokens * numbers * text.layers * fraction
     # Weights are read once a product, however few the tokens are.
     read = training.compute_bytes * text.linear_parameters * text.layers * (forward + backward)
     return max(operations / (gpu.products * EFFICIENCY.products), read / (gpu.bandwidth * EFFICIENCY.bandwidth))
+
+
+def speedup(training: Training, which: str) -> float:
+    """How much faster the `forward` or `backward` products with frozen weights are than in 16 bits."""
+    in_8_bits = {"int8": ("forward", "backward"), "fp8_backward": ("backward",)}
+    return EFFICIENCY.eight_bits if which in in_8_bits.get(training.base_precision or "", ()) else 1.0
 
 
 def skipped_share(training: Training, batch: Batch) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,11 @@ from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import gpu_named
 from finetuning.strategy import Strategy
 
+WARM_BURSTS, BURSTS, BURST = (
+    5,
+    15,
+    200,
+)  # of small operations: what a queue of launches takes without waiting for the GPU
 SURE = 1.03  # a plan is at most so much too high: what it says does not fit is refused beyond
 
 
@@ -51,6 +57,23 @@ def plan_run(script_args: ScriptArguments, training_args: TrainingArguments, mod
         )
     shown(first_line(plan, datetime.datetime.now()))
     return plan
+
+
+def launch_seconds(device: str) -> float:
+    """Seconds that this host takes for one small operation of a training pass, its launch on `device` included; 0.1 s to measure."""
+    weight = torch.zeros(8, 8, device=device)
+    times = []
+    for _ in range(WARM_BURSTS + BURSTS):
+        state = torch.zeros(8, 8, device=device, requires_grad=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        output = state
+        for _ in range(BURST // 2):
+            output = torch.nn.functional.linear(output, weight) + output
+        output.sum().backward()
+        times.append((time.perf_counter() - started) / BURST)
+    return median(times[WARM_BURSTS:])
 
 
 def first_line(plan: Plan, now: datetime.datetime) -> str:

@@ -31,8 +31,8 @@ def read_next_epoch_ahead(loader: DataLoader) -> bool:
     ahead: list[Iterator] = []
 
     def iterate() -> Iterator[Any]:
-        if ahead:
-            iterator = ahead.pop()
+        iterator = ahead.pop() if ahead else None
+        if iterator is not None and iterator is loader._iterator:  # and its processes were not ended
             torch.empty((), dtype=torch.int64).random_()  # the number that a new epoch draws for its workers
         else:
             iterator = begin()
@@ -43,3 +43,13 @@ def read_next_epoch_ahead(loader: DataLoader) -> bool:
 
     upstream.replace(loader, "__iter__", iterate)
     return True
+
+
+def end_readers(loader: DataLoader) -> None:
+    """End the processes of a loader that nobody reads any more.
+
+    The garbage collector closes the queues before it tells the processes to end: they are waited for, five seconds each.
+    """
+    if loader._iterator is not None and loader.num_workers:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None

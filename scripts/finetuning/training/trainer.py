@@ -39,7 +39,7 @@ from finetuning.training.best_checkpoint import StopEarly, find_best
 from finetuning.training.learning_rates import LearningRatesTrainer
 from finetuning.training.log_lines import LogLines
 from finetuning.training.number_loss import NumberLoss, outputs_and_number_loss
-from finetuning.training.read_ahead import read_next_epoch_ahead
+from finetuning.training.read_ahead import end_readers, read_next_epoch_ahead
 from finetuning.training.resume import refuse_other_layout, refuse_other_sharding
 from finetuning.training.step_metrics import RunSums, ShowProgress, StepMetrics, Watched
 from finetuning.training.stop_signals import StopRequest, StopTogether, leave_interrupted, obey_parent_only
@@ -123,6 +123,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         self.exam = exam
         self.stop_early = StopEarly(patience) if (patience := training_args.early_stopping_patience) else None
         self._resumed_at = 0
+        self.loaders: list[DataLoader] = []
         self.eval_max_new_tokens = eval_max_new_tokens
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
         add_callbacks(self, cuda_graphs=cuda_graphs)
@@ -144,6 +145,9 @@ class FineTuningTrainer(LearningRatesTrainer):
         with self.stop_request, watch_machines():
             result = super().train(resume_from_checkpoint, **kwargs)
         self.step_metrics.read_arrived(wait=True)
+        for loader in self.loaders:
+            end_readers(loader)
+        self.loaders.clear()
         if self.stop_request.agreed and self.state.global_step < self.state.max_steps:
             leave_interrupted(self, self.stop_request.reason)
         return result
@@ -303,6 +307,7 @@ class FineTuningTrainer(LearningRatesTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         make_ready(self, loader.base_dataloader, training=kwargs.get("is_training", False))
+        self.loaders.append(loader.base_dataloader)
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
