@@ -46,7 +46,7 @@ def test_readers_of_the_next_epoch_end_as_they_are_told():
     read_next_epoch_ahead(ahead)
     list(ahead.__iter__())
     processes = ahead._iterator._workers
-    end_readers(ahead)
+    end_readers([ahead])
     assert [process.exitcode for process in processes] == [0]  # -15 where they had to be stopped, after five seconds
     assert len(list(ahead.__iter__())) == 3
 

@@ -45,11 +45,13 @@ def read_next_epoch_ahead(loader: DataLoader) -> bool:
     return True
 
 
-def end_readers(loader: DataLoader) -> None:
-    """End the processes of a loader that nobody reads any more.
+def end_readers(loaders: list[DataLoader]) -> None:
+    """End the processes of loaders that nobody reads any more, and empty the list.
 
     The garbage collector closes the queues before it tells the processes to end: they are waited for, five seconds each.
     """
-    if loader._iterator is not None and loader.num_workers:
-        loader._iterator._shutdown_workers()
-        loader._iterator = None
+    for loader in loaders:
+        if loader._iterator is not None and loader.num_workers:
+            loader._iterator._shutdown_workers()
+            loader._iterator = None
+    loaders.clear()

@@ -122,8 +122,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         self.run_sums = RunSums()
         self.exam = exam
         self.stop_early = StopEarly(patience) if (patience := training_args.early_stopping_patience) else None
-        self._resumed_at = 0
-        self.loaders: list[DataLoader] = []
+        self._resumed_at, self.loaders = 0, []
         self.eval_max_new_tokens = eval_max_new_tokens
         self.layer_checkpointing = LayerCheckpointing(self, checkpoint_layers) if chooses_layers else None
         add_callbacks(self, cuda_graphs=cuda_graphs)
@@ -145,9 +144,7 @@ class FineTuningTrainer(LearningRatesTrainer):
         with self.stop_request, watch_machines():
             result = super().train(resume_from_checkpoint, **kwargs)
         self.step_metrics.read_arrived(wait=True)
-        for loader in self.loaders:
-            end_readers(loader)
-        self.loaders.clear()
+        end_readers(self.loaders)
         if self.stop_request.agreed and self.state.global_step < self.state.max_steps:
             leave_interrupted(self, self.stop_request.reason)
         return result
@@ -307,7 +304,6 @@ class FineTuningTrainer(LearningRatesTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         make_ready(self, loader.base_dataloader, training=kwargs.get("is_training", False))
-        self.loaders.append(loader.base_dataloader)
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -357,6 +353,7 @@ def make_ready(trainer: FineTuningTrainer, loader: DataLoader, *, training: bool
     if training and trainer.image_augmentation:
         augment_batches(loader, trainer.image_augmentation, trainer.args.seed)
     read_next_epoch_ahead(loader)
+    trainer.loaders.append(loader)
 
 
 def add_callbacks(trainer: FineTuningTrainer, *, cuda_graphs: bool) -> None:
