@@ -125,8 +125,8 @@ def split_frames(frames: list[Frame], args: argparse.Namespace) -> tuple[dict[st
 def group_look_alikes(frames: list[Frame], max_bits: int) -> list[list[Frame]]:
     """Frames whose difference hashes differ in at most `max_bits` of 256, and what joins them, as one group."""
     hashes = stack_hashes([frame.difference_hash for frame in frames])
-    pairs = [(left, right) for left, right, _ in near_duplicates(hashes, hashes, max_bits)]
-    return [[frames[place] for place in group] for group in connected_groups(len(frames), pairs)]
+    alike = near_duplicates(hashes, hashes, max_bits)
+    return [[frames[place] for place in group] for group in connected_groups(len(frames), alike)]
 
 
 def describe_rejects(frames: list[Frame], labels: Labels, dialogues: list[Dialogue]) -> str:

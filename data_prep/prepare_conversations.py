@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from preparing import Parser, command
@@ -424,7 +425,11 @@ def group_records(
     images = list(inspections)
     number_of = {image: number for number, image in enumerate(images)}
     hashes = stack_hashes([inspections[image].difference_hash for image in images]) if images else []
-    pairs = [(left, right) for left, right, _ in near_duplicates(hashes, hashes, max_bits)] if images else []
+    pairs = (
+        [(left, right) for block in near_duplicates(hashes, hashes, max_bits) for left, right, _ in block.tolist()]
+        if images
+        else []
+    )
     # Records are nodes after the images, tied to each image they show.
     for place, record in enumerate(records):
         record.image_id = record.images[0].name if record.images else f"text-{record.number}"
@@ -435,7 +440,7 @@ def group_records(
         pairs.append((len(images) + place, len(images) + first_of.setdefault(group, place)))
     groups = [
         [records[node - len(images)] for node in group if node >= len(images)]
-        for group in connected_groups(len(images) + len(records), pairs)
+        for group in connected_groups(len(images) + len(records), [np.array(pairs, dtype=np.int64).reshape(-1, 2)])
     ]
     return [group for group in groups if group]
 

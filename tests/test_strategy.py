@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from finetuning.strategy import STRATEGIES, Strategy
+from finetuning.strategy import SHARDS_LAYERS_ONLY, STRATEGIES, Strategy
 
 SHARDS = {
     "single_gpu": (),
@@ -48,3 +48,12 @@ def test_names_in_messages():
     strategies = [Strategy("one process"), Strategy("DDP"), Strategy("ZeRO", 2), Strategy("FSDP", 2)]
     assert [str(strategy) for strategy in strategies] == ["one process", "DDP", "ZeRO-2", "FSDP2"]
     assert [strategy.layout for strategy in strategies] == [*["one process or DDP"] * 2, "DeepSpeed", "FSDP2"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ZeRO", "ZeRO-3"), ("FSDP", "FSDP2")])
+def test_a_launch_whose_layers_alone_are_sharded_is_ddp_but_for_its_name(monkeypatch, kind, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(SHARDS_LAYERS_ONLY, kind)
+    launched = Strategy.from_environment()
+    assert (str(launched), launched.layout, launched.shards) == (name, "one process or DDP", ("weights",))
+    assert not launched.is_deepspeed and not launched.is_fsdp and not launched.replicates

@@ -9,11 +9,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from heapq import nsmallest
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import imagehash
+import numpy as np
 from tqdm import tqdm
 
 # The pictures that are checked here are opened by the very function that training opens them with.
@@ -153,19 +155,18 @@ def report_leaks(splits: dict[str, list[Seen]], max_bits: int, max_frames_apart:
     between: dict[str, dict[str, Any]] = {}
     for first, second in combinations([name for name, images in splits.items() if images], 2):
         left, right = splits[first], splits[second]
-        pairs = list(
-            near_duplicates(
-                stack_hashes([image.difference_hash for image in left]),
-                stack_hashes([image.difference_hash for image in right]),
-                max_bits,
-            )
-        )
+        hashes = [stack_hashes([image.difference_hash for image in images]) for images in (left, right)]
+        num_pairs, has_twin, closest = 0, np.zeros(len(right), dtype=bool), []
+        for pairs in near_duplicates(*hashes, max_bits):
+            num_pairs += len(pairs)
+            has_twin[pairs[:, 1]] = True
+            closest = nsmallest(5, [*closest, *((bits, row, column) for row, column, bits in pairs.tolist())])
         found = between[f"{first}/{second}"] = {
-            "near_duplicate_pairs": len(pairs),
-            "images_with_twin": round(len({column for _, column, _ in pairs}) / len(right), 4),
+            "near_duplicate_pairs": num_pairs,
+            "images_with_twin": round(float(has_twin.mean()), 4),
             "closest": [
                 {first: left[row].image_id, second: right[column].image_id, "bits": bits}
-                for row, column, bits in sorted(pairs, key=lambda pair: pair[2])[:5]
+                for bits, row, column in closest
             ],
         }
         if max_frames_apart is not None:

@@ -1,12 +1,14 @@
 """Who goes into train, validation and test, and who stands between them so that nothing leaks."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+PAIRS_HELD = 4_000_000
 
 Item = TypeVar("Item")
 Splits = dict[str, list[Item]]
@@ -152,12 +154,27 @@ def split_groups(groups: Sequence[Sequence[Item]], validation_size: float, test_
     return splits
 
 
-def connected_groups(number: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """The groups that `number` items fall into when each pair belongs together; in order of their first item."""
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(number, number))
-    _, labels = connected_components(graph, directed=False)
+def connected_groups(number: int, blocks: Iterable[np.ndarray]) -> list[list[int]]:
+    """The groups that `number` items fall into when each pair belongs together; in order of their first item.
+
+    `blocks` hold pairs in their first two columns, as `near_duplicates` gives them. No more than PAIRS_HELD are held:
+    before that what they join becomes one pair for each item.
+    """
+    labels, held = np.arange(number), []
+    for block in blocks:
+        held.append(block[:, :2])
+        if sum(map(len, held)) > PAIRS_HELD:
+            labels, held = _joined(labels, held), []
+    labels = _joined(labels, held)
     groups: dict[int, list[int]] = {}
     for item, label in enumerate(labels.tolist()):
         groups.setdefault(label, []).append(item)
     return list(groups.values())
+
+
+def _joined(labels: np.ndarray, blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """(items,) the first item of each item's group, when these pairs belong together beside (item, label)."""
+    pairs = np.concatenate([np.stack([np.arange(len(labels)), labels], axis=1), *blocks])
+    graph = coo_array((np.ones(len(pairs), dtype=np.int8), pairs.T), shape=(len(labels), len(labels)))
+    groups = connected_components(graph, directed=False)[1]
+    return np.unique(groups, return_index=True)[1][groups]

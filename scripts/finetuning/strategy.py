@@ -11,7 +11,7 @@ from finetuning.flags import did_you_mean, nearest_path
 COMMANDS = Path(__file__).parent.parent
 CONFIGS = "accelerate_configs"
 STRATEGIES = COMMANDS.parent / CONFIGS
-# In the environment of an FSDP2 launch once frozen layers are sharded here: accelerate then trains the rest as under DDP.
+# In the environment of a launch by ZeRO-3 or FSDP2 once frozen layers are sharded here: the kind. accelerate then sees DDP.
 SHARDS_LAYERS_ONLY = "FINETUNING_SHARDS_LAYERS_ONLY"
 # What each stage of ZeRO shards beside the stages before it (arXiv 1910.02054, section 5).
 SHARDED_FROM_STAGE = {"optimizer": 1, "gradients": 2, "weights": 3}
@@ -26,7 +26,8 @@ class Strategy:
         stage: ZeRO's stage (0 to 3) or FSDP's version (1 or 2); 0 for the others.
         num_processes: of the launch, over all machines.
         offloads: what lies in main memory: `optimizer`, `weights`, both or nothing.
-        shards_layers_only: FSDP2 of which frozen decoder layers alone are sharded, by `distributed.sharded_layers`.
+        shards_layers_only: ZeRO-3 or FSDP2 of which frozen decoder layers alone are sharded (`distributed.layers_only`); the
+            library has no part in it.
     """
 
     kind: str
@@ -51,8 +52,8 @@ class Strategy:
         if is_set("ACCELERATE_USE_FSDP"):
             offloads = ("optimizer", "weights") if is_set("FSDP_OFFLOAD_PARAMS") else ()
             return cls("FSDP", int(os.environ.get("FSDP_VERSION", "1")), processes, offloads)
-        if is_set(SHARDS_LAYERS_ONLY):
-            return cls("FSDP", 2, processes, shards_layers_only=True)
+        if kind := os.environ.get(SHARDS_LAYERS_ONLY):
+            return cls(kind, {"ZeRO": 3, "FSDP": 2}[kind], processes, shards_layers_only=True)
         return cls("DDP", num_processes=processes) if processes > 1 else cls("one process")
 
     @classmethod
@@ -86,13 +87,13 @@ class Strategy:
 
     @property
     def is_deepspeed(self) -> bool:
-        """DeepSpeed's ZeRO, any stage."""
-        return self.kind == "ZeRO"
+        """DeepSpeed's own ZeRO, any stage."""
+        return self.kind == "ZeRO" and not self.shards_layers_only
 
     @property
     def is_fsdp(self) -> bool:
-        """PyTorch's FSDP, any version."""
-        return self.kind == "FSDP"
+        """PyTorch's own FSDP, any version."""
+        return self.kind == "FSDP" and not self.shards_layers_only
 
     @property
     def replicates(self) -> bool:
@@ -115,8 +116,9 @@ class Strategy:
     @property
     def layout(self) -> str:
         """Who lays out a checkpoint's optimizer state: strategies of one layout can read each other's."""
-        layouts = {"ZeRO": "DeepSpeed"} | ({} if self.shards_layers_only else {"FSDP": str(self)})
-        return layouts.get(self.kind, "one process or DDP")
+        if self.shards_layers_only:
+            return "one process or DDP"
+        return {"ZeRO": "DeepSpeed", "FSDP": str(self)}.get(self.kind, "one process or DDP")
 
 
 def is_set(name: str) -> bool:

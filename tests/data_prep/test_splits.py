@@ -2,9 +2,11 @@
 
 import sys
 
+import numpy as np
 import prepare_cctv
 import pytest
 
+from preparing import splits
 from preparing.cctv import find_frames
 from preparing.splits import split_videos, split_whole
 from support.raw_data import draw, read_output
@@ -139,3 +141,10 @@ def test_long_videos_are_cut_and_short_ones_stay_whole():
 def test_every_side_gets_a_clip_where_there_are_enough():
     splits = split_whole([[1] * 30, [2] * 31, [3] * 32], 0.1, 0.2, seed=0, fill=True)
     assert sorted(map(len, splits.values())) == [30, 31, 32]
+
+
+@pytest.mark.parametrize("held", [1, 10**6])
+def test_pairs_in_blocks_join_what_they_join_at_once(monkeypatch, held):
+    monkeypatch.setattr(splits, "PAIRS_HELD", held)
+    blocks = [np.array(block).reshape(-1, 2) for block in ([], [(4, 1), (6, 5)], [(0, 4)], [(5, 3)], [(3, 3)])]
+    assert splits.connected_groups(8, blocks) == [[0, 1, 4], [2], [3, 5, 6], [7]]

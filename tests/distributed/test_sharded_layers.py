@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from finetuning.distributed.fsdp2 import blocks_of
 from finetuning.distributed.sharded_layers import can_shard_layers, frozen_weights, num_sharded, shard_layers
 from finetuning.kernels.lora_layers import fuse_lora, projection_stacks
-from finetuning.models.parts import decoder_layers, frozen_tower_of
+from finetuning.models.parts import decoder_layers
 from support.tiny_models import DECODER, LANGUAGE_MODEL, llava_batch, lora_grads, tiny_gemma, tiny_llava, with_lora
 
 
@@ -53,10 +52,9 @@ def test_sharded_layers_compute_what_replicated_ones_do(make, targets, checkpoin
         assert fuse_lora(model) == 21
     layers = decoder_layers(models[1])
     before = sum(weight.numel() for weight in models[1].parameters())
-    blocks = blocks_of(frozen_tower_of(models[1]))
-    shard_layers(models[1], layers, torch.device("cpu"), blocks=blocks, from_first=True)
-    # Nobody else sees them, and three layers have memory for two; so have the blocks of a frozen tower.
-    assert not any(frozen_weights(layer) for layer in [*blocks, *layers])
+    shard_layers(models[1], layers, torch.device("cpu"), from_first=True)
+    # Nobody else sees them, and three layers have memory for two.
+    assert not any(frozen_weights(layer) for layer in layers)
     assert sum(weight.numel() for weight in models[1].parameters()) + num_sharded(models[1]) == before
     bases = [stack.frozen.bases[0].weight for layer in layers for stack in projection_stacks(layer)]
     assert len(bases) == 12 and len({weight.untyped_storage().data_ptr() for weight in bases}) == 2

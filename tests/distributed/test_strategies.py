@@ -251,21 +251,26 @@ def test_fsdp2_shards_a_4bit_base(fork, train_alone, tmp_path):
     assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_an_fsdp2_run_of_two_processes_continues_with_fewer_and_more(fork, trained, tmp_path, processes):
-    """The same rows a step, by `global_batch_size`; PyTorch lays the shards out anew."""
+@pytest.mark.parametrize(
+    ("strategy", "again", "processes"), [("deepspeed_zero3", "fsdp2", 1), ("fsdp2", "deepspeed_zero3", 4)]
+)
+def test_sharded_layers_continue_with_fewer_and_more_under_either_name(
+    fork, trained, tmp_path, strategy, again, processes
+):
+    """The same rows a step, by `global_batch_size`; a checkpoint holds nothing that is sharded."""
     run = tmp_path / "run"
-    interrupt(trained("fsdp2"), run, "checkpoint-4")
-    assert "checkpoint-2" in fork("fsdp2", run, processes=processes, **LORA)
-    assert logged(run, "loss") == pytest.approx(logged(trained("fsdp2"), "loss"), abs=1e-5)
-    assert_same_weights(run, trained("fsdp2"), "adapter_model.safetensors", tolerance=2e-5)
+    interrupt(trained(strategy), run, "checkpoint-4")
+    assert "checkpoint-2" in fork(again, run, processes=processes, **LORA)
+    assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-5)
+    assert_same_weights(run, trained(strategy), "adapter_model.safetensors", tolerance=2e-5)
 
 
-def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero3"])
+def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_path, strategy):
     run = tmp_path / "run"
-    interrupt(trained("ddp"), run, "checkpoint-4")
+    interrupt(trained(strategy), run, "checkpoint-4")
     train_alone(run, **LORA)
-    assert logged(run, "loss") == pytest.approx(logged(trained("ddp"), "loss"), abs=1e-5)
+    assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-5)
     for name in (".", "checkpoint-4"):
         assert_same_weights(run / name, one / name, "adapter_model.safetensors", tolerance=2e-5)
 

@@ -316,8 +316,9 @@ def report_differing_labels(
             said[number] = says | said[number]
     if said and len(said) <= MOST_COMPARED:
         hashes = stack_hashes(list(number_of))
-        for left, right, _ in near_duplicates(hashes, hashes, COPY_BITS):
-            compare(said[left], said[right])
+        for pairs in near_duplicates(hashes, hashes, COPY_BITS):
+            for left, right, _ in pairs.tolist():
+                compare(said[left], said[right])
     for first, value, second, other in suspects[:MOST_SUSPECTS]:
         if are_copies(open_first(first), open_first(second)):
             for audit, own, twin, its in ((first, value, second, other), (second, other, first, value)):

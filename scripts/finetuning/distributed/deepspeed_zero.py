@@ -7,19 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import nn
 
 from finetuning import upstream
-from finetuning.distributed.sharded_layers import can_shard_layers, shard_layers
 from finetuning.models.parts import cache_named_parameters, decoder_layers, frozen_tower_of
 
 
 def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
-    """Complete DeepSpeed's `config` by what follows from `model`; changes both in place, before the engine exists.
-
-    ZeRO-3 of fused LoRA layers, without offload, becomes ZeRO-2 (`stage`: 2) over layers that we shard ourselves.
-    """
+    """Complete DeepSpeed's `config` by what follows from `model`; changes both in place, before the engine exists."""
     zero = config["zero_optimization"]
     disable_host_syncs(config)
     read_tensors_only()
@@ -30,14 +25,8 @@ def set_up_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
 
         config[ZERO_FORCE_DS_CPU_OPTIMIZER] = False
     if zero["stage"] == 3:
-        layers = decoder_layers(model)
-        if zero.get("offload_param", {}).get("device", "none") == "none" and can_shard_layers(layers):
-            # Only trained weights are left to DeepSpeed. Stage 2 shards their gradients and optimizer states.
-            shard_layers(model, layers, PartialState().device, from_first=False)
-            zero["stage"] = 2
-        else:
-            all_gather_whole_layers(model, zero)
-    if zero["stage"] < 3:
+        all_gather_whole_layers(model, zero)
+    else:
         # All-reduce in place. DeepSpeed's reduce-scatter sends as much, and copies gradients before and after.
         zero["reduce_scatter"] = False
     cache_named_parameters(model)

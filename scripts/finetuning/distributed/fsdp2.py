@@ -1,23 +1,16 @@
 """FSDP2: which modules it wraps, what it reduces in fp32, and how its checkpoints are read."""
 
 import io
-import os
 import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning import upstream
-from finetuning.distributed.gradient_average import average_behind_backward
-from finetuning.distributed.sharded_layers import can_shard_layers, shard_layers
-from finetuning.models.parts import base_model_of, decoder_layers, frozen_tower_of
-from finetuning.strategy import SHARDS_LAYERS_ONLY, Strategy
+from finetuning.models.parts import base_model_of, frozen_tower_of
 
 # What describes a sharded checkpoint (its `.metadata`), by module. PyTorch pickles it.
 DESCRIBES = {
@@ -34,27 +27,9 @@ DESCRIBES = {
 
 
 def set_up_fsdp2(model: nn.Module) -> None:
-    """Divide the work before the Trainer exists; changes `model` in place, and the environment.
-
-    Frozen weights of fused LoRA layers we shard ourselves, and average the adapters' gradients as DDP does. PyTorch's FSDP2 works
-    through each parameter in Python: of 448 adapters and a tower's 400 weights the host made a step of 420 ms out of 250
-    (two H200s). It has what is trained in full, and LoRA in PEFT's own code.
-    """
-    layers = decoder_layers(model)
-    if dist.is_initialized() and not Strategy.from_environment().offloads and can_shard_layers(layers):
-        device = PartialState().device
-        shard_layers(model, layers, device, blocks=blocks_of(frozen_tower_of(model)), from_first=True)
-        average_behind_backward(model.to(device), layers[-1])
-        del os.environ["ACCELERATE_USE_FSDP"]
-        os.environ[SHARDS_LAYERS_ONLY] = "true"
-        return
+    """What PyTorch's FSDP2 wraps, and how it reads checkpoints, before the Trainer exists; changes `model` in place."""
     set_wrap_classes(model)
     read_tensors_only()
-
-
-def blocks_of(tower: nn.Module | None) -> list[nn.Module]:
-    """The layers of a vision tower, first to last; of none, none."""
-    return [] if tower is None else [part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def set_wrap_classes(model: nn.Module) -> None:

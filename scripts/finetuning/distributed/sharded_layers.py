@@ -7,7 +7,6 @@ while the layer before it is computed, in the forward and in the backward pass.
 """
 
 import gc
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetuning import upstream
+from finetuning.distributed.peer_memory import open_peers
 from finetuning.kernels.frozen_weights import FourBitWeights, FrozenWeights
 from finetuning.kernels.lora_layers import FusedDecoderLayer, projection_stacks
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward
@@ -38,20 +38,18 @@ def shard_layers(
     layers: list[FusedDecoderLayer],
     device: torch.device,
     *,
-    blocks: Sequence[nn.Module] = (),
     from_first: bool,
 ) -> None:
     """Shard the frozen weights of `layers` over all processes, and all-gather them at use; changes `model` in place.
 
-    `blocks` of a frozen tower, which are computed before the layers, are sharded too.
-
     Afterwards the weights are plain attributes of their modules, on `device`: no library shards, moves or saves them.
     `from_first`: only the first process is sure to have loaded them, and sends them, layer by layer. What DeepSpeed
-    sharded while it loaded the model, vision tower and embeddings too, is replicated.
+    sharded while it loaded the model, vision tower and embeddings too, is replicated: a tower's small layers would each be
+    waited for.
     """
-    weights = [weight for layer in [*blocks, *layers] for weight in frozen_weights(layer)]
+    weights = [weight for layer in layers for weight in frozen_weights(layer)]
     base_model_of(model).num_sharded = sum(count_numbers(weight) for weight in weights)
-    FrozenLayerShards([*blocks, *layers], len(blocks), device, from_first=from_first)
+    FrozenLayerShards(layers, device, from_first=from_first)
     full = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -71,17 +69,19 @@ class FrozenLayerShards:
 
     The weights of a layer are views of its buffer. The all-gather of the next layer starts when the GPU has finished
     the layer before the current one, which is the last to read what is overwritten. It runs beside the current layer.
+    A backward pass leaves the first two layers, with which the next forward pass begins.
     """
 
-    def __init__(self, layers: list[nn.Module], first_trained: int, device: torch.device, *, from_first: bool):
-        """`layers` in the order in which they are computed; the backward pass ends with number `first_trained`."""
-        self.processes, self.rank, self.first_trained = dist.get_world_size(), dist.get_rank(), first_trained
+    def __init__(self, layers: list[nn.Module], device: torch.device, *, from_first: bool):
+        """`layers` in the order in which they are computed."""
+        self.processes, self.rank = dist.get_world_size(), dist.get_rank()
         pieces = [pieces_of(layer) for layer in layers]
         lengths = [-(-sum(piece.length for piece in own) // (self.processes * ALIGNMENT)) * ALIGNMENT for own in pieces]
         self.buffers = [torch.zeros(self.processes * max(lengths), dtype=torch.uint8, device=device) for _ in range(2)]
-        self.shards = self.buffers[0].new_empty(sum(lengths)).split(lengths)
+        shards = self.buffers[0].new_empty(sum(lengths))
+        self.shards = shards.split(lengths)
         self.layer_in_buffer: list[int | None] = [None, None]  # all-gathered, or being so
-        self.pending: list[dist.Work | None] = [None, None]
+        self.pending: list[dist.Work | torch.cuda.Event | None] = [None, None]
         for index, (layer, own) in enumerate(zip(layers, pieces, strict=True)):
             full = self.buffers[index % 2][: self.processes * lengths[index]]
             self.fill(full, layer, own, from_first)
@@ -89,6 +89,7 @@ class FrozenLayerShards:
             view_in_buffer(full, layer, own)
             layer.register_forward_pre_hook(partial(self.before_forward, index))
             layer.register_forward_hook(partial(self.after_forward, index))
+        self.peers = open_peers(shards, lengths)
 
     def fill(self, full: Tensor, layer: nn.Module, pieces: list["Piece"], from_first: bool) -> None:
         """Write the layer's weights into `full`, which is all zeros where they leave room."""
@@ -114,7 +115,7 @@ class FrozenLayerShards:
         """Have layer `index` in its buffer; start the all-gather of the next (`step` 1) or the previous one (-1)."""
         self.start_all_gather(index)
         self.wait_for_buffer(index % 2)
-        if (0 if step > 0 else self.first_trained) <= index + step < len(self.shards):
+        if 0 <= index + step < len(self.shards):
             self.start_all_gather(index + step)
 
     def start_all_gather(self, index: int) -> None:
@@ -123,7 +124,10 @@ class FrozenLayerShards:
         if self.layer_in_buffer[buffer] != index:
             self.wait_for_buffer(buffer)
             full = self.buffers[buffer][: self.processes * len(shard)]
-            self.pending[buffer] = dist.all_gather_into_tensor(full, shard, async_op=True)
+            if self.peers is not None:
+                self.pending[buffer] = self.peers.start(full, index)
+            else:
+                self.pending[buffer] = dist.all_gather_into_tensor(full, shard, async_op=True)
             self.layer_in_buffer[buffer] = index
 
     def wait_for_buffer(self, buffer: int) -> None:

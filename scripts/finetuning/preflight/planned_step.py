@@ -30,6 +30,10 @@ class Training:
     packs_rows: bool = False  # rows side by side in one sequence
     accumulates: bool = False  # gradients of several batches are added before a step
 
+    def __post_init__(self) -> None:
+        ours = replace(self.strategy, shards_layers_only=self.shards_own_layers)
+        object.__setattr__(self, "strategy", ours)  # as `distributed.layers_only` leaves it
+
     @property
     def is_lora(self) -> bool:
         """Whether any part has adapters."""
@@ -47,15 +51,13 @@ class Training:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """What each process holds a share of only: FSDP2 of fused layers leaves all but them to DDP."""
-        ours = self.strategy.is_fsdp and self.shards_own_layers
-        return replace(self.strategy, shards_layers_only=ours).shards
+        """What each process holds a share of only."""
+        return self.strategy.shards
 
     @property
     def holds_gradients(self) -> bool:
         """Whether memory of all gradients is there from step to step: in buckets, or as they wait for more rows."""
-        ours = self.strategy.is_fsdp and self.shards_own_layers
-        return self.accumulates or not (self.strategy.is_one_process or ours)
+        return self.accumulates or not (self.strategy.is_one_process or self.shards_own_layers)
 
     @property
     def joins_weights(self) -> bool:

@@ -103,10 +103,7 @@ def weights_memory(training: Training) -> float:
         return float(sum(sizes.values()))
     if "weights" in training.strategy.offloads:
         return 0.0
-    # FSDP2 shards a frozen tower's blocks like the layers. (Its embeddings, a hundredth of it, are whole.)
-    shards_tower = training.strategy.is_fsdp and training.placement.get("vision_tower") == "frozen"
-    tower = sizes.get("vision_tower", 0) if shards_tower else 0
-    whole = sum(sizes.values()) - layers - tower if training.shards_own_layers else 0.0
+    whole = sum(sizes.values()) - layers if training.shards_own_layers else 0.0
     return whole + (sum(sizes.values()) - whole) / training.strategy.num_processes
 
 
@@ -115,7 +112,7 @@ def gathered_memory(training: Training) -> float:
     if not training.strategy.shards_weights:
         return 0.0
     layer = linear_weights(training)
-    if not training.strategy.is_deepspeed or training.shards_own_layers:
+    if not training.strategy.is_deepspeed:
         return 2 * layer
     vision = training.shape.vision.parameters if training.shape.vision is not None else 0
     return 4 * layer + training.weight_bytes * (vision + training.shape.text.head_parameters)

@@ -11,6 +11,7 @@ from finetuning.arguments import ScriptArguments, TrainingArguments
 from finetuning.distributed.deepspeed_zero import set_up_deepspeed
 from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.distributed.fsdp2 import set_up_fsdp2
+from finetuning.distributed.layers_only import shard_layers_only
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.lora_layers import fuse_lora
 from finetuning.kernels.model_patches import (
@@ -56,7 +57,8 @@ def prepare_model(
     strategy = Strategy.from_environment()
     if lacks_pictures and (strategy.shards_weights or strategy.is_deepspeed):
         see_an_empty_picture(model)
-    if strategy.layout == "FSDP2":
+    ours = shard_layers_only(model, training_args)
+    if strategy.is_fsdp and not ours:
         set_up_fsdp2(model)
     if training_args.deepspeed_plugin is not None:
         set_up_deepspeed(model, training_args.deepspeed_plugin.deepspeed_config)

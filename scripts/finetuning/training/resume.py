@@ -223,16 +223,16 @@ def refuse_futile_restart(folder: Path, from_step: int) -> None:
 def continuation_problems(checkpoint: Path, arguments: dict[str, Any]) -> list[str]:
     """What of this launch does not fit the checkpoint it would continue from: its strategy, its number of processes.
 
-    `arguments` are the run's. ZeRO-1 and 2 continue each other, and ZeRO-3 where it shards frozen layers only
-    (`finetuning.distributed.sharded_layers`), which is sharded like ZeRO-2. FSDP2 that does so continues DDP.
+    `arguments` are the run's. ZeRO-1 and 2 continue each other. ZeRO-3 and FSDP2 that shard frozen layers only
+    (`finetuning.distributed.layers_only`) continue each other and DDP, with any number of processes.
     """
     strategy, processes = Strategy.from_environment(), PartialState().num_processes
     names = {path.name for path in checkpoint.iterdir()}
     may_gather = arguments.get("language_model", "lora") == "lora" and arguments.get("fused_lora", True)
-    if strategy.is_fsdp and may_gather and not strategy.offloads:
-        strategy = dataclasses.replace(
-            strategy, shards_layers_only=layout_of(checkpoint) != "FSDP2"
-        )  # `refuse_other_layout` is sure
+    if strategy.shards_weights and may_gather and not strategy.offloads:
+        # `refuse_other_layout` is sure
+        plain = layout_of(checkpoint) == "one process or DDP"
+        strategy = dataclasses.replace(strategy, shards_layers_only=plain)
     if layout_of(checkpoint) != strategy.layout:
         return [said_of_layouts(checkpoint, strategy)]
     was_sharded = weights_were_sharded(checkpoint)
@@ -271,15 +271,15 @@ def said_of_layouts(checkpoint: Path, strategy: Strategy) -> str:
 
 
 def refuse_other_layout(checkpoint: Path, strategy: Strategy) -> None:
-    """Raise ValueError if an FSDP2 launch, whose model is there now, lays optimizer state out otherwise than `checkpoint`."""
-    if strategy.is_fsdp and layout_of(checkpoint) != strategy.layout:
+    """Raise ValueError if a launch, whose model is there now, lays optimizer state out otherwise than `checkpoint`."""
+    if layout_of(checkpoint) != strategy.layout:
         raise ValueError(f"{checkpoint}: {said_of_layouts(checkpoint, strategy)}. Begin anew in another --output_dir")
 
 
 def refuse_other_sharding(checkpoint: Path, config: dict[str, Any]) -> None:
     """Raise ValueError if DeepSpeed's `config`, as `set_up_deepspeed` left it, shards weights and `checkpoint` does not.
 
-    Or the other way round. Whether ZeRO-3 or `sharded_layers` shards them is known when the model is there.
+    Or the other way round.
     """
     was_sharded, is_sharded = weights_were_sharded(checkpoint), config["zero_optimization"]["stage"] == 3
     if was_sharded != is_sharded:
