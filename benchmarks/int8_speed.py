@@ -4,7 +4,7 @@
 
 Each product x W^T has a low-rank part of 64 columns, which the INT8 kernel adds before it rounds. INT8 is timed with the
 quantisation of x and without. `--tiles` times a list of tiles at the first shape, `--prefill MODEL` the prompts of 64 rows
-through a whole decoder of random weights. Writes int8_speed.json and prints tables.
+through a whole decoder of random weights, loaded in 16 bits and in NF4. Writes int8_speed.json and prints tables.
 """
 
 import argparse
@@ -160,13 +160,13 @@ def milliseconds(calls: dict[str, Callable], rounds: int, bar: tqdm, repeated: i
 
 
 def prefill_calls(name: str, rows: int, tokens: int) -> dict[str, Callable]:
-    """The prompts of `rows` rows through the decoder of a model with an adapter, held in bf16 and in INT8."""
+    """The prompts of `rows` rows through the decoder of a model with an adapter; held in INT8 it was loaded in bf16 or NF4."""
     prompts = PackedPrompts([Segment(torch.randint(3, 30000, (tokens,))) for _ in range(rows)], "cuda")
     asked = torch.arange(1, rows + 1, device="cuda") * tokens - 1
     calls = {}
-    for precision in ("bf16", "INT8"):
-        model = random_model(name, nf4=False)
-        if precision == "INT8":
+    for precision in ("bf16", "INT8", "NF4", "NF4 to INT8"):
+        model = random_model(name, nf4=precision.startswith("NF4"))
+        if precision.endswith("INT8"):
             hold_base_in_int8(model)
         decoder = PackedDecoder(model)
         decoder.refresh()
@@ -219,8 +219,12 @@ def main() -> None:
             calls = prefill_calls(options.prefill, 64, 607)
             logits = {name: call().float() for name, call in calls.items()}
             found["prefill"] = milliseconds(calls, options.rounds, bar, repeated=1)
-            found["prefill"]["logits differ by"] = relative(logits["INT8"], logits["bf16"].double())
-            print_table("64 rows of 607 tokens", {options.prefill: found["prefill"]}, ".3f")
+            found["logits differ by"] = {
+                held: relative(logits[held], logits[loaded].double())
+                for loaded, held in (("bf16", "INT8"), ("NF4", "NF4 to INT8"))
+            }
+            rows = {key: found[key] for key in ("prefill", "logits differ by")}
+            print_table(f"{options.prefill}, 64 rows of 607 tokens, ms", rows, ".3f")
         elif options.tiles:
             width, features = next(iter(SHAPES.values()))
             given = random_product(options.tokens[0], width, features)

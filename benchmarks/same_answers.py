@@ -1,11 +1,14 @@
 """Are this project's answers in 16 bits those of transformers' `generate`? Asks a trained model both ways, on one device.
 
     python benchmarks/same_answers.py --model outputs/llava-sample --dataset data/sample-cctv --output benchmarks/results/same
+    python benchmarks/same_answers.py --model outputs/llava-sample --dataset data/sample-cctv --base_precision int8 \
+        --output benchmarks/results/same-int8
 
 `generate` answers one row at a time, so nothing is padded. Two right ways of rounding may choose another token where two
 are nearly as likely: of each answer that differs the report names the first differing token, and by how much transformers'
 own logit of its token is above that of ours. Beside it stands how often transformers agrees with itself when it answers
-in padded batches. Writes report.json and report.md. Measured on one NVIDIA H200.
+in padded batches. With --base_precision the same is asked of this project's decoder: what is left alone is the precision of
+the base, and 16 bits in batches of another size stand beside it. Writes report.json and report.md. Measured on one NVIDIA H200.
 """
 
 import argparse
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from finetuning.data.collator import prompt_batch
 from finetuning.data.dataset import open_dataset
 from finetuning.inference.generation import answer_batch, generate_answers
+from finetuning.kernels.int8_base import set_base_precision
 from finetuning.models.loading import load_for_inference
 from finetuning.models.parts import base_model_of
 
@@ -63,20 +67,35 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=50, help="of transformers' padded batches")
+    parser.add_argument(
+        "--base_precision", choices=["int8"], help="compare this project in INT8 with itself in 16 bits"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     options = parser.parse_args()
-    model, processing_class = load_for_inference(options.model, dtype=getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    model, processing_class = load_for_inference(options.model, dtype=dtype)
     rows = asked_rows(options.dataset, options.rows, vision=hasattr(base_model_of(model).config, "vision_config"))
     asked = [rows[index] for index in range(len(rows))]
 
-    # transformers first: this project fuses the adapters of the model that it is given
-    tokens = options.max_new_tokens
-    alone = [answer_batch(model, processing_class, [row], max_new_tokens=tokens)[0] for row in tqdm(asked, unit="row")]
-    size, padded = options.batch_size, []
-    for start in tqdm(range(0, len(asked), size), unit="batch"):
-        padded += answer_batch(model, processing_class, asked[start : start + size], max_new_tokens=tokens)
+    tokens, size = options.max_new_tokens, options.batch_size
+    if options.base_precision:
+        names = f"16 bits, batches of {size}", "16 bits, batches as memory allows", options.base_precision
+        alone = generate_answers(model, processing_class, rows, max_new_tokens=tokens, batch_size=size)
+        again = generate_answers(model, processing_class, rows, max_new_tokens=tokens)
+        other, _ = load_for_inference(options.model, dtype=dtype)
+        set_base_precision(other, options.base_precision, Path(options.model))
+        ours = generate_answers(other, processing_class, rows, max_new_tokens=tokens, batch_size=size)
+    else:
+        # transformers first: this project fuses the adapters of the model that it is given
+        names = "generate, one row at a time", f"generate, padded batches of {size}", "this project"
+        alone = [
+            answer_batch(model, processing_class, [row], max_new_tokens=tokens)[0] for row in tqdm(asked, unit="row")
+        ]
+        again = []
+        for start in tqdm(range(0, len(asked), size), unit="batch"):
+            again += answer_batch(model, processing_class, asked[start : start + size], max_new_tokens=tokens)
+        ours = generate_answers(model, processing_class, rows, max_new_tokens=tokens)
     different = []
-    ours = generate_answers(model, processing_class, rows, max_new_tokens=tokens)
     for row, theirs, answer in zip(asked, alone, ours, strict=True):
         if theirs != answer:
             different.append(first_difference(model, processing_class, row, theirs, answer))
@@ -84,22 +103,23 @@ def main() -> None:
     # Report
     report = {
         "model": options.model,
+        "ways": names,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "dtype": options.dtype,
         "rows": len(asked),
         "different_answers": len(set(alone)),
         "same": len(asked) - len(different),
-        "transformers_padded_same": sum(one == two for one, two in zip(alone, padded, strict=True)),
+        "same_of_itself": sum(one == two for one, two in zip(alone, again, strict=True)),
         "differences": different,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     lines = [
-        f"{report['device']}, {options.dtype}, {options.model}: {report['same']} of {len(asked)} answers "
-        f"({report['same'] / len(asked):.1%}) as transformers' generate, one row at a time; transformers in padded batches of "
-        f"{size}: {report['transformers_padded_same']}. {report['different_answers']} different texts.",
+        f"{report['device']}, {options.dtype}, {options.model}: {names[2]} gives {report['same']} of {len(asked)} answers "
+        f"({report['same'] / len(asked):.1%}) as {names[0]}; {names[1]}: {report['same_of_itself']}. "
+        f"{report['different_answers']} different texts.",
         "",
-        "| transformers | this project | token | logit gap | spread of the logits |",
+        f"| {names[0]} | {names[2]} | token | logit gap | spread of the logits |",
         "|---|---|---|---|---|",
         *(
             f"| {one['theirs']} | {one['ours']} | {one['token']} | {one['logit_gap']:.4f} | {one['spread']:.2f} |"
