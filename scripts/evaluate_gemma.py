@@ -39,6 +39,8 @@ def main(args: argparse.Namespace) -> None:
     from finetuning.tasks.anime_facts import TitlesExam
     from finetuning.tasks.evaluate import accepted_changes, engine_settings, evaluate, show
 
+    start.imported()
+
     # Questions: rows of both splits, cut before the answer
     state = open_processes()
     name = args.dataset or arguments["dataset_name"]

@@ -25,6 +25,7 @@ def main(args: argparse.Namespace) -> None:
     start.prepare(untuned_model(run), engine=args.engine)
     from finetuning.tasks.evaluate import evaluate  # PyTorch comes with it: once there is something to evaluate
 
+    start.imported()
     evaluate(args, vision=True)
 
 

@@ -187,6 +187,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
+    start.imported()
     state = open_processes()
     changes = refuse_changed_run(Path(options.model), base, None, accept_changes=options.accept_changes)
     if options.engine == "vllm":

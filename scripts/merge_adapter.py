@@ -45,6 +45,7 @@ def main(options: argparse.Namespace) -> None:
     start.prepare(adapter_base(options.run))
     from finetuning.export.merge_run import merge  # PyTorch comes with it: once there is something to merge
 
+    start.imported()
     report = merge(
         options.run,
         options.output,

@@ -98,6 +98,8 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
+    start.imported()
+
     # The model, and how counts are read where an evaluation kept that
     run, reader, calibration = Path(options.model), None, None
     refuse_changed_run(run, adapter_base(run), None, accept_changes=options.accept_changes)

@@ -49,7 +49,7 @@ from finetuning.training.trainer import FineTuningTrainer, TrainingDiverged
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelArguments) -> None:
     """One training from its recipe to its saved weights. Raises ValueError where it cannot work, TrainingDiverged."""
-    start.ended("imports")
+    start.imported()
     # Run: a fresh start, or the checkpoint of an interrupted one
     config = load_config(model_args.model_name_or_path, model_args.model_revision)
     dataset = open_dataset(script_args.dataset_name, vision=False)

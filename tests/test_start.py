@@ -54,10 +54,13 @@ def test_the_start_is_told_once_by_parts_and_only_of_commands_that_noted_their_i
 
 
 @pytest.mark.slow
-def test_bitsandbytes_is_imported_without_the_compiler_and_the_switch_is_as_it_was():
-    code = "import os, sys; sys.path.insert(0, 'scripts'); from finetuning import start; start.prepare(); "
-    code += "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules, os.environ.get(start.COMPILER_OFF))"
+def test_bitsandbytes_comes_without_the_compiler_and_switch_and_garbage_collector_are_as_they_were():
+    code = (
+        "import gc, os, sys; sys.path.insert(0, 'scripts'); from finetuning import start; start.prepare(); "
+        "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules, gc.isenabled()); "
+        "start.imported(); print(os.environ[start.COMPILER_OFF], gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
     environment = os.environ | {start.COMPILER_OFF: "0"}
     words = [sys.executable, "-c", code]
     printed = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    assert printed.split()[-3:] == ["True", "False", "0"]
+    assert printed.split()[-6:] == ["True", "False", "False", "0", "True", "True"]

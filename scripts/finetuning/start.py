@@ -4,8 +4,10 @@ Standard library only at import.
 """
 
 import ctypes
+import gc
 import importlib
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -23,8 +25,10 @@ def prepare(base: str | None = None, *, engine: str = "built-in") -> None:
 
     Without PyTorch's compiler: bitsandbytes 0.50 wraps four functions in `torch.compile` as it is imported, PEFT imports it
     for every LoRA, and all of the compiler is loaded with it, a seventh of all imports. The four serve neither CUDA nor
-    CPUs, which have functions of their own.
+    CPUs, which have functions of their own. Nobody looks for garbage until `imported`: imports leave none.
     """
+    if "torch" not in sys.modules:
+        gc.disable()
     if base is not None and is_main_process():
         hash_ahead(base)
     if engine != "vllm":  # which forks processes that open it themselves
@@ -50,6 +54,14 @@ def open_gpu() -> None:
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), number) == 0:
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+
+def imported() -> None:
+    """Called when the imports have ended; what they made is left out of every later search for garbage."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+    ended("imports")
 
 
 def seconds() -> float:

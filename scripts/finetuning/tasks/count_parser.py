@@ -8,6 +8,7 @@ import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 from finetuning.tasks import count_patterns as patterns
 from finetuning.tasks.numerals import Numeral, find_numerals
@@ -37,6 +38,7 @@ class Mention:
     is_result: bool = False  # "12 + 23 = 35"
 
 
+@lru_cache(maxsize=65536)  # thousands of answers are few texts
 def parse_count(text: str) -> int | None:
     """The number of people that a Korean or English answer states, or None when it does not state exactly one.
 
