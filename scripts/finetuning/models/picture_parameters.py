@@ -44,8 +44,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     """`PeftModel.from_pretrained`, which keeps the base's vectors for `without_adapter`."""
     base = base_model_of(model)
     own = {name: each.detach().clone() for name, each in picture_parameters(base).items()}
-    # Without the option PEFT first draws every adapter at random, on all cores: 6 s of a 7B, and 200 s of CPU.
-    model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+    # Without `low_cpu_mem_usage` PEFT first draws every adapter at random, on all cores: 6 s of a 7B, and 200 s of CPU.
+    device = next(base.parameters()).device
+    model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True, torch_device=str(device))
     model.picture_parameters_of_base = own
     return model
 
