@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from finetuning import run_folder
+from finetuning.fingerprints import of_folder
 from finetuning.folder_lock import give_back, lock_file
 from finetuning.training.checkpoints import put_in_place
-from finetuning.training.origin import of_folder
 from finetuning.training.resume import continuation_problems, refuse_futile_restart, start_or_continue
 from support.checkpoints import write_checkpoint
 from support.launches import launch_by

@@ -41,10 +41,11 @@ def test_ctrl_c_is_a_stop_signal_its_echo_is_not_a_second_one_and_the_second_one
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
 
 
-def test_a_closed_terminal_stops_a_training_and_nohup_keeps_it(monkeypatch):
-    assert signal.SIGHUP in StopRequest().signals
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_a_closed_terminal_stops_a_training_and_nohup_keeps_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     try:
+        assert signal.SIGHUP in StopRequest().signals
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert signal.SIGHUP not in StopRequest().signals
     finally:
         signal.signal(signal.SIGHUP, before)
