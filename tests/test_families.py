@@ -10,15 +10,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
     MistralConfig,
     PaliGemmaConfig,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -34,15 +38,24 @@ from finetuning.inference.prompt_reader import bytes_of_fetch
 from finetuning.kernels.lora_layers import FusedDecoderLayer, fuse_lora
 from finetuning.kernels.model_patches import count_image_tokens_once, ignore_right_padding
 from finetuning.kernels.shared_prefix_attention import enable_shared_prefix
+from finetuning.model_shape import ModelShape
 from finetuning.models.loading import load_base_model, load_for_inference
 from finetuning.models.parts import count_parameters
 from finetuning.models.picture_parameters import picture_parameters, without_adapter
 from finetuning.models.processing import follow_tiles, load_config, load_processing_class
 from finetuning.models.trainable import describe_trainable, set_trainable
+from finetuning.preflight.planned_step import Training
+from finetuning.preflight.planner import picture_cost, template_text
+from finetuning.preflight.row_lengths import RowCounter, lengths_of, read_split
 from finetuning.training.activation_checkpointing import with_largest_pictures
 from support.families import CLIP_L_336, FAMILIES, dataset_of, in_two_processes, make, rows_of_all_shapes, which_half
 from support.tiny_models import LANGUAGE_MODEL, assert_same, loss_and_grads, with_lora
 from support.training import SAMPLE, assert_equal_adapters, folders, interrupted, merge_with_proof
+
+# The towers of the published Gemma 3 and OneVision, but for the number of their layers.
+SO400M = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -93,6 +106,29 @@ def test_rows_of_every_shape_pass_the_audit_and_train(folder, processor, config)
         alone = LlavaDataCollator(processor, None, config)([row])
         alone.pop("rows")
         assert torch.isfinite(model(**alone).loss)
+
+
+def test_a_plan_counts_its_parameters_and_the_tokens_of_its_rows(folder, processor, config, tmp_path):
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape = ModelShape.from_config(written)
+    model = load_base_model(str(folder), dtype=torch.float32)
+    assert shape.parameters == {part: count["total"] for part, count in count_parameters(model).items()}
+    placement = dict.fromkeys(shape.parameters, "full")
+    trained = set_trainable(model, ScriptArguments(dataset_name="x", **placement), ModelArguments())
+    assert Training(shape, placement).trained == sum(part["trainable"] for part in count_parameters(trained).values())
+    settings = {"chat_template_path": None, "image_tiles": None, "image_max_tiles": None}
+    template, cost = template_text(settings, written, shape, folder), picture_cost(settings, written, shape)
+    data = dataset_of(rows_of_all_shapes(), rows_of_all_shapes()[:1], tmp_path / "data")
+    table = read_split(str(data), "train")
+    counted = lengths_of(table, RowCounter(folder, template, cost), shares_prefix=False, folder=str(data)).counted
+    batch = LlavaDataCollator(processor, None, config)(rows_of_all_shapes())
+    assert [row.tokens for row in counted] == batch["attention_mask"].sum(1).tolist()
+    assert [row.supervised for row in counted] == (batch["labels"] != -100).sum(1).tolist()
+    family = family_of(config)
+    sizes = [[(image.height, image.width) for image in row["images"]] for row in rows_of_all_shapes()]
+    alone = [1 if family.several_as_views and len(row) > 1 else None for row in sizes]
+    views = [sum(one or family.views(config, size) for size in row) for row, one in zip(sizes, alone, strict=True)]
+    assert [row.pictures for row in counted] == views
 
 
 def test_image_tokens_are_compared_row_by_row(processor, config):
@@ -404,8 +440,34 @@ def test_a_family_that_is_not_known_is_told_the_nearest(config, nearest):
             "vicuna",
             7_063_431_168,
         ),
+        (
+            Gemma3Config(
+                text_config=Gemma3TextConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
+                vision_config=SiglipVisionConfig(**SO400M, num_hidden_layers=27, image_size=896),
+            ),
+            "gemma",
+            4_300_079_472,
+        ),
+        (
+            LlavaOnevisionConfig(
+                text_config=Qwen2Config(
+                    **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152_064},
+                    **{"num_attention_heads": 28, "num_key_value_heads": 4},
+                ),
+                vision_config=SiglipVisionConfig(**SO400M, num_hidden_layers=26, image_size=384),
+            ),
+            "chatml",
+            8_030_348_832,
+        ),
     ],
-    ids=["llava-v1.6-mistral-7b", "llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-vicuna-7b"],
+    ids=[
+        "llava-v1.6-mistral-7b",
+        "llava-1.5-7b",
+        "llava-1.5-13b",
+        "llava-v1.6-vicuna-7b",
+        "gemma-3-4b-it",
+        "llava-onevision-qwen2-7b-ov",
+    ],
 )
 def test_published_shapes_have_their_published_sizes(config, form, parameters):
     assert dialogue_form(config) == form
@@ -413,6 +475,5 @@ def test_published_shapes_have_their_published_sizes(config, form, parameters):
         model = AutoModelForImageTextToText.from_config(config)
     counts = count_parameters(model)
     assert sum(part["total"] for part in counts.values()) == parameters
-    width = config.text_config.hidden_size
-    newline = width * isinstance(config, LlavaNextConfig)
-    assert counts["projector"]["total"] == (1024 + 1) * width + (width + 1) * width + newline
+    shape = ModelShape.from_config(config.to_dict())
+    assert shape.parameters == {part: count["total"] for part, count in counts.items()}

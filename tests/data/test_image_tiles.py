@@ -18,6 +18,7 @@ from finetuning.inference.prompt_reader import PromptReader
 from finetuning.model_shape import ModelShape
 from finetuning.models.loading import load_for_inference
 from finetuning.models.processing import load_config, load_processing_class, load_saved_processing_class
+from finetuning.preflight.planner import picture_cost
 from finetuning.preflight.row_lengths import RowCounter, lengths_of, read_split
 
 
@@ -98,7 +99,9 @@ def test_the_audit_the_plan_and_shared_prefixes_count_tiles(tiny_llava, tiled, c
     assert [audit.num_tokens for audit in audits] == lengths
     assert {audit.num_images for audit in audits} == {5}
     template = (tiny_llava / "chat_template.jinja").read_text(encoding="utf-8")
-    counter = RowCounter(tiny_llava, template, ModelShape.from_config(config.to_dict()).vision.tokens, views=5)
+    shape = ModelShape.from_config(config.to_dict())
+    cost = picture_cost({"image_tiles": "2x2", "image_max_tiles": None}, config.to_dict(), shape)
+    counter = RowCounter(tiny_llava, template, cost)
     counted = lengths_of(read_split(str(cctv_dataset), "train").slice(0, 6), counter, shares_prefix=False).counted
     assert [sequence.tokens for sequence in counted] == lengths
     assert {sequence.pictures for sequence in counted} == {5}

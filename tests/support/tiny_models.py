@@ -5,6 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CLIPVisionConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -41,6 +43,12 @@ def tiny_gemma(attention: str = "sdpa", head_dim: int = 16, **text_settings) -> 
         if "norm" in name:  # zero at the start, as 1 + weight: something to tell the offset by
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def tiny_gemma3(attention: str = "sdpa") -> Gemma3ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=16, sliding_window=8)
+    return Gemma3ForCausalLM._from_config(config, attn_implementation=attention)
 
 
 def with_lora(model: torch.nn.Module, target_modules: str | list[str], **settings):

@@ -140,8 +140,13 @@ class FusedLayer(Layer):
 
     @property
     def expands_kv(self) -> bool:
-        """Whether keys and values are copied for every query head of their group, as packed and shared rows need it."""
-        return self.kv < self.query and (self.training.packs_rows or bool(self.batch.prefix))
+        """Whether keys and values are copied for every query head of their group: packed and shared rows, masks."""
+        return self.kv < self.query and (self.training.packs_rows or bool(self.batch.prefix) or self.has_mask)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether attention is given a mask: Gemma 3's windows and pictures are in one."""
+        return self.training.shape.text.norms_heads
 
     @property
     def attended_kv(self) -> int:
@@ -151,22 +156,31 @@ class FusedLayer(Layer):
     def keep_attention(self) -> float:
         """x s A of q, k and v; queries, keys, values, outputs, log-sum-exp."""
         expanded = 2 * self.attended_kv if self.expands_kv else 0
-        states = 3 * self.training.rank + 2 * self.query + 2 * self.kv + expanded
+        own_kv = 0 if self.has_mask else 2 * self.kv
+        states = 3 * self.training.rank + 2 * self.query + own_kv + expanded
         bias = 0.0
         if self.batch.prefix:
             rest = self.batch.length - self.batch.prefix
             bias = self.batch.rows * rest * rest * self.size
+        if self.has_mask:
+            states += self.query + 2 * self.kv  # before the norms of heads
+            bias = self.tokens * self.batch.length * self.size  # the mask, as numbers
         return self.tokens * (states * self.size + 4 * self.heads) + bias
 
     def keep_output(self) -> float:
         """Of the o projection: x s A; and what the last layer selects of the attended."""
         selected = self.rows * self.query * self.size if self.is_last else 0
-        return self.rows * self.training.rank * self.size + selected
+        return self.rows * (self.training.rank + self.normed) * self.size + selected
 
     def keep_mlp(self) -> float:
         """The residual stream, gate and up, and both x s A."""
         low_rank = 3 * self.training.rank
-        return self.rows * (self.width * self.residual + (2 * self.mlp + low_rank) * self.size)
+        return self.rows * (self.width * self.residual + (2 * self.mlp + low_rank + self.normed) * self.size)
+
+    @property
+    def normed(self) -> int:
+        """Width of a product that is kept for the norm behind it; 0 without one."""
+        return self.width if self.training.shape.text.norms_heads else 0
 
     def keep(self) -> float:
         return self.keep_attention() + self.keep_output() + self.keep_mlp()

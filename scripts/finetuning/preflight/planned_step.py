@@ -42,7 +42,9 @@ class Training:
     @property
     def layers_are_fused(self) -> bool:
         """Whether the decoder layers run as `kernels/lora_layers.py`."""
-        return self.fused and self.placement["language_model"] == "lora" and self.targets is None and self.bits != 8
+        known = self.fused and self.placement["language_model"] == "lora" and self.targets is None and self.bits != 8
+        # Biases and further norms would have to be gathered too.
+        return known and not (self.strategy.shards_weights and self.shape.text.kind in ("qwen2", "gemma3_text"))
 
     @property
     def shards_own_layers(self) -> bool:
@@ -74,7 +76,7 @@ class Training:
     @property
     def residual_bytes(self) -> int:
         """Of a number in the residual stream: fp32 of a Gemma in fp16, and where all weights are fp32."""
-        is_wide = self.weight_bytes == 4 or (self.shape.text.kind == "gemma" and self.precision == "fp16")
+        is_wide = self.weight_bytes == 4 or (self.shape.text.kind.startswith("gemma") and self.precision == "fp16")
         return 4 if is_wide else 2
 
     @property

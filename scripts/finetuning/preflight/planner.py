@@ -14,8 +14,10 @@ from finetuning.model_shape import ModelShape
 from finetuning.preflight.planned_step import Batch, Training
 from finetuning.preflight.row_lengths import (
     Lengths,
+    PictureCost,
     RowCounter,
     Sequence,
+    Size,
     lengths_of,
     read_split,
     several_dialogues_an_image,
@@ -123,27 +125,80 @@ def model_folder(name: str, revision: str) -> Path:
 def read_workload(settings: dict[str, Any]) -> Workload:
     """Model and rows of a recipe's settings. Raises ValueError that says what is missing."""
     folder = model_folder(settings["model_name_or_path"], settings["model_revision"])
-    shape = ModelShape.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    if shape.text.vocabulary >= LLAMA3_VOCABULARY and shape.text.kind == "llama" and not settings["chat_template_path"]:
-        raise ValueError(
-            f"{settings['model_name_or_path']}: plans know no template of Llama 3: give --chat_template_path"
-        )
-    dialogue_form = "llava" if shape.vision is not None else "gemma"
-    template = Path(settings["chat_template_path"] or TEMPLATES / f"{dialogue_form}.jinja").read_text(encoding="utf-8")
-    views = num_views(parse_tiles(settings["image_tiles"]))
-    counter = RowCounter(folder, template, shape.vision.tokens if shape.vision is not None else 1, views)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape = ModelShape.from_config(config)
+    counter = RowCounter(folder, template_text(settings, config, shape, folder), picture_cost(settings, config, shape))
     table = read_split(settings["dataset_name"], settings["dataset_train_split"])
     shares = settings["share_image_prefix"]
-    shares = shape.vision is not None and (several_dialogues_an_image(table) if shares is None else shares)
-    train = lengths_of(table, counter, shares_prefix=shares)
+    can_share = shape.vision is not None and not shape.vision.pooled  # Gemma 3's image tokens see one another
+    shares = can_share and (several_dialogues_an_image(table) if shares is None else shares)
+    train = lengths_of(table, counter, shares_prefix=shares, folder=settings["dataset_name"])
     validation = None
     if settings["eval_strategy"] != "no":
         try:
             rows = read_split(settings["dataset_name"], settings["dataset_validation_split"])
         except ValueError:  # training says so too, and goes on without
             rows = None
-        validation = lengths_of(rows, counter, shares_prefix=False) if rows is not None and len(rows) else None
+        if rows is not None and len(rows):
+            validation = lengths_of(rows, counter, shares_prefix=False, folder=settings["dataset_name"])
     return Workload(settings, shape, train, validation, shares)
+
+
+def template_text(settings: dict[str, Any], config: dict[str, Any], shape: ModelShape, folder: Path) -> str:
+    """The chat template that training uses, each picture as the text that its tokens stand in.
+
+    Raises ValueError where a language model's dialogues are not known.
+    """
+    if settings["chat_template_path"]:
+        name = settings["chat_template_path"]
+    elif shape.vision is None and shape.text.kind.startswith("gemma"):
+        name = TEMPLATES / "gemma.jinja"
+    elif shape.kind == "llava" and shape.text.kind == "llama" and shape.text.vocabulary < LLAMA3_VOCABULARY:
+        name = TEMPLATES / "llava.jinja"
+    else:
+        from finetuning.families import template_of  # with transformers, which takes seconds
+
+        name = TEMPLATES / template_of(config_object(config))
+    template = Path(name).read_text(encoding="utf-8")
+    if shape.kind == "gemma3":
+        marks = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        begin, inside, end = (marks[f"{key}_token"] for key in ("boi", "image", "eoi"))
+        # As its processor writes them.
+        template = template.replace(json.dumps(begin), json.dumps(f"\n\n{begin}{inside}{end}\n\n"))
+        template = template.replace(f"'{begin}'", json.dumps(f"\n\n{begin}{inside}{end}\n\n"))
+    return template
+
+
+def picture_cost(settings: dict[str, Any], config: dict[str, Any], shape: ModelShape) -> PictureCost:
+    """What pictures become in that model, under `image_tiles` and `image_max_tiles`. Raises ValueError for what it has not."""
+    views = num_views(parse_tiles(settings["image_tiles"]))
+    most = settings["image_max_tiles"]
+    if shape.vision is None or "image_grid_pinpoints" not in config:
+        if most is not None:
+            raise ValueError(f"image_max_tiles: {most}, but {shape.kind} sees a picture in one view: remove it")
+        tokens = shape.vision.tokens if shape.vision is not None else 1
+        return PictureCost(lambda sizes: (len(sizes) * views * tokens, len(sizes) * views), marks=views)
+    from finetuning.families import FAMILIES
+
+    family, full, side = FAMILIES[shape.kind], config_object(config), shape.vision.image_size
+    grids = config["image_grid_pinpoints"]
+    full.image_grid_pinpoints = [grid for grid in grids if most is None or grid[0] * grid[1] <= most * side**2]
+    if not full.image_grid_pinpoints:
+        raise ValueError(f"image_max_tiles: {most}, but the smallest grid of {shape.kind} has more tiles")
+
+    def of_row(sizes: list[Size]) -> tuple[int, int]:
+        as_views = family.several_as_views and len(sizes) > 1
+        tokens = sum(family.features_of_row(full, sizes, (side, side)))
+        return tokens, len(sizes) if as_views else sum(family.views(full, size) for size in sizes)
+
+    return PictureCost(of_row, reads_sizes=True)
+
+
+def config_object(config: dict[str, Any]) -> Any:
+    """transformers' config of a `config.json`, with the defaults of its class."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
 
 
 def training_of(workload: Workload, strategy: Strategy, gpu: Gpu, *, bits: int | None) -> Training:

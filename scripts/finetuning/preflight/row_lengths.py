@@ -1,9 +1,11 @@
-"""How long the rows of a prepared dataset are, in tokens, without PyTorch and without opening a picture.
+"""How long the rows of a prepared dataset are, in tokens, without PyTorch and without decoding a picture.
 
 Tokens are counted by the model's own `tokenizer.json` over the text of the chat template, so a length is that of the training
-batch, token for token. Of many rows an even sample is counted, and all of the longest.
+batch, token for token. Of many rows an even sample is counted, and all of the longest. Where a model cuts pictures into tiles,
+the sizes of those rows' pictures are read from their heads.
 """
 
+import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -22,6 +24,7 @@ SAMPLE, LONGEST = 2000, 64  # rows that are counted: evenly spread, and those wi
 MOST_DIALOGUES = 8  # of a sequence, as `data.shared_prefix.group_by_image`
 IMAGE_LINE = "<image>\n"
 TURN_MARKS = ("<start_of_turn>", "<end_of_turn>")
+Size = tuple[int, int]  # height, width
 START, END = "\ue000", "\ue001"  # stand around what is supervised; of the private use area, so in no vocabulary
 
 
@@ -117,10 +120,24 @@ def with_pictures(messages: list[dict[str, Any]], pictures: int, views: int = 1)
     return placed
 
 
-class RowCounter:
-    """Counts tokens of dialogues: `tokenizer.json`, the chat template, tokens of a view, and views of a picture."""
+@dataclass(frozen=True)
+class PictureCost:
+    """What the pictures of a row become: `of_row(sizes)` -> (tokens, views), from heights and widths as they are shown.
 
-    def __init__(self, model: Path, template: str, tokens_per_view: int, views: int = 1):
+    Args:
+        marks: of the template's text for a picture, each of which is one of its tokens.
+        reads_sizes: whether the sizes matter; else any will do.
+    """
+
+    of_row: Callable[[list[Size]], tuple[int, int]]
+    marks: int = 1
+    reads_sizes: bool = False
+
+
+class RowCounter:
+    """Counts tokens of dialogues: `tokenizer.json`, the chat template, and what pictures become."""
+
+    def __init__(self, model: Path, template: str, cost: PictureCost):
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -128,23 +145,24 @@ class RowCounter:
         marks = [mark for mark in TURN_MARKS if self.tokenizer.token_to_id(mark) is not None]
         self.tokenizer.add_special_tokens(marks)
         self.render = chat_renderer(template, special_tokens_of(model))
-        self.tokens_per_view, self.views = tokens_per_view, views
+        self.cost = cost
 
-    def count(self, dialogues: list[list[dict[str, Any]]], pictures: list[int]) -> list[Sequence]:
-        """Dialogues and their numbers of pictures -> their lengths."""
+    def count(self, dialogues: list[list[dict[str, Any]]], pictures: list[list[Size]]) -> list[Sequence]:
+        """Dialogues and the sizes of their pictures -> their lengths."""
         texts = [
-            self.render(with_pictures(messages, number, self.views))
-            for messages, number in zip(dialogues, pictures, strict=True)
+            self.render(with_pictures(messages, len(sizes), self.cost.marks))
+            for messages, sizes in zip(dialogues, pictures, strict=True)
         ]
         plain = [text.replace(START, "").replace(END, "") for text in texts]
         encodings = self.tokenizer.encode_batch(plain, add_special_tokens=False)
         sequences = []
-        for text, encoding, number in zip(texts, encodings, pictures, strict=True):
+        for text, encoding, sizes in zip(texts, encodings, pictures, strict=True):
             spans = spans_of(text)
             supervised = sum(any(a < end and start < b for a, b in spans) for start, end in encoding.offsets)
-            added = number * self.views * (self.tokens_per_view - 1)
-            prefix = self.prefix(encoding.tokens) + added if number else 0
-            sequences.append(Sequence(len(encoding.ids) + added, supervised, number * self.views, prefix))
+            tokens, views = self.cost.of_row(sizes) if sizes else (0, 0)
+            added = tokens - len(sizes) * self.cost.marks
+            prefix = self.prefix(encoding.tokens) + added if sizes else 0
+            sequences.append(Sequence(len(encoding.ids) + added, supervised, views, prefix))
         return sequences
 
     def prefix(self, tokens: list[str]) -> int:
@@ -164,30 +182,33 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def lengths_of(table: pa.Table, counter: RowCounter, *, shares_prefix: bool) -> Lengths:
+def lengths_of(table: pa.Table, counter: RowCounter, *, shares_prefix: bool, folder: str = "") -> Lengths:
     """Lengths of the rows of a table; of sequences of dialogues about one image where `shares_prefix`.
 
     Raises ValueError for rows that are not as the data contract has them.
     """
     try:
-        return count_lengths(table, counter, shares_prefix=shares_prefix)
+        return count_lengths(table, counter, shares_prefix=shares_prefix, folder=folder)
     except (pa.ArrowException, KeyError, TypeError) as error:
         raise ValueError(f"rows that cannot be counted ({type(error).__name__}: {error}): try check_data.py") from error
 
 
-def count_lengths(table: pa.Table, counter: RowCounter, *, shares_prefix: bool) -> Lengths:
+def count_lengths(table: pa.Table, counter: RowCounter, *, shares_prefix: bool, folder: str) -> Lengths:
     """`lengths_of`, of rows as the data contract has them."""
     pictures = pictures_of(table)
     groups = group_rows(table, pictures) if shares_prefix else [[row] for row in range(len(table))]
     characters = pc.utf8_length(pc.struct_field(flat_messages(table), "content"))
-    sizes = row_sums(table.column("messages"), characters)
-    of_group = [sum(sizes[row] for row in group) for group in groups]
+    characters_of = row_sums(table.column("messages"), characters)
+    of_group = [sum(characters_of[row] for row in group) for group in groups]
     order = sorted(range(len(groups)), key=of_group.__getitem__, reverse=True)[:LONGEST]
     step = max(len(groups) / SAMPLE, 1)
     sample = sorted({int(index * step) for index in range(min(SAMPLE, len(groups)))})
     wanted = sorted({row for index in {*order, *sample} for row in groups[index]})
     dialogues = table.column("messages").take(wanted).to_pylist()
-    counted = dict(zip(wanted, counter.count(dialogues, [pictures[row] for row in wanted]), strict=True))
+    sizes = (
+        sizes_of(table, wanted, folder) if counter.cost.reads_sizes else [[(1, 1)] * pictures[row] for row in wanted]
+    )
+    counted = dict(zip(wanted, counter.count(dialogues, sizes), strict=True))
     sequences = {index: join([counted[row] for row in groups[index]]) for index in {*order, *sample}}
     longest = sorted((sequences[index] for index in order), key=lambda sequence: sequence.tokens, reverse=True)
     return Lengths(len(groups), len(table), [sequences[index] for index in sample], longest)
@@ -213,6 +234,24 @@ def pictures_of(table: pa.Table) -> list[int]:
     if "images" not in table.column_names or pa.types.is_null(table.column("images").type):
         return [0] * len(table)
     return [length or 0 for length in pc.list_value_length(table.column("images")).to_pylist()]
+
+
+def sizes_of(table: pa.Table, rows: list[int], folder: str) -> list[list[Size]]:
+    """Height and width of every picture of these rows, as it is shown; `folder` is the dataset's, which may hold the bytes."""
+    from PIL import ExifTags, Image  # only where sizes matter
+
+    from finetuning.data.picture_table import StoredImage
+
+    stored, found = StoredImage(folder=str(Path(folder).resolve())), []
+    for images in table.column("images").take(rows).to_pylist():
+        of_row = []
+        for image in images or []:
+            data = stored.decode_example(image)
+            with Image.open(io.BytesIO(data["bytes"]) if data["bytes"] is not None else data["path"]) as picture:
+                lies = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                of_row.append((picture.width, picture.height) if lies else (picture.height, picture.width))
+        found.append(of_row)
+    return found
 
 
 def group_rows(table: pa.Table, pictures: list[int]) -> list[list[int]]:

@@ -90,7 +90,7 @@ def weights_memory(training: Training) -> float:
     """Bytes of all base weights, parts trained in full among them."""
     shape, width = training.shape, training.weight_bytes
     text = shape.text
-    layers = text.layers * (linear_weights(training) + 2 * text.width * width)
+    layers = text.layers * (linear_weights(training) + text.other_parameters * width)
     rest = text.head_parameters + text.width
     sizes = {"language_model": layers + rest * width}
     sizes |= {part: size * width for part, size in shape.parameters.items() if part != "language_model"}
@@ -175,7 +175,7 @@ def forward(training: Training, batch: Batch, layers: list[Layer], ledger: Ledge
     size = training.compute_bytes
     embedded = batch.tokens * text.width * training.residual_bytes
     if vision is not None and batch.pictures:
-        patches, outputs = batch.pictures * (vision.patches + 1), batch.pictures * vision.tokens
+        patches, outputs = batch.pictures * vision.vectors, batch.pictures * vision.tokens
         block = 3 * vision.width + 2 * vision.mlp_width
         with ledger.during("vision tower", patches * vision.width * size, patches * block * size):
             pass
@@ -219,7 +219,7 @@ def tower_memory(training: Training, batch: Batch) -> float:
     if vision is None or training.placement["vision_tower"] == "frozen":
         return 0.0
     of_token = 2 * (3 + 4 + 1) * vision.width + 2 * (4 + 4) * vision.width + 3 * 2 * vision.mlp_width
-    return batch.pictures * (vision.patches + 1) * vision.read * of_token
+    return batch.pictures * vision.vectors * vision.read * of_token
 
 
 def loss_and_final_norm(training: Training, batch: Batch, ledger: Ledger) -> None:
@@ -273,7 +273,7 @@ def gradients_a_layer(training: Training) -> int:
     how = training.placement["language_model"]
     text = training.shape.text
     if how == "full":
-        return text.linear_parameters + 2 * text.width
+        return text.linear_parameters + text.other_parameters
     if how == "frozen":
         return 0
     return sum(

@@ -193,7 +193,7 @@ def tower_seconds(training: Training, batch: Batch, gpu: Gpu) -> float:
     vision = training.shape.vision
     if vision is None or not batch.pictures:
         return 0.0
-    tokens = batch.pictures * (vision.patches + 1)
+    tokens = batch.pictures * vision.vectors
     weights = vision.read * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)
     operations = 2 * tokens * (weights + 2 * tokens / batch.pictures * vision.width * vision.read)
     bytes_ = tokens * vision.read * (14 * vision.width + 4 * vision.mlp_width) * training.compute_bytes
