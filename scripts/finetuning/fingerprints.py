@@ -68,10 +68,8 @@ def of_model(name: str) -> str | None:
     """The fingerprint of a model's folder; None where there is no such folder."""
     receiver = _ahead.pop(Path(name), None)
     if receiver is not None:
-        with (
-            receiver,
-            suppress(EOFError),
-        ):  # the process did not get to the end: what stopped it will stop this one, too
+        # Where the process did not get to its end, what stopped it will stop this one, too.
+        with receiver, suppress(EOFError):
             return receiver.recv()
     return of_folder(Path(name), MODEL_FILES)
 
