@@ -183,7 +183,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.count_file import widest, write_counts
     from finetuning.inference.session import Items, Session, open_image
     from finetuning.inference.vllm_engine import refuse_vllm
-    from finetuning.kernels.int8_base import set_base_precision
+    from finetuning.kernels.int8_base import refuse_base_precision, set_base_precision
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
@@ -192,6 +192,7 @@ def main(options: argparse.Namespace) -> None:
     changes = refuse_changed_run(Path(options.model), base, None, accept_changes=options.accept_changes)
     if options.engine == "vllm":
         refuse_vllm(options.model)
+    refuse_base_precision(options.base_precision)
     if options.counts:
         forms, largest, calibration = count_settings_of(Path(options.model))
     if options.output is not None:

@@ -94,7 +94,7 @@ def main(options: argparse.Namespace) -> None:
     from finetuning.inference.answer_queue import AnswerQueue
     from finetuning.inference.count_distribution import CountReader
     from finetuning.inference.count_file import settings_of
-    from finetuning.kernels.int8_base import set_base_precision
+    from finetuning.kernels.int8_base import refuse_base_precision, set_base_precision
     from finetuning.models.loading import load_for_inference
     from finetuning.training.origin import refuse_changed_run
 
@@ -103,6 +103,7 @@ def main(options: argparse.Namespace) -> None:
     # The model, and how counts are read where an evaluation kept that
     run, reader, calibration = Path(options.model), None, None
     refuse_changed_run(run, adapter_base(run), None, accept_changes=options.accept_changes)
+    refuse_base_precision(options.base_precision)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model, processing_class = load_for_inference(options.model, dtype=dtype, load_in_4bit=options.load_in_4bit)
     set_base_precision(model, options.base_precision, run)

@@ -191,9 +191,14 @@ def test_training_that_rounding_would_eat_is_refused(llava_run, tmp_path):
     check_proof(report | {"base_against_tuned": {"mean_kl": 4e-2}})
 
 
-def test_a_qlora_run_is_merged_into_16_bits_and_its_distance_is_reported(llava_run, tmp_path):
+@pytest.mark.parametrize(
+    "quantised", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"base_precision": "int8"}], ids=["nf4", "int8"]
+)
+def test_a_run_over_a_quantised_base_is_merged_into_16_bits_and_its_distance_is_reported(
+    llava_run, tmp_path, quantised
+):
     run = shutil.copytree(llava_run, tmp_path / "run")
-    arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bf16": True}
+    arguments = quantised | {"bf16": True}
     (run / "arguments.yaml").write_text(yaml.safe_dump(arguments), encoding="utf-8")
     report = merge(run, tmp_path / "merged", None, 0, "100KB")
     assert report["dtype"] == "bfloat16"

@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from finetuning.evaluation.answering import AskedModels
 from finetuning.inference.packed_decoder import Linears, compute_dtype
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.int8 import dequantize_rows
-from finetuning.kernels.int8_base import Int8Linear, hold_base_in_int8, refuse_int8
+from finetuning.kernels.int8_base import (
+    Int8Linear,
+    hold_base_in_int8,
+    refuse_base_precision,
+    refuse_int8_layers,
+    set_base_precision,
+)
 from finetuning.kernels.lora_layers import fuse_lora, projection_stacks
 from finetuning.kernels.lora_projections import refresh_stacks
 from finetuning.models.parts import count_parameters
@@ -146,8 +153,29 @@ def test_4_bit_weights_are_held_as_what_they_stand_for():
         assert relative_error(layer.mlp.up_proj(x), x @ weight.T) > 0.03  # what NF4 has lost stays lost
 
 
-def test_a_cpu_is_refused_by_name():
-    with pytest.raises(
-        ValueError, match=r"int8 was made for compute capability 9\.0, and this is the CPU: leave it out"
-    ):
-        refuse_int8(tiny_llava(**WIDE))
+def test_a_cpu_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"int8 was made for GPUs of .* 9\.0 .*, and this is the CPU: leave it out"):
+        refuse_base_precision("int8")
+    with pytest.raises(ValueError, match="this is the CPU"):
+        AskedModels(tmp_path / "no-run", "no-base", "int8")
+    with pytest.raises(ValueError, match="this is the CPU"):
+        set_base_precision(tiny_llava(**WIDE), "int8", tmp_path)
+
+
+def test_a_gpu_of_another_capability_is_refused_with_its_name_and_what_it_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(ValueError, match=r"9\.0 \(H100, H200\), and this is NVIDIA L4, of 8\.9: leave it out"):
+        refuse_base_precision("int8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    refuse_base_precision("int8")
+    refuse_base_precision(None)
+
+
+def test_sizes_that_the_product_cannot_have_are_refused():
+    with pytest.raises(ValueError, match=r"adapters of rank 8 and multiples, not \[4\]"):
+        refuse_int8_layers(model_of("llava")[0])
+    with pytest.raises(ValueError, match=r"layers of width 128 and multiples, not \[320\]"):
+        refuse_int8_layers(tiny_llava(**WIDE | {"intermediate_size": 320}))
+    refuse_int8_layers(tiny_llava(**WIDE))

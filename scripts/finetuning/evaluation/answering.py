@@ -18,7 +18,7 @@ from finetuning.data.count_tree import CountTree
 from finetuning.folder_lock import take_lock
 from finetuning.inference.generation import LIKELIHOODS, answer_rows, packs
 from finetuning.inference.vllm_engine import answer_by_vllm
-from finetuning.kernels.int8_base import set_base_precision
+from finetuning.kernels.int8_base import refuse_base_precision, set_base_precision
 from finetuning.main_process import refuse_together
 from finetuning.manifest import has_manifest, manifest_problems
 from finetuning.models.loading import load_for_inference
@@ -33,10 +33,11 @@ class AskedModels:
     """The tuned model of a run and its base, loaded when they are first asked, one at a time in memory.
 
     An adapter and its base are one model, the adapter switched off for the base. Both get the run's own processor.
-    `base_precision` is a recipe's: "int8", or None.
+    `base_precision` is a recipe's: "int8", or None. Raises ValueError where the GPU cannot do it.
     """
 
     def __init__(self, run: Path, base: str, base_precision: str | None = None):
+        refuse_base_precision(base_precision)
         self.run, self.base, self.is_adapter = run, base, adapter_base(run) is not None
         self.base_precision = base_precision
         self.processing_class = load_saved_processing_class(run)

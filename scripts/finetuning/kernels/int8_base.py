@@ -100,22 +100,35 @@ def set_base_precision(model: nn.Module, base_precision: str | None, run: Path) 
     `run` is what was loaded: a run's folder may say which products stay in 16 bits.
     """
     if base_precision == "int8":
-        refuse_int8(model)
+        refuse_base_precision(base_precision, next(model.parameters()).device)
+        refuse_int8_layers(model)
         hold_base_in_int8(model, (read_int8_products(run) or {}).get("in_16_bits", ()))
 
 
-def refuse_int8(model: nn.Module) -> None:
-    """Raise ValueError where `model`'s decoder cannot run in INT8 on the device that it is on."""
+def refuse_base_precision(base_precision: str | None, device: torch.device | None = None) -> None:
+    """Raise ValueError where `device` has no INT8 kernel; None is where a model would be loaded to, before it is."""
+    if base_precision is None:
+        return
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    if major != 9:
+        where = f"{torch.cuda.get_device_name(device)}, of {major}.{minor}" if on_gpu else "the CPU"
+        raise ValueError(
+            f"base_precision: {base_precision} was made for GPUs of compute capability 9.0 (H100, H200), and this is "
+            f"{where}: leave it out"
+        )
+
+
+def refuse_int8_layers(model: nn.Module) -> None:
+    """Raise ValueError where adapters or layers of `model`'s decoder have sizes that the INT8 product cannot have."""
     linears = [linear for layer in decoder_layers(model) for *_, linear, _ in frozen_linears(layer)]
-    device = next(model.parameters()).device
-    uneven = sorted({width for linear in linears for width in linear.weight.shape if width % ROTATED})
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        where = "the CPU" if device.type != "cuda" else torch.cuda.get_device_name(device)
-        raise ValueError(f"base_precision: int8 was made for compute capability 9.0, and this is {where}: leave it out")
     ranks = {rank for module in model.modules() if hasattr(module, "lora_A") for rank in module.r.values() if rank % 8}
     if ranks:
         raise ValueError(
             f"base_precision: int8 needs adapters of rank 8 and multiples, not {sorted(ranks)}: leave it out"
         )
-    if uneven and all(type(linear) is nn.Linear for linear in linears):
+    uneven = sorted(
+        {width for linear in linears for width in (linear.in_features, linear.out_features) if width % ROTATED}
+    )
+    if uneven:
         raise ValueError(f"base_precision: int8 needs layers of width 128 and multiples, not {uneven}: leave it out")
