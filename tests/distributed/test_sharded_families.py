@@ -64,7 +64,11 @@ def logged(run, key):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "strategy"), [("llava_onevision", "deepspeed_zero3"), ("llava_onevision", "fsdp2"), ("gemma3", "fsdp2")]
+    ("family", "strategy"),
+    [
+        *(("llava_next", "deepspeed_zero3"), ("llava_next", "fsdp2"), ("llava_onevision", "deepspeed_zero3")),
+        *(("llava_onevision", "fsdp2"), ("gemma3", "deepspeed_zero3"), ("gemma3", "fsdp2")),
+    ],
 )
 def test_two_processes_train_what_one_trains(family, strategy, one, fork, dataset, tmp_path):
     base, expected = one(family)
