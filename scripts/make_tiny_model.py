@@ -403,7 +403,7 @@ def pretrain(model: LlavaForConditionalGeneration, processor: LlavaProcessor, ar
     batches = DataLoader(Lessons(LlavaDataCollator(processor), args), batch_size=None, num_workers=max(workers, 0))
     with tqdm(batches, desc="Pretraining on shapes", unit="step") as bar:
         for batch in bar:
-            loss = model(**batch.to(device)).loss
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -2,7 +2,10 @@
 
 import random
 
+import torch
+from conftest import must_run
 from make_tiny_model import describe_grid, shape_row
+from safetensors.torch import load_file
 
 
 def test_a_grid_says_in_which_cell_each_shape_is():
@@ -20,3 +23,13 @@ def test_every_answer_of_a_row_is_the_count_of_its_picture():
             located += 1
             assert sum(map(int, grid.replace(" ", ""))) == count
     assert 8 < located < 32
+
+
+def test_pretraining_moves_every_part(tmp_path):
+    small = ("--hidden_size", "32", "--vision_hidden_size", "32", "--vision_layers", "2", "--image_size", "32")
+    make = ("scripts/make_tiny_model.py", "--architecture", "llava", *small)
+    must_run(*make, "--output", tmp_path / "drawn")
+    must_run(*make, "--output", tmp_path / "base", "--pretrain", "--steps", "2", "--batch_size", "4")
+    drawn, base = (load_file(tmp_path / name / "model.safetensors") for name in ("drawn", "base"))
+    moved = {name.split(".")[0] for name, tensor in base.items() if not torch.equal(tensor, drawn[name])}
+    assert moved == {name.split(".")[0] for name in base}
