@@ -20,6 +20,7 @@ from typing import Any
 from finetuning import command
 from finetuning.command_line import read_command
 from finetuning.flags import LANGUAGES, Parser, positive
+from finetuning.preflight.planned_step import OFF
 from finetuning.preflight.planner import Plan, Workload, all_plans, read_workload
 from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import Gpu, gpu_named, known_gpus
@@ -44,6 +45,7 @@ WORDS = {
         "not": "does not fit",
         "layers": "  {checkpointed} of {layers} decoder layers recomputed (checkpoint_layers: {setting})",
         "time": "  {steps:,} steps of {seconds:.2f} s, {evaluations} evaluations of {evaluation:.0f} s: {hours}; {tokens:,.0f} tokens",
+        "host": "  {seconds:.2f} s a step on a host that launches kernels twice as fast: it waits for the host",
         "epoch": "  an epoch: {hours}",
         "cost": "  {cost:,.2f} at {price:.2f} for a GPU and hour",
         "table": "GPU|launch|base|recomputed|peak GiB|fits|s/step|hours|GPU hours|cost",
@@ -64,6 +66,7 @@ WORDS = {
         "not": "들어가지 않습니다",
         "layers": "  디코더 층 {layers}개 중 {checkpointed}개를 다시 계산 (checkpoint_layers: {setting})",
         "time": "  {steps:,}스텝, 스텝마다 {seconds:.2f}초, {evaluation:.0f}초짜리 평가 {evaluations}번: {hours}; {tokens:,.0f}토큰",
+        "host": "  커널을 두 배 빨리 시작하는 호스트에서는 스텝마다 {seconds:.2f}초: 호스트를 기다리는 스텝입니다",
         "epoch": "  한 에포크: {hours}",
         "cost": "  GPU 한 시간에 {price:.2f}이면 {cost:,.2f}",
         "table": "GPU|실행|원본 모델|다시 계산|최대 GiB|들어감|초/스텝|시간|GPU 시간|비용",
@@ -175,6 +178,8 @@ def describe_plan(plan: Plan, settings: dict[str, Any], price: float | None, wor
         for part, seconds in plan.step.items()
         if seconds >= 0.0005
     ]
+    if plan.fast_host < (1 - OFF / 2) * plan.step_seconds:
+        lines.append(words["host"].format(seconds=plan.fast_host))
     lines.append(words["epoch"].format(hours=duration(plan.steps * plan.step_seconds / max(plan.epochs, 1e-9))))
     if price is not None:
         lines.append(words["cost"].format(cost=plan.gpu_hours * price, price=price))
@@ -183,7 +188,8 @@ def describe_plan(plan: Plan, settings: dict[str, Any], price: float | None, wor
 
 def as_row(plan: Plan, prices: dict[str, float], words: dict[str, str]) -> list[str]:
     """One line of the table."""
-    base = f"{plan.training.bits} bit" if plan.training.bits else f"{8 * plan.training.weight_bytes} bit"
+    base = f"{plan.training.bits or 8 * plan.training.weight_bytes} bit"
+    base = {"int8": "INT8", "fp8_backward": "16 bit, FP8"}.get(plan.training.base_precision or "", base)
     price = prices.get(plan.gpu.name)
     return [
         plan.gpu.title + (f" x {plan.processes}" if plan.processes > 1 else ""),
@@ -212,6 +218,7 @@ def as_json(plan: Plan, prices: dict[str, float], command: str) -> dict[str, Any
         "peak_bytes": round(plan.peak),
         "memory_bytes": {part: round(size) for part, size in plan.memory.items()},
         "seconds_per_step": round(plan.step_seconds, 5),
+        "seconds_per_step_fast_host": round(plan.fast_host, 5),
         "step_seconds": {part: round(seconds, 6) for part, seconds in plan.step.items()},
         "steps": plan.steps,
         "evaluations": plan.evaluations,

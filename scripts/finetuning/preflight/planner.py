@@ -54,6 +54,7 @@ class Plan:
     accumulation: int
     memory: dict[str, float]
     step: dict[str, float]
+    fast_host: float  # seconds of a step where the host launches twice as fast
     steps: int
     epochs: float
     tokens: float  # of the run, without padding
@@ -273,8 +274,13 @@ def batch_of(sequences: list[Sequence], rows: int, side_by_side: bool) -> Batch:
     return Batch(rows, longest, supervised, pictures, longest, prefixes.pop() if len(prefixes) == 1 else 0)
 
 
-def make_plan(workload: Workload, gpu: Gpu, strategy: Strategy, *, bits: int | None, file: str = "") -> Plan:
-    """The recipe under a strategy, of `accelerate_configs/<file>.yaml`. Raises ValueError where it cannot be."""
+def make_plan(
+    workload: Workload, gpu: Gpu, strategy: Strategy, *, bits: int | None, file: str = "", host: float = 1.0
+) -> Plan:
+    """The recipe under a strategy, of `accelerate_configs/<file>.yaml`; `host` as in `step_seconds`.
+
+    Raises ValueError where it cannot be.
+    """
     settings, processes = workload.settings, strategy.num_processes
     rows, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     if settings["global_batch_size"] is not None:
@@ -285,7 +291,7 @@ def make_plan(workload: Workload, gpu: Gpu, strategy: Strategy, *, bits: int | N
     if not workload.shares_prefix:
         largest, mean = replace(largest, prefix=0), replace(mean, prefix=0)
     training = replace(training, checkpointed=checkpointed_layers(settings, training, largest, gpu))
-    step = step_seconds(training, mean, gpu, accumulation)
+    step = step_seconds(training, mean, gpu, accumulation, host)
     sequences_a_step = rows * accumulation * processes
     an_epoch = math.ceil(workload.train.total / rows_a_sequence / sequences_a_step)
     epochs = float(settings["num_train_epochs"])
@@ -300,6 +306,7 @@ def make_plan(workload: Workload, gpu: Gpu, strategy: Strategy, *, bits: int | N
         accumulation=accumulation,
         memory=process_memory(training, largest),
         step=step,
+        fast_host=sum(step_seconds(training, mean, gpu, accumulation, host / 2).values()),
         steps=steps,
         epochs=epochs,
         tokens=steps * sequences_a_step * rows_a_sequence * workload.train.mean("tokens"),
