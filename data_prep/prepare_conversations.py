@@ -23,10 +23,9 @@ the key that holds it), and --answers names the key that holds several right ans
 
 import argparse
 import functools
-import hashlib
+import itertools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from tqdm import tqdm
 
 from preparing import Parser, command
 from preparing.conversations import (
@@ -46,7 +46,14 @@ from preparing.conversations import (
     is_empty,
     plain_key,
 )
-from preparing.dataset_writer import Picture, describe_file, refuse_existing_output, summarise, write_dataset
+from preparing.dataset_writer import (
+    Picture,
+    describe_file,
+    refuse_existing_output,
+    scratch_folder,
+    summarise,
+    write_dataset,
+)
 from preparing.images import (
     Inspection,
     Seen,
@@ -59,6 +66,7 @@ from preparing.images import (
     report_leaks,
     stack_hashes,
 )
+from preparing.kept_records import KeptRecords, KeptRows
 from preparing.ledger import Ledger
 from preparing.record_keys import (
     CONVERSATION_KEYS,
@@ -72,7 +80,7 @@ from preparing.record_keys import (
 )
 from preparing.splits import connected_groups, split_groups
 from preparing.tables import read_table
-from preparing.text_files import RepeatedKeys, json_items, keep_repeated, read_text
+from preparing.text_files import RepeatedKeys, json_items, keep_repeated, open_text
 
 # isort: split
 from finetuning.data.picture_table import PICTURES, StoredImage, with_stored_pictures  # preparing finds it
@@ -96,7 +104,7 @@ COMMON_KEYS = {
 COLUMN_TYPES = ("string", "int64", "float64")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileImage:
     """An image that a record names: a path inside the images folder."""
 
@@ -108,7 +116,7 @@ class FileImage:
         return (self.folder / self.name).read_bytes()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GivenImage:
     """An image whose bytes a record itself holds, as base64 or in an object."""
 
@@ -120,7 +128,7 @@ class GivenImage:
         return self.data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HeldImage:
     """An image that lies in a dataset itself: its row, and its place among the row's images."""
 
@@ -149,7 +157,7 @@ class HeldImages:
 InputImage = FileImage | GivenImage | HeldImage
 
 
-@dataclass(eq=False, slots=True)  # there may be a million
+@dataclass(eq=False, slots=True)
 class Record:
     """One conversation of the input, with what is wrong with it."""
 
@@ -164,11 +172,6 @@ class Record:
     task: str | None = None
     answers: list[str] | None = None
     problem: tuple[str, str] | None = None
-
-    def forget(self, kept: Collection[str | None]) -> None:
-        """Hold no longer what was read of the record, but for the values of `kept`; its keys stay, to be named."""
-        if isinstance(self.raw, Mapping):
-            self.raw = {sys.intern(key): value if key in kept else None for key, value in self.raw.items()}
 
     def reject(self, reason: str, detail: str) -> None:
         """Note why the record is left out; the first reason stays."""
@@ -198,11 +201,11 @@ def read_records(source: str, split: str) -> tuple[Iterable[Record], list[dict[s
             dataset = dataset.cast_column(name, datasets.List(undecoded) if in_lists else undecoded)
         images = HeldImages(dataset, name)
     text_only = dataset.remove_columns(images.column) if images else dataset
-    records = [Record(source, number, raw) for number, raw in enumerate(text_only, start=1)]
+    records = (Record(source, number, raw) for number, raw in enumerate(text_only, start=1))
     # The library's fingerprint changes with the data; file hashes would not describe a Hub dataset.
     return (
         records,
-        [{"path": source, "split": split, "rows": len(records), "fingerprint": dataset._fingerprint}],
+        [{"path": source, "split": split, "rows": len(dataset), "fingerprint": dataset._fingerprint}],
         images,
     )
 
@@ -230,27 +233,20 @@ def open_dataset(source: str, split: str) -> datasets.Dataset:
 
 def read_json(path: Path) -> Iterator[Record]:
     """Records of a JSON list, each with the line that it begins in."""
-    for line, raw in json_items(path, read_text(path)):
-        yield Record(str(path), line, raw)
+    with open_text(path) as file:
+        for line, raw in json_items(path, file):
+            yield Record(str(path), line, raw)
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """Records of JSON Lines; a line that is not JSON is a record with a problem."""
-    for line, text in enumerate(lines_of(read_text(path)), start=1):
-        if text.strip():
-            try:
-                yield Record(str(path), line, json.loads(text, object_pairs_hook=keep_repeated))
-            except json.JSONDecodeError as error:
-                yield Record(str(path), line, None, problem=("not_json", f"{error.msg} at column {error.colno}"))
-
-
-def lines_of(text: str) -> Iterator[str]:
-    """Its lines, one after the other: a list of a million would hold the text twice."""
-    start = 0
-    while (end := text.find("\n", start)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
+    with open_text(path) as file:
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                try:
+                    yield Record(str(path), line, json.loads(text, object_pairs_hook=keep_repeated))
+                except json.JSONDecodeError as error:
+                    yield Record(str(path), line, None, problem=("not_json", f"{error.msg} at column {error.colno}"))
 
 
 def read_csv(path: Path) -> Iterator[Record]:
@@ -269,16 +265,27 @@ def read_csv(path: Path) -> Iterator[Record]:
         yield record
 
 
-def read_conversations(
-    records: Iterable[Record], args: argparse.Namespace, held: HeldImages | None, kept: Collection[str]
-) -> Iterator[Record]:
-    """Number the records, fill in their messages and images, and let go of what else was read of each."""
-    for number, record in enumerate(records, start=1):
+def keep_records(
+    records: Iterable[Record],
+    store: KeptRecords,
+    args: argparse.Namespace,
+    held: HeldImages | None,
+    columns: dict[str, str],
+    scoring: Collection[str],
+) -> None:
+    """Number the records, read and check each on its own, and hand them to the `store`."""
+    kept = {*columns, *(getattr(args, name) for name in scoring)}
+    for number, record in enumerate(tqdm(records, desc="reading records", unit="record"), start=1):
         record.number = number
         fill_in_answer(record, args.answers)
         read_conversation(record, args.images, held, kept)
-        record.forget({*kept, args.group_by})
-        yield record
+        record.image_id = record.images[0].name if record.images else f"text-{number}"
+        values = read_columns(record, columns)
+        read_scoring(record, args.task, args.answers)
+        group = read_group(record, args.group_by)
+        values |= {name: getattr(record, name) for name in ("task", "answers") if name in scoring}
+        store.add(record, values, group)
+    store.finish()
 
 
 def read_conversation(record: Record, folder: Path | None, held: HeldImages | None, kept: Iterable[str]) -> None:
@@ -368,39 +375,29 @@ def read_image(image: InputImage) -> bytes:
     return image.read()
 
 
-def check_images(records: list[Record], max_pixels: int) -> dict[InputImage, Inspection]:
-    """Decodes every image once, however many records show it; returns the sound ones."""
-    images = list(dict.fromkeys(image for record in records if not record.problem for image in record.images))
-    inspections = dict(zip(images, inspect_images(images, read_image, max_pixels), strict=True))
-    for record in records:
-        for image in record.images if not record.problem else []:
-            if problem := inspections[image].problem:
-                record.reject(problem[0], f"{image.name}: {problem[1]}")
-    return {image: inspection for image, inspection in inspections.items() if not inspection.problem}
+def check_images(store: KeptRecords, max_pixels: int) -> list[Inspection]:
+    """Decodes every image once, however many records show it; rejects the records of unsound ones, and duplicates."""
+    images = list(store.images)
+    inspections = list(inspect_images(images, read_image, max_pixels))
+    problems = {
+        number: (problem[0], f"{image.name}: {problem[1]}")
+        for number, (image, inspection) in enumerate(zip(images, inspections, strict=True))
+        if (problem := inspection.problem)
+    }
+    store.reject_with_pictures(problems)
+    store.reject_duplicates([inspection.sha256 for inspection in inspections])
+    return inspections
 
 
-def check_duplicates(records: list[Record], inspections: dict[InputImage, Inspection]) -> None:
-    """Reject records whose pictures and words are those of an earlier one."""
-    first: dict[bytes, Record] = {}
-    for record in records:
-        if record.problem:
-            continue
-        pictures = tuple(inspections[image].sha256 for image in record.images)
-        words = tuple((message["role"], message["content"], message.get("weight", 1)) for message in record.messages)
-        digest = hashlib.sha256(repr((pictures, words)).encode("utf-8", "surrogatepass")).digest()
-        if twin := first.get(digest):
-            record.reject("duplicate", f"same images and words as record {twin.number}, line {twin.line}")
-        first.setdefault(digest, record)
-
-
-def read_columns(records: list[Record], columns: dict[str, str]) -> None:
-    """Turns the values of --columns into their types; CSV holds them as text, and pandas writes 7 as 7.0."""
-    for record in records:
-        for name, type_name in columns.items() if not record.problem else []:
-            try:
-                record.raw[name] = read_value(record.raw.get(name), type_name)
-            except (ValueError, TypeError, OverflowError):
-                record.reject("bad_value", f"{name} is {record.raw.get(name)!r:.40}, expected {type_name}")
+def read_columns(record: Record, columns: dict[str, str]) -> dict[str, str | int | float]:
+    """The values of --columns in their types; CSV holds them as text, and pandas writes 7 as 7.0."""
+    values = {}
+    for name, type_name in columns.items() if not record.problem else []:
+        try:
+            values[name] = read_value(record.raw.get(name), type_name)
+        except (ValueError, TypeError, OverflowError):
+            record.reject("bad_value", f"{name} is {record.raw.get(name)!r:.40}, expected {type_name}")
+    return values
 
 
 def read_value(value: Any, type_name: str) -> str | int | float:
@@ -415,47 +412,36 @@ def read_value(value: Any, type_name: str) -> str | int | float:
     return int(number) if type_name == "int64" else number
 
 
-def group_records(
-    records: list[Record], inspections: dict[InputImage, Inspection], max_bits: int, group_by: str | None
-) -> list[list[Record]]:
-    """Records that share an image, have near-duplicate images, or are of one folder or one value of a key, in one group.
-
-    `image_id` names the first image.
-    """
-    images = list(inspections)
-    number_of = {image: number for number, image in enumerate(images)}
-    hashes = stack_hashes([inspections[image].difference_hash for image in images]) if images else []
-    pairs = (
-        [(left, right) for block in near_duplicates(hashes, hashes, max_bits) for left, right, _ in block.tolist()]
-        if images
-        else []
+def group_records(store: KeptRecords, inspections: list[Inspection], max_bits: int) -> list[list[int]]:
+    """Places of accepted records that share an image, have near-duplicate images, or are of one group, together."""
+    sound = np.array(
+        [number for number, inspection in enumerate(inspections) if not inspection.problem], dtype=np.int64
     )
-    # Records are nodes after the images, tied to each image they show.
-    for place, record in enumerate(records):
-        record.image_id = record.images[0].name if record.images else f"text-{record.number}"
-        pairs += [(len(images) + place, number_of[image]) for image in record.images]
-    first_of: dict[str, int] = {}
-    for place, record in enumerate(records) if group_by else ():
-        group = str(Path(record.image_id).parent) if group_by == "folder" else str(record.raw[group_by])
-        pairs.append((len(images) + place, len(images) + first_of.setdefault(group, place)))
+    hashes = stack_hashes([inspections[number].difference_hash for number in sound]) if len(sound) else None
+    alike = near_duplicates(hashes, hashes, max_bits) if hashes is not None else ()
+    places = np.flatnonzero(store.is_accepted)
+    pairs = itertools.chain(
+        (sound[block[:, :2]] for block in alike), store.pairs_of_groups(places, num_images=len(inspections))
+    )
     groups = [
-        [records[node - len(images)] for node in group if node >= len(images)]
-        for group in connected_groups(len(images) + len(records), [np.array(pairs, dtype=np.int64).reshape(-1, 2)])
+        [int(places[node - len(inspections)]) for node in group if node >= len(inspections)]
+        for group in connected_groups(len(inspections) + len(places), pairs)
     ]
     return [group for group in groups if group]
 
 
-def check_groups(records: list[Record], group_by: str | None) -> None:
-    """Every record must say which camera, clip or day it is of."""
-    for record in records if group_by else ():
-        if record.problem:
-            continue
-        if group_by == "folder" and not record.images:
+def read_group(record: Record, group_by: str | None) -> str | None:
+    """Which camera, clip or day a record is of: every one must say so."""
+    if record.problem or group_by is None:
+        return None
+    if group_by == "folder":
+        if not record.images:
             record.reject("no_group", "it has no image, so that --group_by folder cannot place it")
-        elif group_by != "folder" and is_empty(record.raw.get(group_by)):
-            record.reject(
-                "no_group", f"it has no {group_by}, which --group_by needs; its keys: {', '.join(record.raw)}"
-            )
+        return str(Path(record.image_id).parent)
+    if is_empty(record.raw.get(group_by)):
+        detail = f"it has no {group_by}, which --group_by needs; its keys: {', '.join(record.raw)}"
+        record.reject("no_group", detail)
+    return str(record.raw.get(group_by))
 
 
 def fill_in_answer(record: Record, answers: str | None) -> None:
@@ -483,25 +469,6 @@ def read_scoring(record: Record, task: str | None, answers: str | None) -> None:
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             return record.reject("bad_answers", f"{answers} is {given!r:.60}, expected texts")
         record.answers = texts
-
-
-def make_row(
-    record: Record,
-    columns: dict[str, str],
-    scoring: Collection[str],
-    inspections: Mapping[InputImage, Inspection],
-    has_images: bool,
-    has_weights: bool,
-) -> dict[str, Any]:
-    """A row of the dataset; pictures as their own bytes, weights of turns where any record has them."""
-    messages = [{"weight": 1} | message for message in record.messages] if has_weights else record.messages
-    row = {"messages": messages, "image_id": record.image_id, **{name: record.raw[name] for name in columns}}
-    row |= {name: getattr(record, name) for name in ("task", "answers") if name in scoring}
-    if has_images:
-        row["images"] = [
-            Picture(inspections[image].sha256, Path(image.name).name, image.read) for image in record.images
-        ]
-    return row
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -547,19 +514,23 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def note_records(records: list[Record]) -> Ledger:
-    """Every record as accepted or rejected; where a line holds several, the detail begins with the record's number."""
-    ledger = Ledger()
-    records_of_line = Counter(record.line for record in records)
-    for record in records:
-        ledger.read("records")
-        if record.problem:
-            reason, detail = record.problem
-            where = f"record {record.number}: " if records_of_line[record.line] > 1 else ""
-            ledger.reject("records", record.file, record.line, reason, where + detail)
-        else:
-            ledger.accept("records")
-    return ledger
+def make_features(columns: dict[str, str], scoring: Mapping[str, Any], store: KeptRecords) -> datasets.Features:
+    """Column types of the dataset."""
+    has_images = bool(np.diff(store.starts)[store.is_accepted].any())
+    return datasets.Features(
+        {
+            "messages": WEIGHTED_MESSAGES_FEATURE if store.has_weights else MESSAGES_FEATURE,
+            # Training takes any dataset with images for one of a vision model, so a text-only one has no such column.
+            **({"images": IMAGES_FEATURE} if has_images else {}),
+            "image_id": datasets.Value("string"),
+            **columns_of(columns, scoring),
+        }
+    )
+
+
+def columns_of(columns: dict[str, str], scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of the columns that the command line asks for."""
+    return {**{name: datasets.Value(type_name) for name, type_name in columns.items()}, **scoring}
 
 
 def main() -> None:
@@ -567,74 +538,56 @@ def main() -> None:
     args = parse_arguments()
     refuse_existing_output(args.output)
     columns = dict(column.split(":") for column in args.columns)
-
-    # Read.
-    read, sources, held = read_records(args.input, args.input_split)
-
-    # Check.
     # The columns of scoring, and the keys that they are read from.
     scoring = {name: feature for name, feature in SCORING_FEATURES.items() if getattr(args, name) is not None}
-    kept = {*columns, *(getattr(args, name) for name in scoring)}
-    records = list(read_conversations(read, args, held, kept))
-    inspections = check_images(records, args.max_pixels)
-    check_duplicates(records, inspections)
-    read_columns(records, columns)
-    for record in records:
-        read_scoring(record, args.task, args.answers)
-    check_groups(records, args.group_by)
-    ledger = note_records(records)
-    accepted = [record for record in records if not record.problem]
+    with scratch_folder(args.output) as scratch:
+        # Read, and check each on its own.
+        records, sources, held = read_records(args.input, args.input_split)
+        store = KeptRecords(scratch, columns_of(columns, scoring))
+        keep_records(records, store, args, held, columns, scoring)
 
-    # Split.
-    splits, leaks = {}, {"between": {}}
-    if accepted:
-        groups = group_records(accepted, inspections, args.near_duplicate_bits, args.group_by)
-        splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
-        seen = {
-            name: [
-                Seen(image.name, None, 0, inspections[image].difference_hash)
-                for image in dict.fromkeys(image for record in of_split for image in record.images)
-            ]
-            for name, of_split in splits.items()
-        }
-        leaks = report_leaks(seen, args.near_duplicate_bits)
+        # Check against each other.
+        inspections = check_images(store, args.max_pixels)
+        ledger = Ledger()
+        store.enter(ledger)
 
-    # Write.
-    has_images = any(record.images for record in accepted)
-    has_weights = any("weight" in message for record in accepted for message in record.messages)
-    unused = Counter(key for record in accepted for key in record.unused if key != args.group_by)
-    features = datasets.Features(
-        {
-            "messages": WEIGHTED_MESSAGES_FEATURE if has_weights else MESSAGES_FEATURE,
-            # Training takes any dataset with images for one of a vision model, so a text-only one has no such column.
-            **({"images": IMAGES_FEATURE} if has_images else {}),
-            "image_id": datasets.Value("string"),
-            **{name: datasets.Value(type_name) for name, type_name in columns.items()},
-            **scoring,
-        }
-    )
-    write_dataset(
-        args.output,
-        splits,
-        features,
-        ledger=ledger,
-        sources=sources,
-        arguments=vars(args),
-        split_rule="groups of records with the same or almost the same image"
-        + (f" or the same {args.group_by}" if args.group_by else "")
-        + f", shuffled with seed {args.seed}",
-        make_row=functools.partial(
-            make_row,
-            columns=columns,
-            scoring=scoring,
-            inspections=inspections,
-            has_images=has_images,
-            has_weights=has_weights,
-        ),
-        unused_keys=dict(unused.most_common()),
-        leak_report=leaks,
-    )
-    print(summarise(args.output, ledger, {name: len(of_split) for name, of_split in splits.items()}))
+        # Split.
+        splits, leaks = {}, {"between": {}}
+        images = list(store.images)
+        if store.is_accepted.any():
+            groups = group_records(store, inspections, args.near_duplicate_bits)
+            splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
+            seen = {
+                name: [
+                    Seen(images[number].name, None, 0, inspections[number].difference_hash)
+                    for number in dict.fromkeys(number for place in places for number in store.pictures_of(place))
+                ]
+                for name, places in splits.items()
+            }
+            leaks = report_leaks(seen, args.near_duplicate_bits)
+
+        # Write.
+        unused = store.count_unused(np.flatnonzero(store.is_accepted))
+        unused.pop(args.group_by, None)
+        features = make_features(columns, scoring, store)
+        pictures = [
+            Picture(inspection.sha256, Path(image.name).name, image.read)
+            for image, inspection in zip(images, inspections, strict=True)
+        ]
+        write_dataset(
+            args.output,
+            {name: KeptRows(store, places, pictures, features) for name, places in splits.items()},
+            features,
+            ledger=ledger,
+            sources=sources,
+            arguments=vars(args),
+            split_rule="groups of records with the same or almost the same image"
+            + (f" or the same {args.group_by}" if args.group_by else "")
+            + f", shuffled with seed {args.seed}",
+            unused_keys=dict(unused.most_common()),
+            leak_report=leaks,
+        )
+    print(summarise(args.output, ledger, {name: len(places) for name, places in splits.items()}))
     if unused:
         print("keys not used: " + ", ".join(f"{key} x {number:,}" for key, number in unused.most_common()))
     if leaks["between"]:

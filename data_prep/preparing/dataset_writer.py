@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import datasets
+import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
@@ -35,6 +36,15 @@ class Picture(NamedTuple):
     digest: str
     name: str
     read: Callable[[], bytes]
+
+
+@runtime_checkable
+class Tables(Protocol):
+    """Rows of a split that come as Arrow tables of its columns; their pictures go to the writer as they come."""
+
+    def __len__(self) -> int: ...
+
+    def tables(self, writer: PictureWriter) -> Iterable[pa.Table]: ...
 
 
 def refuse_existing_output(output: Path) -> None:
@@ -71,6 +81,14 @@ def scratch_prefix(output: Path) -> str:
     return f".{output.name}.preparing-"
 
 
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, on its disk, that is removed at the end; by the next preparation where it was killed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=scratch_prefix(output), dir=output.parent) as scratch:
+        yield Path(scratch)
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """Path as given, size in bytes and SHA-256 of one source file, for the manifest."""
     with path.open("rb") as file:
@@ -80,7 +98,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def write_dataset(
     output: Path,
-    splits: Mapping[str, Sequence[Any]],
+    splits: Mapping[str, Sequence[Any] | Tables],
     features: datasets.Features,
     *,
     ledger: Ledger,
@@ -95,7 +113,7 @@ def write_dataset(
     `splits` holds light items (a finished row, or the indices it is built from); `make_row` turns one into a row of
     `features` when it is its turn, so memory does not grow with the number of rows. Each of a row's `images` is a
     `Picture`: its bytes are written once, into a table of their own, by which rows name it. A split may also be a finished
-    `datasets.Dataset`: text that fits into memory is written several times faster so. An empty split is left out of the
+    `datasets.Dataset`, or `Tables`: text is written several times faster so. An empty split is left out of the
     dataset and stands in the manifest with 0 rows. Further keyword arguments become manifest entries as they are.
     Everything is written beside `output` and renamed into place at the end: a run that dies leaves no half dataset.
 
@@ -110,9 +128,8 @@ def write_dataset(
                 f"no row was accepted, so {output} was not written. What was read, and why it was rejected:\n"
                 f"{ledger.table()}\nCorrect the input and run the command again."
             )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=scratch_prefix(output), dir=output.parent) as scratch:
-            folder = Path(scratch) / "dataset"
+        with scratch_folder(output) as scratch:
+            folder = scratch / "dataset"
             pictures = PictureWriter(folder, PICTURES_IN_MEMORY)
             datasets.disable_progress_bars()  # one bar over all splits instead
             with tqdm(total=sum(num_rows.values()), desc="writing rows", unit="row") as progress:
@@ -124,6 +141,11 @@ def write_dataset(
                         progress.update(len(items))
                         continue
                     with SplitWriter(folder, name, features) as split:
+                        if isinstance(items, Tables):
+                            for table in items.tables(pictures):
+                                split.write_table(table)
+                                progress.update(len(table))
+                            continue
                         for item in items:
                             row = make_row(item)
                             if "images" in row:
@@ -171,6 +193,11 @@ class SplitWriter:
         """Add one row."""
         self.writer.write(row)
         self.num_rows += 1
+
+    def write_table(self, table: pa.Table) -> None:
+        """Add rows."""
+        self.writer.write_table(table)
+        self.num_rows += len(table)
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is None:

@@ -1,5 +1,6 @@
 """Question templates: reads messages.txt in either form, checks every placeholder, fills in the columns of the labels."""
 
+import io
 import json
 import re
 import string
@@ -71,7 +72,7 @@ def read_dialogues(path: Path) -> tuple[list[Dialogue], list[str]]:
 
 def read_json(path: Path, text: str) -> Iterator[tuple[int, Turns, list[Any], list[str]]]:
     """(line, turns, images, keys not used) of each conversation: a list of messages, or an object that holds one."""
-    items = list(json_items(path, text))
+    items = list(json_items(path, io.StringIO(text)))
     if items and all(isinstance(item, dict) and ("role" in item or "from" in item) for _, item in items):
         items = [(items[0][0], [item for _, item in items])]
     for line, item in items:
