@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from finetuning.data.collator import (
@@ -144,7 +144,7 @@ class Auditor:
             [item for place, item in enumerate(readable) if place not in whole],
         )
 
-    def _learn_size(self, row: dict[str, Any], ids: torch.Tensor, batch: BatchFeature) -> None:
+    def _learn_size(self, row: dict[str, Any], ids: torch.Tensor, batch: dict[str, Any]) -> None:
         if "pixel_values" not in batch:
             return
         self.picture_size = tuple(batch["pixel_values"].shape[-2:])
@@ -336,7 +336,7 @@ def undecoded(rows: Dataset, indices: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def collate(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> BatchFeature:
+def collate(processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows -> the batch that training sees: `input_ids`, `attention_mask`, `labels` and, with pictures, `pixel_values`."""
     if isinstance(processing_class, ProcessorMixin):
         return LlavaDataCollator(processing_class)(

@@ -37,8 +37,9 @@ class FrozenWeights:
     """
 
     is_sharded = False
-    # Whether [W; s A] can be had as one matrix, so that the gradient of x is one product.
-    joins_a = True
+    # Whether W can be had with the low-rank weights as one matrix: [W, B] for the forward product, and [W; s A], so that
+    # the gradient of x is one product. Else `product` reads both parts where they are.
+    joins_adapters = True
 
     def __init__(self, layers: list[nn.Module]):
         self.bases = [layer.get_base_layer() for layer in layers]
@@ -65,6 +66,10 @@ class FrozenWeights:
 
     def keep_a(self, a: Tensor) -> None:
         """Take over the new `a` = s A (sum of ranks, in) of this step, if [W; s A] is kept."""
+
+    def product(self, stack: "ProjectionStack", x: Tensor, x_a: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """[x, x_a] [W, B]^T (tokens, sum of out), of weights that do not join the adapters."""
+        raise NotImplementedError
 
     def weight(self, stack: "ProjectionStack") -> Tensor:
         """W (sum of out, in) in the dtype of the products."""
@@ -145,7 +150,7 @@ class DenseWeights(FrozenWeights):
 class Int8Weights(FrozenWeights):
     """INT8 weights and scales of rows, stacked; the layers' own become views."""
 
-    joins_a = False
+    joins_adapters = False
 
     def __init__(self, layers: list[nn.Module]):
         super().__init__(layers)

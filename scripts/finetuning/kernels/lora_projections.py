@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetuning import upstream
 from finetuning.kernels.dropout import hashed_dropout
-from finetuning.kernels.frozen_weights import Int8Weights, frozen_weights_of
+from finetuning.kernels.frozen_weights import frozen_weights_of
 
 
 class ProjectionStack:
@@ -101,7 +101,7 @@ class ProjectionStack:
 
         INT8 products read both parts where they are.
         """
-        if isinstance(self.frozen, Int8Weights):
+        if not self.frozen.joins_adapters:
             return self.a.new_empty(tokens, self.in_features), None
         extended = self.allocate_rows(tokens, self.in_features)
         return extended[:, : self.in_features], extended
@@ -124,7 +124,7 @@ class ProjectionStack:
 
     def gradient_is_one_product(self, seeds: Tensor | None) -> bool:
         """Whether the gradient of x is [g, g B] [W; s A]."""
-        return self.frozen.joins_a and self.fp8_weight is None and seeds is None
+        return self.frozen.joins_adapters and self.fp8_weight is None and seeds is None
 
     def weight(self) -> Tensor:
         """W, (sum of out, in), in the dtype of the products."""
@@ -141,7 +141,7 @@ class ProjectionStack:
         `extended` is what `allocate_input` gave with x; without it x is copied.
         """
         x_a = torch.mm(x if seeds is None else hashed_dropout(x, seeds, self.dropout), self.a.T)
-        if isinstance(self.frozen, Int8Weights):
+        if not self.frozen.joins_adapters:
             return self.frozen.product(self, x, x_a), x_a
         if extended is None:
             extended = self.concatenate_low_rank(x, x_a)

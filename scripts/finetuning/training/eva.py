@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from datasets import Dataset
 from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
@@ -85,7 +85,7 @@ def begin_from_inputs(
         batch.pop("labels")
         watched.mask = batch["attention_mask"].bool().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            inner(**move(batch, device), use_cache=False)
+            inner(**send_to_device(batch, device), use_cache=False)
     directions = broadcast(watched.end())
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
@@ -93,8 +93,3 @@ def begin_from_inputs(
     # What is saved is plain LoRA: a reader has nothing to begin.
     config.init_lora_weights, config.eva_config = True, None
     model.train(was_training)
-
-
-def move(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on `device`; sizes of pictures stay lists."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

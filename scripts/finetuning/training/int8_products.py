@@ -5,14 +5,15 @@ the loss of text that the model itself would write. One product alone in INT8 sa
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from finetuning.data.label_audit import IGNORED, collate, undecoded
 from finetuning.kernels.int8_base import frozen_linears, hold_base_in_int8, int8_linear_of, stack_name
@@ -37,7 +38,7 @@ def hold_in_int8(
         number = min(ROWS, len(rows))
         sample = undecoded(rows, [index * len(rows) // number for index in range(number)])
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as in training
-            choice = choose_products(model, collate(processing_class, sample).to(device))
+            choice = choose_products(model, send_to_device(collate(processing_class, sample), device))
         [choice] = broadcast_object_list([choice])
         if PartialState().is_main_process:
             write_int8_products(folder, choice)
@@ -47,7 +48,7 @@ def hold_in_int8(
 
 
 @torch.no_grad()
-def choose_products(model: nn.Module, batch: BatchFeature, most: float = MOST_OF_LOSS) -> dict:
+def choose_products(model: nn.Module, batch: dict[str, Any], most: float = MOST_OF_LOSS) -> dict:
     """`in_16_bits`, the fewest products whose rest adds at most `most` to the loss of `batch`; `share_of_loss`, the rest's.
 
     `alone` is each product's own share, the largest first, where it had to be asked for. The model is as before.
@@ -87,7 +88,7 @@ def choose_products(model: nn.Module, batch: BatchFeature, most: float = MOST_OF
     return choice
 
 
-def loss_and_distributions(model: nn.Module, batch: BatchFeature) -> tuple[Tensor, Tensor]:
+def loss_and_distributions(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean loss over supervised tokens, at most `TOKENS` of them, and log-probabilities (tokens, vocabulary) in fp32."""
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
