@@ -64,6 +64,7 @@ class Variant:
     dropout: float = 0.0
     checkpoint_layers: str = "0"
     nf4: bool = False
+    dora: bool = False
     base: str = ""  # base_precision: fp8_backward or int8
     questions: int = 1  # dialogues about each image
     shared: bool = False
@@ -82,6 +83,8 @@ LLAVA = {
     "TRL by hand": Variant(),
     "this project": Variant(ours=True),
     "this project, dropout 0.05": Variant(ours=True, dropout=0.05),
+    "TRL, DoRA": Variant(dora=True),
+    "this project, DoRA": Variant(ours=True, dora=True),
     "this project, FP8 backward": Variant(ours=True, base="fp8_backward"),
     "this project, INT8": Variant(ours=True, base="int8"),
     "this project, NF4 to INT8": Variant(ours=True, nf4=True, base="int8"),
@@ -220,7 +223,8 @@ def lora_of(variant: Variant, *, vision: bool) -> dict:
     """What `LoraConfig` gets."""
     language_model = r".*language_model\.layers\..*(?:q|k|v|o|gate|up|down)_proj"
     targets = "all-linear" if variant.whole_model or not vision else language_model
-    return {"r": 64, "lora_alpha": 32, "lora_dropout": variant.dropout, "target_modules": targets}
+    sizes = {"r": 64, "lora_alpha": 32, "lora_dropout": variant.dropout}
+    return sizes | {"target_modules": targets, "use_dora": variant.dora}
 
 
 def train(

@@ -32,7 +32,7 @@ def collate(rows: list[dict], image_processor, pad: int) -> dict[str, torch.Tens
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     pictures = [picture for row in rows for picture in row["images"]]
-    return batch | {"pixel_values": image_processor(pictures, return_tensors="pt")["pixel_values"]}
+    return batch | dict(image_processor(pictures, return_tensors="pt"))  # with tiles their `image_sizes` too
 
 
 def main() -> None:

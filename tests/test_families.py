@@ -177,10 +177,11 @@ def test_vectors_beside_the_projector_are_trained_with_it_or_said_to_stay(projec
     )
 
 
-def test_fused_lora_is_pefts_and_the_patches_change_nothing(folder, processor, config):
+@pytest.mark.parametrize("how", [{}, {"use_dora": True, "use_rslora": True}], ids=["LoRA", "rsLoRA and DoRA"])
+def test_fused_lora_is_pefts_and_the_patches_change_nothing(how, folder, processor, config):
     rows = rows_of_all_shapes()
     batch = LlavaDataCollator(processor, None, config)(rows)
-    model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"]).train()
+    model = with_lora(random_model(folder), LANGUAGE_MODEL, modules_to_save=["multi_modal_projector"], **how).train()
     expected = loss_and_grads(model, batch)
     assert fuse_lora(model) == 14
     whole_layers = sum(isinstance(module, FusedDecoderLayer) for module in model.modules())

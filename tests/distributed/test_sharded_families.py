@@ -1,6 +1,6 @@
-"""LLaVA-OneVision and Gemma 3 under ZeRO-3 and FSDP2: two processes train what one trains, where one sees no picture.
+"""Families under ZeRO-3 and FSDP2: two processes train what one trains, where one sees no picture.
 
-Biases of Qwen2 and norms behind Gemma 3's products keep their layers from the project's own shards (`fuse_lora`): DeepSpeed
+DoRA's norms are taken of weights that are there one layer at a time. Biases of Qwen2 and norms behind Gemma 3's products keep their layers from the project's own shards (`fuse_lora`): DeepSpeed
 and PyTorch shard them.
 """
 
@@ -16,6 +16,7 @@ from support.families import dataset_of, make, rows_of_all_shapes
 from support.fork_server import Commands
 from support.training import SAMPLE, folders
 
+SHARDING = ("deepspeed_zero3", "fsdp2")
 FLAGS = (
     *("--lora_r", "4", "--lora_alpha", "8", "--projector", "full", "--vision_tower", "frozen", "--max_steps", "2"),
     *("--train_sampling_strategy", "sequential", "--global_batch_size", "4", "--per_device_train_batch_size", "2"),
@@ -43,16 +44,16 @@ def fork(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, dataset):
-    """`one(family)`: the base and the run by one process, of each family once."""
+    """`one(family, *flags)`: the base and the run by one process, of each family and flags once."""
     runs = {}
 
-    def train(family):
-        if family not in runs:
+    def train(family, *flags):
+        if (family, *flags) not in runs:
             base = make(family, tmp_path_factory.mktemp(family) / "base")
             run = tmp_path_factory.mktemp(family) / "run"
-            train_llava.main(*parse_arguments(SAMPLE, [*folders(base, dataset, run), *FLAGS]))
-            runs[family] = base, run
-        return runs[family]
+            train_llava.main(*parse_arguments(SAMPLE, [*folders(base, dataset, run), *FLAGS, *flags]))
+            runs[family, *flags] = base, run
+        return runs[family, *flags]
 
     return train
 
@@ -64,18 +65,27 @@ def logged(run, key):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "strategy"),
+    ("family", "strategy", "flags"),
     [
-        *(("llava_next", "deepspeed_zero3"), ("llava_next", "fsdp2"), ("llava_onevision", "deepspeed_zero3")),
-        *(("llava_onevision", "fsdp2"), ("gemma3", "deepspeed_zero3"), ("gemma3", "fsdp2")),
+        *((family, strategy, ()) for family in ("llava_next", "llava_onevision", "gemma3") for strategy in SHARDING),
+        *(("llava_next", strategy, ("--use_dora", "true")) for strategy in SHARDING),
     ],
 )
-def test_two_processes_train_what_one_trains(family, strategy, one, fork, dataset, tmp_path):
-    base, expected = one(family)
+def test_two_processes_train_what_one_trains(family, strategy, flags, one, fork, dataset, tmp_path):
+    base, expected = one(family, *flags)
     two = tmp_path / "two"
     launched = fork.run(
         *("tests/support/forked_launch.py", "--config_file", f"accelerate_configs/{strategy}.yaml"),
-        *("--num_processes", 2, "scripts/train_llava.py", "--config", SAMPLE, *folders(base, dataset, two), *FLAGS),
+        *(
+            "--num_processes",
+            2,
+            "scripts/train_llava.py",
+            "--config",
+            SAMPLE,
+            *folders(base, dataset, two),
+            *FLAGS,
+            *flags,
+        ),
     )
     assert launched.code == 0, launched.log[-4000:]
     assert logged(two, "loss") == pytest.approx(logged(expected, "loss"), abs=1e-5)

@@ -12,10 +12,11 @@ from finetuning.inference.prompt_reader import PromptReader, group_rows, image_i
 from support.answering import both_one_by_one, load, one_by_one, text_rows, vision_rows
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [None, "LoRA", "DoRA"])
 @pytest.mark.parametrize("kind", ["llava", "gemma"])
 def test_answers_are_those_of_generate_one_row_at_a_time(kind, adapter, request):
-    model, processing_class = load(request.getfixturevalue(f"tiny_{kind}"), adapter=adapter)
+    folder = request.getfixturevalue(f"tiny_{kind}")
+    model, processing_class = load(folder, adapter=adapter is not None, use_dora=adapter == "DoRA")
     rows = vision_rows() if kind == "llava" else text_rows()
     expected = one_by_one(model, processing_class, rows)
     assert len(set(expected)) > 2

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file
 
 from finetuning.kernels.dropout import hashed_dropout
@@ -53,12 +54,31 @@ def test_loss_and_gradients_equal_peft(make, targets, batch, layers, checkpointi
     assert_same(loss_and_grads(model, batch()), expected)
 
 
-def test_rank_stabilised_lora_is_fused_and_dora_stays_with_peft():
-    model = with_lora(tiny_llava(), LANGUAGE_MODEL, use_rslora=True).train()
-    expected = loss_and_grads(model, llava_batch())
-    assert fuse_lora(model) == 21
-    assert_same(loss_and_grads(model, llava_batch()), expected)
-    assert fuse_lora(with_lora(tiny_llava(), LANGUAGE_MODEL, use_dora=True)) == 0
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", [{"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}])
+@pytest.mark.parametrize(
+    ("make", "targets", "batch", "layers"),
+    [(tiny_llava, "all-linear", llava_batch, 41), (tiny_gemma, DECODER, text_batch, 21)],
+    ids=["llava", "gemma"],
+)
+def test_rank_stabilised_lora_and_dora_are_pefts(make, targets, batch, layers, how, checkpointing):
+    model = with_lora(make(), targets, **how).train()
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = loss_and_grads(model, batch())
+    assert fuse_lora(model) == layers
+    for _ in range(2):
+        assert_same(loss_and_grads(model, batch()), expected)
+    # What was trained since is followed.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn_like(parameter).abs()
+        fused = model(**batch(), use_cache=False).logits
+        torch.testing.assert_close(fused, model(**batch(), use_cache=True).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_reach_a_trained_projector():
@@ -213,14 +233,21 @@ def test_generation_is_token_for_token_what_it_was(make, targets, make_batch):
 
 
 def test_what_is_not_plain_lora_keeps_pefts_code():
+    model = with_lora(tiny_llava(), LANGUAGE_MODEL, use_dora=True, lora_dropout=0.1)
+    assert fuse_lora(model) == 0
     model = with_lora(tiny_llava(), LANGUAGE_MODEL, use_dora=True).train()
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.lora_bias["default"] = True
+            module.lora_B["default"].bias = torch.nn.Parameter(torch.randn(module.out_features))
     expected = loss_and_grads(model, llava_batch())
     assert fuse_lora(model) == 0
     assert_same(loss_and_grads(model, llava_batch()), expected, tolerance=1e-7)
 
 
-def test_16_bit_base_keeps_fp32_adapters_and_their_gradients(nan_in_new_memory):
-    model = with_lora(tiny_llava().to(torch.bfloat16), LANGUAGE_MODEL).train()
+@pytest.mark.parametrize("dora", [False, True])
+def test_16_bit_base_keeps_fp32_adapters_and_their_gradients(dora, nan_in_new_memory):
+    model = with_lora(tiny_llava().to(torch.bfloat16), LANGUAGE_MODEL, use_dora=dora).train()
     batch = llava_batch()
     batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
     _, expected = loss_and_grads(model, batch)
@@ -228,7 +255,7 @@ def test_16_bit_base_keeps_fp32_adapters_and_their_gradients(nan_in_new_memory):
     _, grads = loss_and_grads(model, batch)
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
     # bf16 keeps 8 bits; PEFT rounds the activations as often as this does.
-    assert max(relative_error(grad, expected[name]) for name, grad in grads.items()) < 0.06
+    assert max(relative_error(grad, expected[name]) for name, grad in grads.items()) < 0.08
 
 
 def test_ranks_and_scales_of_a_stack_may_differ():

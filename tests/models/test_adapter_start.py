@@ -73,6 +73,18 @@ def test_a_run_from_pissa_resumes_to_the_same_bits_and_merges(tiny_llava, cctv_d
     merge_with_proof(run, tmp_path / "merged")
 
 
+@pytest.mark.slow
+def test_a_run_of_dora_is_fused_resumes_to_the_same_bits_and_merges(tiny_llava, cctv_dataset, tmp_path, capsys):
+    flags = ("--use_dora", "true", "--lora_r", "4", "--vision_tower", "frozen", "--eval_answers", "0")
+    flags += ("--save_strategy", "steps", "--save_steps", "2")
+    run = train(tiny_llava, cctv_dataset, tmp_path / "run", *flags)
+    said = capsys.readouterr().out
+    assert "LoRA layers computed in one piece" in said and "by PEFT's own code" not in said
+    again = train(tiny_llava, cctv_dataset, interrupted(run, tmp_path / "again"), *flags)
+    assert_equal_adapters(again, run)
+    merge_with_proof(run, tmp_path / "merged")
+
+
 def test_a_start_that_the_base_cannot_give_is_refused():
     model_args = ModelArguments(init_lora_weights="pissa", load_in_4bit=True)
     (problem,) = start_problems(ScriptArguments(dataset_name="x"), model_args)

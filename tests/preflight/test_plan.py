@@ -124,10 +124,11 @@ def test_sizes_of_real_models(make):
     assert Training(shape, placement, rank=4).trained == trained
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("make", [tiny_gemma, tiny_gemma3])
-def test_a_fused_layer_keeps_what_is_planned(make):
+def test_a_fused_layer_keeps_what_is_planned(make, dora):
     # A GPU's attention keeps the same tensors; what a CPU's keeps beside them is left out by its shape.
-    model = get_peft_model(make(), LoraConfig(r=4, target_modules=DECODER))
+    model = get_peft_model(make(), LoraConfig(r=4, target_modules=DECODER, use_dora=dora))
     shape = ModelShape.from_config(model.get_base_model().config.to_dict())
     fuse_lora(model)
     kept: dict[int, int] = {}
@@ -148,7 +149,8 @@ def test_a_fused_layer_keeps_what_is_planned(make):
         layer.register_forward_hook(lambda *_: found.append(sum(kept.values())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(input_ids=ids, attention_mask=mask if make is tiny_gemma3 else None, use_cache=False)
-    training = Training(shape, {"language_model": "lora"}, rank=4, precision="fp32", weight_bytes=4)
+    training = Training(shape, {"language_model": "lora"}, rank=4, precision="fp32", weight_bytes=4, dora=dora)
+    assert training.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     batch = Batch(rows, tokens, 8)
     layer = FusedLayer(training, batch, 1)
     rotary = 2 * 4 * tokens * shape.text.head_width  # cosines and sines, which all layers share

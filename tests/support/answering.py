@@ -12,7 +12,7 @@ QUESTIONS = ["How many people are in view?", "사람이 몇 명 있나요? 모�
 LINEAR = r".*(language_model|model)\.layers\..*(q|k|v|o|gate|up|down)_proj"
 
 
-def load(folder, *, adapter: bool, targets: str = LINEAR, seed: int = 0):
+def load(folder, *, adapter: bool, targets: str = LINEAR, seed: int = 0, **settings):
     """A tiny model whose answers differ from row to row, with an adapter that changes them."""
     vision = "llava" in folder.name
     model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(folder)
@@ -21,7 +21,7 @@ def load(folder, *, adapter: bool, targets: str = LINEAR, seed: int = 0):
         if ".layers." in name and "norm" not in name and "vision" not in name:
             torch.nn.init.normal_(parameter, std=0.3)  # else a tied head answers with the last token again
     if adapter:
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **settings))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)

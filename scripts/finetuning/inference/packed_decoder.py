@@ -75,7 +75,7 @@ class Linears:
 
     def reads_4bit(self, tokens: int) -> bool:
         """Whether so few tokens are multiplied by 4-bit weights as they are stored."""
-        return self.is_4bit and tokens <= MOST_ROWS_OF_4BIT_PRODUCT
+        return self.is_4bit and not self.fused.is_dora and tokens <= MOST_ROWS_OF_4BIT_PRODUCT
 
     def __call__(self, x: Tensor, wide: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, sum of out); `wide` is what `new_input` gave with x."""
@@ -92,6 +92,7 @@ class Linears:
             y = fused.frozen.product(fused, x, torch.mm(x, fused.a.T) if fused.is_active else None)
         elif fused.is_active:
             y = torch.mm(self.extended(x, wide), fused.frozen.weight_and_b(fused).T)
+            y = fused.scaled(y) if fused.is_dora else y
         else:
             y = torch.mm(x, fused.weight().T)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype))
@@ -99,7 +100,8 @@ class Linears:
     def add_to(self, residual: Tensor, x: Tensor, wide: Tensor | None = None) -> Tensor:
         """residual (tokens, out) plus the product, in place where both are of one type: one pass over memory less."""
         one_product = not self.reads_4bit(len(x)) and (self.fused is not None or self.stack is not None)
-        if not one_product or residual.dtype != self.dtype:
+        scales = self.has_lora and self.fused.is_dora
+        if not one_product or residual.dtype != self.dtype or scales:
             return add_residual(self(x, wide), residual)
         if self.is_int8:
             x_a = torch.mm(x, self.fused.a.T) if self.has_lora else None

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -379,8 +380,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
     """Switch PEFT's LoRA layers of `model` to the fused computation, in place. Returns how many were switched.
 
-    Anything else than plain LoRA with one adapter on a frozen linear layer (DoRA, 8 bit, other biases in a decoder) keeps
-    PEFT's code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
+    Anything else than LoRA, or DoRA without dropout, with one adapter on a frozen linear layer (8 bit, other biases in a
+    decoder) keeps PEFT's code. Adapter names, saving, loading, merging and disabling stay PEFT's. Generation with a cache runs PEFT's
     code too.
 
     `sharded`: a strategy shards the frozen weights. It must then all-gather decoder layers in one piece (ZeRO-3:
@@ -436,14 +437,17 @@ def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether `module` is LoRA with one active adapter, without variants, on a frozen linear layer."""
+    """Whether `module` is LoRA with one active adapter on a frozen linear layer, or DoRA without dropout.
+
+    With dropout PEFT's DoRA multiplies by the base twice: by x, and by what dropout left of it.
+    """
     if type(module) not in LORA_CLASSES or len(module.active_adapters) != 1:
         return False
     adapter = module.active_adapters[0]
     base = module.get_base_layer()
     return (
         adapter in module.lora_A
-        and adapter not in module.lora_variant
+        and (adapter not in module.lora_variant or is_dora_without_dropout(module, adapter))
         and module.lora_B[adapter].bias is None
         and not getattr(module, "fan_in_fan_out", False)
         and isinstance(base, nn.Linear)
@@ -451,3 +455,9 @@ def is_plain_lora(module: nn.Module) -> bool:
         # 4-bit weights are stacked by whole blocks.
         and base.in_features * base.out_features % getattr(base.weight, "blocksize", 1) == 0
     )
+
+
+def is_dora_without_dropout(module: nn.Module, adapter: str) -> bool:
+    """Whether the variant of `adapter` is DoRA, and drops nothing."""
+    is_dora = isinstance(module.lora_variant[adapter], DoraLinearVariant)
+    return is_dora and not getattr(module.lora_dropout[adapter], "p", 0.0)

@@ -21,6 +21,8 @@ class ProjectionStack:
 
     Without dropout the gradient of x is one product too: [g, g B] [W; s A].
 
+    Of DoRA (arXiv 2402.09353) each output is also multiplied by m / |W + s B A|, whose norm counts as a constant.
+
     `frozen` holds W (`frozen_weights.py`). The adapters are stacked as `a` = s A (sum of ranks, in) and as the
     block-diagonal `b` (sum of out, sum of ranks), in the dtype of the products. `allocate_input` makes x with room for
     the columns s A x, `allocate_grad` does the same for g and g B.
@@ -43,15 +45,16 @@ class ProjectionStack:
         # Layers of one shape are a batch of small products. Else one product multiplies the zeros beside each B too.
         self.is_batch = len(layers) > 1 and len(set(self.sizes)) == len(set(self.ranks)) == 1
         self.dropout = getattr(layers[0].lora_dropout[self.adapter], "p", 0.0)
+        self.is_dora = self.adapter in layers[0].lora_variant  # the one variant that is fused
         self.frozen = frozen_weights_of(layers, sharded=sharded)
         self.fp8_weight = None  # `fp8_backward.Fp8Weight`, where gradients pass through W in FP8
         self.is_active = True
         self.placement: tuple | None = None
 
     def adapters(self) -> list[Tensor]:
-        """The parameters: every A (rank, in), then every B (out, rank)."""
-        first = [layer.lora_A[self.adapter].weight for layer in self.layers]
-        return first + [layer.lora_B[self.adapter].weight for layer in self.layers]
+        """The parameters: every A (rank, in), then every B (out, rank), then DoRA's magnitudes m (out)."""
+        kinds = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if self.is_dora else [])]
+        return [getattr(layer, kind)[self.adapter].weight for kind in kinds for layer in self.layers]
 
     def refresh(self, autocast_dtype: torch.dtype | None) -> None:
         """Follow layers that changed since the last pass; the caller then fills `copies` from `parameters`.
@@ -70,6 +73,8 @@ class ProjectionStack:
             self.scale = self.scale.to(device)
             self.frozen.reset()
             self.bind_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=device))
+            self.output_scale = torch.empty(sum(self.sizes) if self.is_dora else 0, device=device)
+        self.output_scale_is_old = self.is_dora
         self.frozen.refresh(self)
 
     def follow_switch(self) -> None:
@@ -136,9 +141,10 @@ class ProjectionStack:
         return torch.randint(2**31, (2,), device=self.a.device) if self.uses_dropout else None
 
     def forward(self, x: Tensor, seeds: Tensor | None, extended: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (tokens, in) -> y (tokens, sum of out), and x_a = s A x (tokens, sum of ranks).
+        """x (tokens, in) -> y (tokens, sum of out), and what `backward` needs: s A x (tokens, sum of ranks).
 
-        `extended` is what `allocate_input` gave with x; without it x is copied.
+        Of DoRA it has y before its scale behind it, (tokens, sum of ranks + sum of out). `extended` is what `allocate_input`
+        gave with x; without it x is copied.
         """
         x_a = torch.mm(x if seeds is None else hashed_dropout(x, seeds, self.dropout), self.a.T)
         if not self.frozen.joins_adapters:
@@ -147,17 +153,23 @@ class ProjectionStack:
             extended = self.concatenate_low_rank(x, x_a)
         else:
             extended[:, self.in_features :] = x_a
-        return torch.mm(extended, self.frozen.weight_and_b(self).T), x_a
+        y = torch.mm(extended, self.frozen.weight_and_b(self).T)
+        return (self.scaled(y), torch.cat([x_a, y], dim=1)) if self.is_dora else (y, x_a)
 
     def backward(
-        self, grad: Tensor, x_a: Tensor, seeds: Tensor | None, needs_grad: bool, extended: Tensor | None = None
+        self, grad: Tensor, kept: Tensor, seeds: Tensor | None, needs_grad: bool, extended: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-        """Gradient of x (None when nothing below is trained), of x_a, and of every B.
+        """Gradient of x (None when nothing below is trained), of s A x, and of every B and magnitude.
 
-        `extended` is what `allocate_grad` gave with grad. Without it grad is copied where it is narrower than x, so
-        that less is written twice.
+        `kept` is of `forward`, `extended` what `allocate_grad` gave with grad. Without it grad is copied where it is narrower
+        than x, so that less is written twice.
         """
-        grads_b = self.grads_of_b(grad, x_a)
+        x_a, grads_m = kept[:, : sum(self.ranks)], []
+        if self.is_dora:
+            grads_m = self.grads_of_magnitudes(grad, kept[:, sum(self.ranks) :])
+            # In memory of its own, but where it is the caller's.
+            grad = torch.mul(grad, self.output_scale, out=torch.empty_like(grad) if extended is None else grad)
+        grads_b = self.grads_of_b(grad, x_a) + grads_m
         room = grad.new_empty(len(grad), sum(self.ranks)) if extended is None else extended[:, grad.shape[1] :]
         grad_a = self.grad_of_x_a(grad, room)
         if not needs_grad:
@@ -177,6 +189,24 @@ class ProjectionStack:
             return self.fp8_weight.add_product(grad_x, grad)
         return grad_x.addmm_(grad, self.weight())
 
+    def scaled(self, y: Tensor) -> Tensor:
+        """y (tokens, sum of out) times DoRA's m / |W + s B A|, rounded once to the dtype of y."""
+        if self.output_scale_is_old:  # of sharded weights only now, while they are here
+            weight, b = self.weight(), self.b.float()
+            squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+            # |W + D|^2 = |W|^2 + 2 W D + |D|^2 by rows, without the matrix D = B (s A).
+            squares += 2 * (torch.mm(weight, self.a.T).float() * b).sum(1)
+            squares += (torch.mm(b, torch.mm(self.a, self.a.T).float()) * b).sum(1)
+            self.output_scale.copy_(torch.cat(self.parameters[-len(self.layers) :]).div(squares.sqrt_()))
+            self.output_scale_is_old = False
+        return torch.mul(y, self.output_scale, out=torch.empty_like(y))
+
+    def grads_of_magnitudes(self, grad: Tensor, y: Tensor) -> list[Tensor]:
+        """Gradient of each layer's m (out): that of the outputs times y before its scale, over the norm."""
+        magnitudes = torch.cat(self.parameters[-len(self.layers) :])
+        full = grad.to(torch.float32, copy=True).mul_(y).sum(0).mul_(self.output_scale).div_(magnitudes)
+        return list(full.to(magnitudes.dtype).split(self.sizes))
+
     def split_by_layer(self, stacked: Tensor) -> Tensor:
         """(tokens, layers * width) -> (layers, tokens, width), the same memory."""
         return stacked.unflatten(1, (len(self.layers), -1)).transpose(0, 1)
@@ -190,7 +220,7 @@ class ProjectionStack:
 
     def grads_of_b(self, grad: Tensor, x_a: Tensor) -> list[Tensor]:
         """Gradient of each B (out, rank), in the dtype of the parameters."""
-        dtype = self.parameters[-1].dtype
+        dtype = self.parameters[0].dtype
         if self.is_batch:
             return list(matmul_to_dtype(self.split_by_layer(grad).transpose(1, 2), self.split_by_layer(x_a), dtype))
         full = matmul_to_dtype(grad.T, x_a, dtype)
@@ -217,7 +247,7 @@ def refresh_stacks(stacks: list[ProjectionStack]) -> None:
     autocast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     for stack in stacks:
         stack.refresh(autocast_dtype)
-    pairs = [pair for stack in stacks for pair in zip(stack.copies, stack.parameters, strict=True)]
+    pairs = [pair for stack in stacks for pair in zip(stack.copies, stack.parameters, strict=not stack.is_dora)]
     # In two calls: one strided copy makes `_foreach_copy_` launch every copy of its call separately.
     for dense in (True, False):
         chosen = [pair for pair in pairs if pair[0].is_contiguous() is dense]

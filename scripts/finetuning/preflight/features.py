@@ -102,6 +102,7 @@ def graph_problems(
         "no GPU of compute capability 8.0 or newer": capability is None or capability < (8, 0),
         f"a launch by {how}: gradients are averaged while the passes run": not how.is_one_process,
         "fused_lora: false": not script_args.fused_lora,
+        "use_dora: true": model_args.use_dora,
         f"language_model: {script_args.language_model}": script_args.language_model != "lora",
         f"attn_implementation: {attention} (sdpa or packed would do)": attention not in ("sdpa", "packed"),
         f"attn_implementation: {attention} with rows side by side (packed would do)": rows_side_by_side

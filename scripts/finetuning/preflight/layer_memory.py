@@ -138,6 +138,16 @@ class FusedLayer(Layer):
             return [self.size * stack.outer * stack.row(stack.inner), *scales]
         return [self.size * (stack.outer + (0 if self.drops else stack.rank)) * stack.inner, *scales]
 
+    def unscaled(self, stack: Stack) -> int:
+        """Numbers of a token's outputs that DoRA keeps before their scale."""
+        return stack.outer if self.training.dora else 0
+
+    def scaling(self, stack: Stack, rows: int, *, in_place: bool) -> list[float]:
+        """Bytes that DoRA's backward pass of a product takes: products in fp32, and the scaled gradient."""
+        if not self.training.dora:
+            return []
+        return [rows * stack.outer * (4 if in_place else 4 + self.size)]
+
     @property
     def expands_kv(self) -> bool:
         """Whether keys and values are copied for every query head of their group: packed and shared rows, masks."""
@@ -157,7 +167,7 @@ class FusedLayer(Layer):
         """x s A of q, k and v; queries, keys, values, outputs, log-sum-exp."""
         expanded = 2 * self.attended_kv if self.expands_kv else 0
         own_kv = 0 if self.has_mask else 2 * self.kv
-        states = 3 * self.training.rank + 2 * self.query + own_kv + expanded
+        states = 3 * self.training.rank + self.unscaled(self.qkv) + 2 * self.query + own_kv + expanded
         bias = 0.0
         if self.batch.prefix:
             rest = self.batch.length - self.batch.prefix
@@ -170,11 +180,11 @@ class FusedLayer(Layer):
     def keep_output(self) -> float:
         """Of the o projection: x s A; and what the last layer selects of the attended."""
         selected = self.rows * self.query * self.size if self.is_last else 0
-        return self.rows * (self.training.rank + self.normed) * self.size + selected
+        return self.rows * (self.training.rank + self.unscaled(self.o) + self.normed) * self.size + selected
 
     def keep_mlp(self) -> float:
         """The residual stream, gate and up, and both x s A."""
-        low_rank = 3 * self.training.rank
+        low_rank = 3 * self.training.rank + self.unscaled(self.gate_up) + self.unscaled(self.down)
         return self.rows * (self.width * self.residual + (2 * self.mlp + low_rank + self.normed) * self.size)
 
     @property
@@ -189,19 +199,23 @@ class FusedLayer(Layer):
         n, rows, size = self.tokens, self.rows, self.size
         dropped = [n * self.width * size] if self.drops else []
         yield [n * self.qkv.row(self.width) * size, *dropped]
-        yield [n * self.qkv.row(self.width) * size, *self.unpacked(self.qkv), n * self.qkv.outer * size]
-        yield [rows * self.o.row(self.query) * size, *self.unpacked(self.o), rows * self.width * size]
+        before = [n * self.unscaled(self.qkv) * size]
+        yield [n * self.qkv.row(self.width) * size, *self.unpacked(self.qkv), n * self.qkv.outer * size, *before]
+        before = [rows * self.unscaled(self.o) * size]
+        yield [rows * self.o.row(self.query) * size, *self.unpacked(self.o), rows * self.width * size, *before]
         gate_up = rows * self.gate_up.row(self.width) * size
-        yield [gate_up, *self.unpacked(self.gate_up)]
+        yield [gate_up, *self.unpacked(self.gate_up), rows * self.unscaled(self.gate_up) * size]
         down = rows * self.down.row(self.mlp) * size
         yield [gate_up, down, *([rows * self.mlp * size] if self.drops else [])]
-        yield [gate_up, down, *self.unpacked(self.down), rows * self.width * size]
+        before = [rows * self.unscaled(self.down) * size]
+        yield [gate_up, down, *self.unpacked(self.down), rows * self.width * size, *before]
 
     def working_backward(self) -> Iterator[tuple[float, list[float]]]:
         yield from self.backward_mlp()
         n, rows, size = self.tokens, self.rows, self.size
         twice = 2 if self.drops else 1
-        yield self.keep_output(), [rows * self.query * size * twice, *self.unpacked(self.o, backward=True)]
+        scaling = self.scaling(self.o, rows, in_place=False)
+        yield self.keep_output(), [rows * self.query * size * twice, *self.unpacked(self.o, backward=True), *scaling]
         selected = n * (self.query + self.width) * size if self.is_last else 0
         grads = n * (self.query + 2 * self.attended_kv) * size
         yield 0, [selected, n * self.query * size, grads, *self.attention_workspace()]
@@ -209,6 +223,7 @@ class FusedLayer(Layer):
         yield self.keep_attention() - 3 * self.training.rank * n * size, []
         grad = n * (self.qkv.outer if self.drops else self.qkv.row(self.qkv.outer)) * size
         grad_x = n * self.width * size * twice
+        yield 0, [states, grad, *self.scaling(self.qkv, n, in_place=True)]
         yield 0, [states, grad, *self.unpacked(self.qkv, backward=True), grad_x]
         yield 3 * self.training.rank * n * size, [states, grad, grad_x, self.output, n * self.width * size * twice]
 
@@ -224,9 +239,11 @@ class FusedLayer(Layer):
         joined = [] if self.drops else [rows * self.down.row(self.width) * size]
         grad_x = rows * self.mlp * size
         yield 0, [grad_y, *joined, *self.unpacked(self.down, backward=True), grad_x * twice]
+        yield 0, [grad_y, *joined, *self.scaling(self.down, rows, in_place=False)]
         outer = self.gate_up.outer if self.drops else self.gate_up.row(self.gate_up.outer)
         grad = rows * outer * size
         yield 0, [grad_y, grad_x, grad, grad_x * twice]
+        yield 0, [grad_y, grad, *self.scaling(self.gate_up, rows, in_place=True)]
         grad_x = rows * self.width * size
         yield 0, [grad_y, grad, *self.unpacked(self.gate_up, backward=True), grad_x * twice]
         normed = rows * self.width * size * twice

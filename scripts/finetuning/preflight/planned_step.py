@@ -26,6 +26,7 @@ class Training:
     strategy: Strategy = field(default_factory=lambda: Strategy("one process"))
     checkpointed: int = 0  # decoder layers, the first ones
     fused: bool = True  # `fused_lora`
+    dora: bool = False  # `use_dora`
     shares_prefix: bool = False
     packs_rows: bool = False  # rows side by side in one sequence
     accumulates: bool = False  # gradients of several batches are added before a step
@@ -43,6 +44,7 @@ class Training:
     def layers_are_fused(self) -> bool:
         """Whether the decoder layers run as `kernels/lora_layers.py`."""
         known = self.fused and self.placement["language_model"] == "lora" and self.targets is None and self.bits != 8
+        known = known and not (self.dora and self.dropout)
         # Biases and further norms would have to be gathered too.
         return known and not (self.strategy.shards_weights and self.shape.text.kind in ("qwen2", "gemma3_text"))
 
@@ -81,9 +83,9 @@ class Training:
 
     @property
     def adapters(self) -> int:
-        """Numbers of all LoRA matrices: rank (in + out) for each adapted layer."""
+        """Numbers of all LoRA matrices: rank (in + out) for each adapted layer; of DoRA a magnitude for each output too."""
         return sum(
-            self.rank * (inner + outer)
+            self.rank * (inner + outer) + self.dora * outer
             for part, layers in self.shape.lora_layers.items()
             if self.placement[part] == "lora"
             for name, inner, outer in layers

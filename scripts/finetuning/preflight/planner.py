@@ -230,7 +230,8 @@ def training_of(workload: Workload, strategy: Strategy, gpu: Gpu, *, bits: int |
         weight_bytes=4 if wide else 2,
         optimizer=settings["optim"],
         strategy=strategy,
-        fused=settings["fused_lora"] and not settings["use_dora"],
+        fused=settings["fused_lora"],
+        dora=settings["use_dora"],
         shares_prefix=workload.shares_prefix,
         packs_rows=settings["packing"] or settings["padding_free"],
     )

@@ -277,7 +277,7 @@ def gradients_a_layer(training: Training) -> int:
     if how == "frozen":
         return 0
     return sum(
-        training.rank * (inner + outer)
+        training.rank * (inner + outer) + training.dora * outer
         for name, (inner, outer) in text.projections.items()
         if training.targets is None or name in training.targets
     )

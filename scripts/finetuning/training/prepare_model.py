@@ -69,7 +69,7 @@ def prepare_model(
 
     shared = "; dialogues about one image train as one sequence" if shares_prefix else ""
     passed = f"; gradients pass through the weights of {in_fp8} layers in FP8" if in_fp8 else ""
-    # DoRA, 8 bits, and what a sharding strategy leaves out of decoder layers.
+    # DoRA with dropout, 8 bits, and what a sharding strategy leaves out of decoder layers.
     others = sum(isinstance(module, LoraLayer) for module in model.modules()) - fused
     by_peft = f", {others} by PEFT's own code" if others else ""
     return f"  {fused} LoRA layers computed in one piece{by_peft}{held}{passed}{shared}"
