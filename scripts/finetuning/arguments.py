@@ -1,6 +1,5 @@
 """Arguments of the training commands: TRL's own, plus the few fields that TRL lacks. Unknown keys are errors."""
 
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from finetuning.command_line import FLAGS, list_flags, read_command
+from finetuning.command_line import FLAGS, list_flags, parse_mixer, read_command
 from finetuning.device import (
     choose_precision,
     compute_capability,
@@ -130,30 +129,6 @@ class ScriptArguments:
     def placement(self) -> dict[str, str]:
         """Part of the model -> how it is trained."""
         return {part: getattr(self, part) for part in ("language_model", "projector", "vision_tower")}
-
-
-def parse_mixer(given: dict | str | None, own: str) -> dict[str, float] | None:
-    """`dataset_mixer` as set -> weight. Raises ValueError, all reasons together, for what is none."""
-    try:
-        mixer = json.loads(given) if isinstance(given, str) else given
-    except ValueError as error:
-        raise ValueError(
-            f'dataset_mixer: {given} is not JSON ({error}), expected such as {{"data/general": 0.2}}'
-        ) from error
-    if mixer is None:
-        return None
-    if not isinstance(mixer, dict):
-        raise ValueError(f'dataset_mixer: {given}, expected names and weights, such as {{"data/general": 0.2}}')
-    problems = [
-        f"the weight of {name} is {weight}, expected a number above 0"
-        for name, weight in mixer.items()
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0
-    ]
-    if own in mixer:
-        problems.append(f"{own} is dataset_name itself: name other sets only")
-    if problems:
-        raise ValueError("dataset_mixer: " + "; ".join(problems))
-    return mixer
 
 
 @dataclass

@@ -209,3 +209,27 @@ def split_config_flag(word: str) -> list[str]:
     """`--config=FILE` -> `--config`, `FILE`; any other word as it is."""
     # TrlParser knows `--config FILE` only, and would otherwise ignore the recipe without a word.
     return word.split("=", 1) if word.startswith("--config=") else [word]
+
+
+def parse_mixer(given: dict | str | None, own: str) -> dict[str, float] | None:
+    """`dataset_mixer` as set -> weight. Raises ValueError, all reasons together, for what is none."""
+    try:
+        mixer = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(
+            f'dataset_mixer: {given} is not JSON ({error}), expected such as {{"data/general": 0.2}}'
+        ) from error
+    if mixer is None:
+        return None
+    if not isinstance(mixer, dict):
+        raise ValueError(f'dataset_mixer: {given}, expected names and weights, such as {{"data/general": 0.2}}')
+    problems = [
+        f"the weight of {name} is {weight}, expected a number above 0"
+        for name, weight in mixer.items()
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0
+    ]
+    if own in mixer:
+        problems.append(f"{own} is dataset_name itself: name other sets only")
+    if problems:
+        raise ValueError("dataset_mixer: " + "; ".join(problems))
+    return mixer

@@ -23,7 +23,7 @@ from finetuning.preflight.layer_memory import FusedLayer
 from finetuning.preflight.memory import Job, main_memory_problems
 from finetuning.preflight.planned_step import Batch, Training
 from finetuning.preflight.planner import TEMPLATES, picture_cost
-from finetuning.preflight.row_lengths import RowCounter, lengths_of, read_split
+from finetuning.preflight.row_lengths import RowCounter, lengths_of, mixed, read_split
 from finetuning.preflight.step_memory import fewest_checkpointed, peak_memory, process_memory
 from finetuning.preflight.step_time import known_gpus, step_seconds
 from finetuning.strategy import Strategy
@@ -157,6 +157,21 @@ def test_a_fused_layer_keeps_what_is_planned(make, dora):
     # A CPU's keys lie behind its queries, in memory that stays when their copies for every head are made.
     keys = 4 * rows * tokens * shape.text.kv_width if make is tiny_gemma3 else 0
     assert found[1] == layer.keep() + layer.output + rotary + keys
+
+
+def test_sets_are_counted_as_often_as_their_weights_say(cctv_dataset, tiny_llava):
+    shape = ModelShape.from_config(json.loads((tiny_llava / "config.json").read_text()))
+    cost = picture_cost({"image_tiles": None, "image_max_tiles": None}, {}, shape)
+    counter = RowCounter(tiny_llava, (TEMPLATES / "llava.jinja").read_text(), cost)
+    train, test = (
+        lengths_of(read_split(str(cctv_dataset), split), counter, shares_prefix=False) for split in ("train", "test")
+    )
+    both = mixed([(train, 1.0), (test, 2.5)])
+    assert both.total == train.total + round(2.5 * test.total)
+    expected = (train.total * train.mean("tokens") + 2.5 * test.total * test.mean("tokens")) / both.total
+    assert both.mean("tokens") == pytest.approx(expected, rel=0.01)
+    longest = [max(row.tokens for row in lengths.longest) for lengths in (train, test)]
+    assert both.longest[0].tokens == max(longest)
 
 
 def test_lengths_are_the_collators(cctv_dataset, tiny_llava):

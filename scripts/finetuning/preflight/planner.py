@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.command_line import parse_mixer
 from finetuning.data.image_tiles import num_views, parse_tiles
 from finetuning.model_files import config_of
 from finetuning.model_shape import ModelShape
@@ -19,6 +20,7 @@ from finetuning.preflight.row_lengths import (
     Sequence,
     Size,
     lengths_of,
+    mixed,
     read_split,
     several_dialogues_an_image,
 )
@@ -134,6 +136,11 @@ def read_workload(settings: dict[str, Any]) -> Workload:
     can_share = shape.vision is not None and not shape.vision.pooled  # Gemma 3's image tokens see one another
     shares = can_share and (several_dialogues_an_image(table) if shares is None else shares)
     train = lengths_of(table, counter, shares_prefix=shares, folder=settings["dataset_name"])
+    parts = [(train, 1.0)]
+    for name, weight in (parse_mixer(settings["dataset_mixer"], settings["dataset_name"]) or {}).items():
+        rows = read_split(name, settings["dataset_train_split"])
+        parts.append((lengths_of(rows, counter, shares_prefix=shares, folder=name), weight))
+    train = mixed(parts) if len(parts) > 1 else train
     validation = None
     if settings["eval_strategy"] != "no":
         try:

@@ -52,6 +52,20 @@ class Lengths:
         return sum(getattr(sequence, name) for sequence in self.counted) / max(len(self.counted), 1)
 
 
+def mixed(parts: list[tuple[Lengths, float]]) -> Lengths:
+    """Lengths of several sets and how often each is taken, as `dataset_mixer` says it -> those of all together.
+
+    Of dialogues that share an image a part of a set is counted as so much less of each image, not of its dialogues.
+    """
+    totals = [round(lengths.total * weight) for lengths, weight in parts]
+    counted = []
+    for total, (lengths, _) in zip(totals, parts, strict=True):
+        wanted = max(round(SAMPLE * total / max(sum(totals), 1)), 1)
+        counted += [lengths.counted[place * len(lengths.counted) // wanted] for place in range(wanted)]
+    longest = sorted((row for lengths, _ in parts for row in lengths.longest), key=lambda row: -row.tokens)[:LONGEST]
+    return Lengths(sum(totals), sum(round(lengths.rows * weight) for lengths, weight in parts), counted, longest)
+
+
 def read_split(dataset: str, split: str) -> pa.Table:
     """Columns `messages`, and where they are there `images` and `image_id`, of a folder that `data_prep` wrote.
 

@@ -42,8 +42,6 @@ def plan_run(script_args: ScriptArguments, training_args: TrainingArguments, mod
     try:
         if gpu is None:
             raise ValueError(f"{properties.name} is not in scripts/gpus.yaml")
-        if script_args.dataset_mixer:
-            raise ValueError("rows of several sets are mixed")
         plan = make_plan(read_workload(settings), gpu, Strategy.from_environment(), bits=bits_of(settings))
     except ValueError as error:
         shown(f"  no plan of time and memory: {error}")
