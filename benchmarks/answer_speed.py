@@ -270,7 +270,7 @@ def measure(name: str, setting: Setting, ways: dict[str, Callable], options: arg
         for number in range(options.rounds + 1):  # the first warms up
             for way, answer in ways.items():
                 count = min(len(rows), options.singles if setting.single else len(rows))
-                if way != "this project":  # enough for a steady rate of batches that are all alike
+                if way in ("transformers", "before"):  # enough for a steady rate of batches that are all alike
                     count = min(count, options.images * setting.questions)
                 if number == 0 and not setting.single:
                     count = min(count, options.warmup)
@@ -332,11 +332,11 @@ def one_by_one(model, processing_class, rows, tokens: int) -> list[str]:
     return [answer_one(model, processing_class, row, max_new_tokens=tokens, answerer=answerer) for row in rows]
 
 
-def all_counts(model, processing_class, rows, tokens: int, batch_size: int) -> list[str]:
+def all_counts(model, processing_class, rows, tokens: int) -> list[str]:
     """The likelihood of each of the counts 0..60 as the answer, in place of one greedy answer; the most likely is given."""
     forms = dict.fromkeys(QUESTIONS, AnswerForm("", " people."))
     reader = CountReader(model, processing_class, forms, largest=60)
-    likelihoods = read_counts(reader, list(rows), batch_size=batch_size)
+    likelihoods = read_counts(reader, rows, batch_size="auto")
     return [str(max(range(len(row)), key=row.__getitem__)) for row in likelihoods if row is not None]
 
 
@@ -359,7 +359,7 @@ def ways_of(setting: Setting, options: argparse.Namespace, before: Callable | No
             model, processing_class, rows, batch_size=options.batch_size, max_new_tokens=tokens
         )
     if "counts" in options.ways:
-        ways["all counts"] = partial(all_counts, batch_size=options.batch_size)
+        ways["all counts"] = all_counts
     ways["this project"] = lambda model, processing_class, rows, tokens: generate_answers(
         model, processing_class, rows, batch_size="auto", max_new_tokens=tokens
     )
