@@ -13,11 +13,9 @@ of a grid of seven by seven, as digits (9 stands for more, too). They are the tu
 that a frame is one row: where people stand teaches a small model to look sooner than one large number does.
 
 With --labels the training frames themselves are changed: people who stand alone are pasted in or painted over, and the
-label follows, until every count up to --most is about as frequent; a third stay as they were. The frames after --first and
---gap follow unchanged, to validate and to test on: `--split ordered --train NUMBER` of prepare_cctv.py. With --grids no frames
-follow, and each is asked for its grid, too: of those who were pasted it is known, of the others it is guessed from what
-differs from the empty scene, as many as the label says. With --subtract every frame written is the difference from the empty
-scene, grey where nothing stands.
+label follows; three in ten stay as they were. The frames after --first and --gap follow unchanged, to validate and to
+test on: `--split ordered --train NUMBER` of prepare_cctv.py. With --subtract every frame written is the difference from the
+empty scene, grey where nothing stands.
 """
 
 import argparse
@@ -42,7 +40,6 @@ DIFFERENT = 32  # of 255: more than light and noise do
 ROWS = {"top": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "bottom": (2 / 3, 1)}
 COLUMNS = {"left": (0, 1 / 3), "center": (1 / 3, 2 / 3), "right": (2 / 3, 1)}
 GRID = 7  # rows, and cells of a row
-UNCHANGED = 0.35  # of the training frames that are written, so many stay as they were
 KOREAN = {"top": "위", "middle": "가운데", "bottom": "아래", "left": "왼쪽", "center": "중앙", "right": "오른쪽"}
 # Feet's and body's height as shares of the frame's, read off the mall camera by eye.
 FEET, TALL = (0.10, 0.15, 0.25, 0.40, 0.62, 0.80, 1.00, 1.30), (0.05, 0.065, 0.13, 0.16, 0.22, 0.24, 0.27, 0.31)
@@ -64,16 +61,14 @@ def grid(heads: list[tuple[float, float]]) -> str:
     return " ".join(f"{letter}{row}" for letter, row in zip("abcdefg", rows, strict=True))
 
 
-def messages(with_parts: bool) -> str:
-    """The text of messages.txt: the count of the frame, then its grid, or those of its nine parts."""
+def messages() -> str:
+    """The text of messages.txt: the count of the frame, then those of its nine parts, or its grid."""
     english = ["USER: How many people are in view?", "ASSISTANT: {count} people."]
     korean = ["사용자: 사람이 몇 명 있나요?", "어시스턴트: {count}명입니다."]
     dialogues = [
         [*english, "USER: Count each cell of the grid.", "ASSISTANT: {grid}"],
         [*korean, "사용자: 칸마다 세어 주세요.", "어시스턴트: {grid}"],
     ]
-    if not with_parts:
-        return "\n\n".join("\n".join(turns) for turns in dialogues) + "\n"
     for name in list(parts())[1:]:
         english += [f"USER: How many people are in the {name.replace('_', ' ')}?", f"ASSISTANT: {{{name}}}."]
         place = " ".join(KOREAN[word] for word in name.split("_"))
@@ -107,9 +102,6 @@ class Camera:
     paths_after: list[Path]
     counts: list[int]  # of the training frames; empty where crowds are made over the empty scene
     counts_after: list[int]  # of the frames after them
-    heads: list[
-        list[tuple[float, float]]
-    ]  # of each training frame, where they are thought to be; empty without --grids
     most: int
     folder: Path
     subtracts: bool
@@ -246,94 +238,34 @@ def crowd(number: int) -> dict[str, int | str]:
     picture = camera.scene.astype(np.float32)
     heads = paste(picture, place(int(rng.integers(0, camera.most + 1)), rng), rng)
     write(another_moment(picture, rng), number)
-    within = [inside(*head) for head in heads]
+    inside = [(min(max(x, 0), 0.999), min(max(y, 0), 0.999)) for x, y in heads]
     counts = {
-        name: sum(low <= x < high and up <= y < down for x, y in within)
+        name: sum(low <= x < high and up <= y < down for x, y in inside)
         for name, ((low, high), (up, down)) in parts().items()
     }
-    return counts | {"grid": grid(within)}
+    return counts | {"grid": grid(inside)}
 
 
-def change(number: int) -> dict[str, int | str]:
-    """Write a training frame with some who stand alone painted over and others pasted in; its count, with --grids its grid."""
-    rng = np.random.default_rng([number, 2 if camera.heads else 1])
-    counts = np.array(camera.counts)
-    # Every count as often: a model leans to what it saw most.
-    wanted = int(rng.integers(max(0, counts.min() - 2), camera.most + 1))
-    leaves = rng.random() < UNCHANGED
-    apart = (counts - wanted).clip(min=0) / 8 + (wanted - counts).clip(min=0) / 16
-    near = np.flatnonzero(np.abs(counts - wanted) <= 3 if leaves else apart <= 1)
-    frame = int(rng.choice(near)) if len(near) else int(np.abs(counts - wanted).argmin())
+def change(number: int) -> dict[str, int]:
+    """Write a training frame with some who stand alone painted over and others pasted in; its count."""
+    rng = np.random.default_rng([number, 1])
+    frame = int(rng.integers(len(camera.counts)))
     height, width = camera.scene.shape[:2]
     picture = read(camera.paths[frame], (width, height)).astype(np.float32)
-    count, heads = camera.counts[frame], list(camera.heads[frame]) if camera.heads else []
-    if not leaves:
+    count = camera.counts[frame]
+    if rng.random() < 0.7:
         light = np.float32(np.median(picture - camera.scene))
-        alone = [person for person in camera.cutouts if person.frame == frame]
-        most = len(alone) if rng.random() < 0.3 else max(0, count - wanted + int(rng.integers(0, 4)))
-        for place_of in rng.permutation(len(alone))[:most]:
-            person = alone[place_of]
-            paint_over(picture, person, light)
-            count -= 1
-            forget_head(heads, person)
+        share = rng.choice([0.0, 0.3, 0.8])
+        for person in camera.cutouts:
+            if person.frame == frame and rng.random() < share:
+                paint_over(picture, person, light)
+                count -= 1
         # Whoever is pasted in must not hide the heads of those who are there.
         taken = np.abs(picture - light - camera.scene).max(-1) > DIFFERENT
-        free = [person for person in place(3 * max(0, wanted - count), rng) if stands_free(person, taken)]
-        seen = paste(picture, free[: max(0, wanted - count)], rng)
-        count += len(seen)
-        heads += seen
+        free = [person for person in place(int(rng.integers(0, 20)), rng) if stands_free(person, taken)]
+        count += len(paste(picture, free, rng))
     write(another_moment(picture, rng), number)
-    return {"count": max(0, count)} | ({"grid": grid([inside(*head) for head in heads])} if camera.heads else {})
-
-
-def inside(x: float, y: float) -> tuple[float, float]:
-    """The place, or the nearest one within the frame."""
-    return min(max(x, 0), 0.999), min(max(y, 0), 0.999)
-
-
-def forget_head(heads: list[tuple[float, float]], person: Cutout) -> None:
-    """Take the head nearest to a person's from the list, in place."""
-    if heads:
-        height, width = camera.scene.shape[:2]
-        x, y = (person.left + person.alpha.shape[1] / 2) / width, person.top / height
-        heads.remove(min(heads, key=lambda head: abs(head[0] - x) + abs(head[1] - y)))
-
-
-def find_heads(job: tuple[Path, int], scene: np.ndarray) -> list[tuple[float, float]]:
-    """Where the heads of a frame with a known count are likely: bodies of a person's size at that place that explain
-    what differs from the empty scene, the best first. As shares of the frame."""
-    path, count = job
-    height, width = scene.shape[:2]
-    frame = read(path, (width, height))
-    with Image.open(path) as original:
-        stretched = width * original.height / (height * original.width)
-    light = float(np.median(frame.astype(float) - scene))
-    left_over = (np.abs(frame - light - scene).max(-1) > DIFFERENT).astype(np.float32)
-    rows = np.unique(np.linspace(0.05, 1.25, 60) * height).round().astype(int)
-    tall = (np.interp(rows / height, FEET, TALL) * height).round().astype(int)
-    wide = np.maximum(6, (0.36 * tall * stretched).round().astype(int))
-    boxes = np.array([
-        (row - high, centre - broad // 2, high, broad)
-        for row, high, broad in zip(rows, tall, wide, strict=True)
-        for centre in range(0, width, max(2, broad // 3))
-        if row - high >= 0.04 * height
-    ])  # fmt: skip
-    top, left, high, broad = boxes.T
-    ends = [(top, top + high // 2), (top - high // 8, top)]  # head and chest; above them
-    heads = []
-    for _ in range(count):
-        table = np.pad(left_over, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64).cumsum(1)
-        share = []
-        for up, down in ends:
-            up, down = up.clip(0, height), down.clip(0, height)
-            begin, end = left.clip(0, width), (left + broad).clip(0, width)
-            area = np.maximum((down - up) * (end - begin), 0.35 * high * broad / 2)
-            share.append((table[down, end] - table[up, end] - table[down, begin] + table[up, begin]) / area)
-        best = int(np.argmax(share[0] - 0.5 * share[1]))
-        at, by, long, across = boxes[best]
-        left_over[max(0, at - long // 12) : max(0, at + long), max(0, by) : max(0, by + across)] = 0
-        heads.append(inside((by + across / 2) / width, (at + 0.06 * long) / height))
-    return heads
+    return {"count": max(0, count)}
 
 
 def paint_over(picture: np.ndarray, person: Cutout, light: np.float32) -> None:
@@ -368,16 +300,14 @@ def write_all(shared: Camera, number: int) -> None:
         Pool(initializer=take, initargs=(shared,)) as pool,
         (shared.folder / "labels.csv").open("w", encoding="utf-8", newline="") as file,
     ):
-        columns = ["count", *(["grid"] if shared.heads else [])] if shared.counts else [*parts(), "grid"]
-        table = csv.DictWriter(file, ["id", *columns])
+        table = csv.DictWriter(file, ["id", *(["count"] if shared.counts else [*parts(), "grid"])])
         table.writeheader()
         made = pool.imap(change if shared.counts else crowd, range(1, number + 1), 20)
         left = pool.imap(leave, zip(range(number + 1, number + 1 + len(after)), after, strict=True), 20)
         everything = tqdm(chain(made, left), "pasting", number + len(after), unit="frame")
         for row, labels in enumerate(everything, 1):
             table.writerow({"id": row, **labels})
-    text = messages(with_parts=not shared.counts) if not shared.counts or shared.heads else MESSAGES
-    (shared.folder / "messages.txt").write_text(text, encoding="utf-8")
+    (shared.folder / "messages.txt").write_text(MESSAGES if shared.counts else messages(), encoding="utf-8")
 
 
 def main() -> None:
@@ -389,9 +319,10 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, help="CSV with a row per frame, in order, and a column `count`")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--number", type=int, default=8000, help="frames to write (default %(default)s)")
-    parser.add_argument("--most", type=int, default=60, help="people in a frame at most (default %(default)s)")
+    parser.add_argument(
+        "--most", type=int, default=60, help="people over the empty scene at most (default %(default)s)"
+    )
     parser.add_argument("--size", help="WIDTHxHEIGHT of the frames written, stretched; left out: as the frames are")
-    parser.add_argument("--grids", action="store_true", help="with --labels: ask for the grid, too; no later frames")
     parser.add_argument("--subtract", action="store_true", help="write differences from the empty scene")
     args = parser.parse_args()
     if args.output.exists():
@@ -417,16 +348,8 @@ def main() -> None:
         raise ValueError(f"{args.frames}: nothing in these frames is as tall and as narrow as a person standing alone")
     later = slice(args.first + args.gap, None)
     split = counts[: args.first], counts[later]
-    heads: list[list[tuple[float, float]]] = []
-    if args.grids:
-        with Pool() as pool:
-            jobs = pool.imap(partial(find_heads, scene=scene), zip(first_paths, counts, strict=False), 10)
-            heads = list(tqdm(jobs, "finding heads", args.first, unit="frame"))
-        split = split[0], []
-    write_all(
-        Camera(scene, cutouts, first_paths, paths[later], *split, heads, args.most, args.output, args.subtract),
-        args.number,
-    )
+    shared = Camera(scene, cutouts, first_paths, paths[later], *split, args.most, args.output, args.subtract)
+    write_all(shared, args.number)
     print(f"{args.output}: {args.number} frames of {len(cutouts):,} people cut out of {args.first}")
 
 
