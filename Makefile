@@ -5,7 +5,7 @@
 # make test-notebooks  all four notebooks to their end, on a small model
 # make test-upstream the fast tests and a training with the newest releases of all pinned packages
 # make test-cluster  the job files on a real Slurm; installs it where it is missing (Debian, root), skips where it cannot
-# make test-faults   kill -9 at 280 moments, failing disks, damage to every file, rivals: about 40 minutes of one core
+# make test-faults   kill -9 at more than 200 moments, failing disks, damage to every file, rivals: about 40 minutes of one core
 # make lint          style and types of the Python files, the order of folders, and the shell files
 PYTHON ?= python3.11
 BIN := .venv/bin

@@ -84,6 +84,7 @@ from preparing.text_files import RepeatedKeys, json_items, keep_repeated, open_t
 
 # isort: split
 from finetuning.data.picture_table import PICTURES, StoredImage, with_stored_pictures  # preparing finds it
+from finetuning.data.pictures import SUFFIXES
 
 SCORING_FEATURES = {"task": datasets.Value("string"), "answers": datasets.List(datasets.Value("string"))}
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -101,6 +102,7 @@ COMMON_KEYS = {
     "model",
     "type",
 }
+NAMES_A_FILE = re.compile("image|img|pic|photo|frame|file|이미지|사진|프레임|파일")
 COLUMN_TYPES = ("string", "int64", "float64")
 
 
@@ -316,6 +318,8 @@ def read_conversation(record: Record, folder: Path | None, held: HeldImages | No
         num_marks = turns.num_image_marks
         if num_marks != len(record.images) and not (marks_may_be_left_out and num_marks == 0):
             return record.reject("image_mark_count", f"{num_marks} image marks, but {len(record.images)} images")
+        if folder and not record.images and (missed := picture_without_ending(raw, {*used, *kept}, folder)):
+            return record.reject("missing_image", missed)
         names = {*raw, *kept} - COMMON_KEYS | ({"count"} if record.images else set())
         if found := unfilled_placeholder(record.messages, names):
             return record.reject("unfilled_placeholder", f"{found} stands in the text, and would be taught as words")
@@ -325,6 +329,28 @@ def read_conversation(record: Record, folder: Path | None, held: HeldImages | No
     # An empty cell says nothing; that of pandas (NaN) is the one value that differs from itself.
     unused = [str(key) for key in others if raw[key] not in (None, "") and raw[key] == raw[key]]
     record.unused = [*unused, *turns.unused]
+
+
+def picture_without_ending(raw: Mapping[str, Any], used: Collection[str], folder: Path) -> str | None:
+    """Says which key of a record without pictures holds the name of one, without its ending; None where none does."""
+    for key, value in raw.items():
+        text = str(value).strip() if isinstance(value, (str, int)) else ""
+        # A number counts records, unless the key says that it is a picture's.
+        is_name = not text.isdecimal() or NAMES_A_FILE.search(plain_key(key))
+        if key not in used and text and is_name and (found := stems_in(folder).get(text.replace("\\", "/"))):
+            return f"{key} is {text!r:.80}, and {folder} has {found!r}: write the name with its ending"
+    return None
+
+
+@functools.cache
+def stems_in(folder: Path) -> dict[str, str]:
+    """The pictures below a folder by their names without ending, with and without the folders before them."""
+    stems: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES:
+            name = path.relative_to(folder).as_posix()
+            stems |= {name.rpartition(".")[0]: name, path.stem: name}
+    return stems
 
 
 def find_images(
@@ -514,9 +540,28 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def refuse_text_alone(store: KeptRecords, folder: Path | None) -> None:
+    """Raises ValueError where a folder of pictures is given and no record shows one, though their keys speak of pictures."""
+    if folder is None or shows_pictures(store) or not store.is_accepted.any():
+        return
+    unused = store.count_unused(np.flatnonzero(store.is_accepted))
+    if keys := [key for key in unused if NAMES_A_FILE.search(plain_key(key))]:
+        raise ValueError(
+            f"--images {folder} is given, but no record names a picture in it. Keys that may speak of pictures: "
+            f"{', '.join(keys)}. Write the file's name, with its ending, under a key called image; leave --images out where "
+            "all is text"
+        )
+    print(f"--images {folder}: no record names a picture, so all are text")
+
+
+def shows_pictures(store: KeptRecords) -> bool:
+    """Whether any record that is accepted shows a picture."""
+    return bool(np.diff(store.starts)[store.is_accepted].any())
+
+
 def make_features(columns: dict[str, str], scoring: Mapping[str, Any], store: KeptRecords) -> datasets.Features:
     """Column types of the dataset."""
-    has_images = bool(np.diff(store.starts)[store.is_accepted].any())
+    has_images = shows_pictures(store)
     return datasets.Features(
         {
             "messages": WEIGHTED_MESSAGES_FEATURE if store.has_weights else MESSAGES_FEATURE,
@@ -550,6 +595,7 @@ def main() -> None:
         inspections = check_images(store, args.max_pixels)
         ledger = Ledger()
         store.enter(ledger)
+        refuse_text_alone(store, args.images)
 
         # Split.
         splits, leaks = {}, {"between": {}}

@@ -336,7 +336,9 @@ def main() -> None:
             f"{args.log}: no such file. Expected a log, such as slurm/logs/train-123.log, or - to read a pipe"
         )
     data = sys.stdin.buffer.read() if args.log == "-" else Path(args.log).read_bytes()
-    text, known = describe_log(data.decode("utf-8", errors="replace"), args.language)
+    # PowerShell's > writes UTF-16.
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text, known = describe_log(data.decode(encoding, errors="replace"), args.language)
     print(text)
     if not known:
         sys.exit(1)

@@ -9,6 +9,7 @@ in training. Without --gpu it plans for this machine's GPU, or for every kind it
 where something fits, 1 where nothing does or the recipe is wrong.
 """
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -24,7 +25,7 @@ from finetuning.preflight.planned_step import OFF
 from finetuning.preflight.planner import Plan, Workload, all_plans, read_workload
 from finetuning.preflight.step_memory import GIB
 from finetuning.preflight.step_time import Gpu, gpu_named, known_gpus
-from finetuning.strategy import STRATEGIES
+from finetuning.strategy import STRATEGIES, Strategy
 
 PARTS_IN_KOREAN = {
     "weights": "가중치", "gathered layers": "모아 온 층", "adapters": "어댑터", "optimizer": "옵티마이저", "gradients": "그래디언트",
@@ -34,7 +35,9 @@ PARTS_IN_KOREAN = {
     "communication": "통신", "waiting for the host": "호스트를 기다림",
 }  # fmt: skip
 RECIPE = Path(__file__).parent / "configs" / "llava_qlora.yaml"
-STRATEGY_FILES = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
+# A plan is for a GPU: cpu.yaml uses none.
+STRATEGY_FILES = sorted(path.stem for path in STRATEGIES.glob("*.yaml") if path.stem != "cpu")
+ONE_PROCESS = [name for name in STRATEGY_FILES if Strategy.from_file(name).kind == "one process"]
 WORDS = {
     "en": {
         "rows": "{rows:,} rows, {mean:.0f} tokens on average, {longest:,} at most",
@@ -102,6 +105,8 @@ def parse_prices(words: list[str], gpus: dict[str, Gpu]) -> dict[str, float]:
             value = float(number)
         except ValueError:
             raise ValueError(f"--price {word}: expected 2.50, or h100=2.50") from None
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--price {word}: expected a price of 0 or more")
         if has_name and name not in gpus:
             raise ValueError(f"--price {word}: no such GPU; there are {', '.join(gpus)}")
         prices |= {name: value} if has_name else dict.fromkeys(gpus, value)
@@ -272,6 +277,19 @@ def print_plans(
     print(words["about"])
 
 
+def wrong_words(args: argparse.Namespace, prices: dict[str, float]) -> list[str]:
+    """What flags ask for that would be ignored, or cannot be launched."""
+    problems = []
+    if args.strategy in ONE_PROCESS and args.gpus > 1:
+        problems.append(
+            f"--strategy {args.strategy} is one process: --gpus {args.gpus} needs ddp, fsdp2 or a DeepSpeed file"
+        )
+    named = [name for word in args.price if "=" in word and (name := word.rpartition("=")[0]) in prices]
+    if args.gpu and "all" not in args.gpu and (idle := [name for name in named if name not in args.gpu]):
+        problems.append(f"--price {' '.join(idle)}: not among --gpu {' '.join(args.gpu)}")
+    return problems
+
+
 def main() -> None:
     """Plan the recipe on each GPU that is asked for; exit status 1 where it fits none. Raises ValueError for wrong words."""
     gpus = known_gpus()
@@ -285,6 +303,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print every plan as JSON, in bytes and seconds")
     args, flags = parser.parse_known_args()
     prices = parse_prices(args.price, gpus)
+    if problems := wrong_words(args, prices):
+        raise ValueError("\n".join(problems))
     _, settings = read_command(RECIPE, ["--config", str(args.config), *flags])
     workload = read_workload(vars(settings))
     here = gpu_of_this_machine() if args.gpu is None else None

@@ -30,7 +30,11 @@ MISTAKES = {
     "max_steps: 1.5": "R:4: max_steps: 1.5 is not a whole number",
     "eval_strategy: no": 'R:4: eval_strategy: no means false in YAML, expected one of no, steps, epoch: write "no" in quotes',
     "save_strategy: off": 'R:4: save_strategy: off means false in YAML, expected one of no, steps, epoch, best: write "no"',
-    "report_to: no": 'R:4: report_to: no means false in YAML, write "no" in quotes',
+    "report_to: no": 'R:4: report_to: no means false in YAML, write "none" in quotes',
+    "report_to: off": 'R:4: report_to: off means false in YAML, write "none" in quotes',
+    "seed: 010": "R:4: seed: 010 is read as 8: write the number that is meant",
+    "max_steps: 1:30": "R:4: max_steps: 1:30 is read as 90: write the number that is meant",
+    "seed: !!python/object:os.system 1": "R:4 is not YAML of plain values: could not determine a constructor",
     "eval_strategy: step": "R:4: eval_strategy: step is not one of no, steps, epoch; did you mean steps?",
     "seed: 3\nseed: 4": "R:5: seed stands in line 4 already: leave the one that is meant",
     "accelerator_config:\n  split_batches: true\n  split_batches: false": "R:6: split_batches stands in line 5 already",
@@ -48,6 +52,23 @@ MISTAKES = {
 def test_a_mistake_is_said_with_its_line_and_remedy(tmp_path, text):
     (line,) = said(tmp_path / "recipe.yaml", GIVEN + text + "\n")
     assert line.startswith(MISTAKES[text])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lora_r: 0", "lora_r: 0 is out of bounds: expected at least 1"),
+        ("per_device_train_batch_size: 0", "expected at least 1"),
+        ("global_batch_size: -8", "expected at least 1"),
+        ("learning_rate: 0", "learning_rate: 0 is out of bounds: expected more than 0"),
+        ("learning_rate: -1.0e-4", "expected more than 0"),
+        ("lora_dropout: 1", "lora_dropout: 1 is out of bounds: expected less than 1"),
+        ("weight_decay: -0.1", "expected at least 0"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_refused(tmp_path, text, told):
+    (line,) = said(tmp_path / "recipe.yaml", GIVEN + text + "\n")
+    assert told in line
 
 
 def test_all_mistakes_are_said_together(tmp_path):

@@ -5,6 +5,7 @@ set apart by commas, or a list of Python or JSON; unknown values are written in 
 """
 
 import ast
+import csv
 import html
 import json
 import re
@@ -51,6 +52,9 @@ MISSING = NO_VALUE | {
     "not specified", "unspecified", "unrated", "not rated", "not yet rated", "no data", "no info", "no information", "no genres",
     "no genre", "no studio", "no producers", "no rating", "no score", "[none]", "(none)", "[null]", "[nan]", "#ref!", "#value!",
     "#name?", "#div/0!", "없음", "미정", "미상", "알 수 없음", "정보 없음", "불명", "不明", "未定", "未知",
+    "n.a", "unk", "unavailable", "not applicable", "n/d", "n.d", "nd", "no value", "nodata", "no-data", "none listed", "none given",
+    "no studios", "no licensors", "missing value", "unknown rating", "to be decided", "pending", "blank", "#n/a n/a", "-nan",
+    "1.#qnan", "n\\a", "∅", "해당 없음", "해당없음", "모름", "미등록", "정보없음", "데이터 없음", "알수없음", "未发表", "未公開", "未公开", "なし", "无",
 }  # fmt: skip
 NO_SYNOPSIS = re.compile(
     r"(there is |sorry,? )?(currently )?no (description|synopsis|summary|plot|overview|story|background)\b"
@@ -62,8 +66,11 @@ NO_SYNOPSIS = re.compile(
 CREDIT = re.compile(r"\s*[(\[](source|written by)\b[^)\]]*[)\]]", re.IGNORECASE)
 ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-f]+|[a-z]\w*);", re.IGNORECASE)
 TAG = re.compile(
-    r"</?(?:br|p|i|b|u|s|em|strong|a|div|span|ul|ol|li|small|sup|sub|font|hr|h\d|blockquote|img|center|strike|del)(?:\s[^<>]*)?/?>"
-    r"|\[/?(?:i|b|u|s|url|img|spoiler|quote|center|size|color)(?:=[^\[\]]*)?\]|~!|!~|<!--.*?-->",
+    r"<(script|style)\b[^<>]*>.*?</\1>"
+    r"|</?(?:br|p|i|b|u|s|em|strong|a|div|span|ul|ol|li|small|sup|sub|font|hr|h\d|blockquote|img|center|strike|del|ins|mark|cite|q"
+    r"|code|tt|pre|ruby|rb|rt|rp|table|thead|tbody|tr|td|th|dl|dt|dd|section|article|details|summary|abbr|big|label|iframe|wbr)"
+    r"(?:\s[^<>]*)?/?>"
+    r"|\[/?(?:i|b|u|s|url|img|spoiler|quote|center|size|color|list|\*|yt|right|left|code)(?:=[^\[\]]*)?\]|~!|!~|<!--.*?-->",
     re.IGNORECASE | re.DOTALL,
 )
 # Zero-width and steering characters, soft hyphens, a byte order mark inside text. Joiners of emoji stay.
@@ -74,8 +81,18 @@ _emoji = "\u2600-\u27bf\U0001f000-\U0001faff"
 LONE_JOINER = re.compile(f"(?<![{_emoji}\ufe0f])\u200d|\u200d(?![{_emoji}])")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 COMPANY_FORMS = re.compile(r"(inc|ltd|llc|corp|co|gmbh|s\.a|k\.k)\.?", re.IGNORECASE)
+OPENS_LIST = re.compile(r"[\[{]|\(\s*['\"]|(?:array|list|set|tuple)\(")
 HIGHEST_SCORE = 10
 FEWEST_SCORES = 20  # fewer do not tell the scale
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell says that nobody knows: a mark of MISSING in any case, brackets or quotes, once or in a list."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    if plain in MISSING or not re.search(r"\w", plain.replace("_", "")):
+        return True
+    pieces = [re.sub(r"^[\s\"'<(\[{]+|[\s\"'>)\]}.]+$", "", piece) for piece in re.split("[,;|]", plain)]
+    return all(piece in MISSING for piece in pieces)
 
 
 class Title(NamedTuple):
@@ -210,7 +227,7 @@ def known_cells(table: AnimeTable, column: str) -> list[str]:
     """Cells of a column that say something."""
     place = table.header.index(column)
     cells = [cells[place] for _, cells in table.rows if len(cells) == len(table.header)]
-    return [cell for cell in cells if cell.casefold() not in MISSING]
+    return [cell for cell in cells if not is_missing(cell)]
 
 
 def share_of_numbers(cells: list[str]) -> float:
@@ -278,7 +295,7 @@ def clean_row(row: dict[str, str], line: int, table: AnimeTable) -> Title:
     cells |= {role: clean_text(row[name], is_prose=role == "synopsis") for role, name in table.columns.items()}
     name = cells["title"]  # "Unknown" may be the name of something; everywhere else it means that nobody knows
     name = "" if name.casefold() in NO_VALUE else first_of_list(name)
-    cells = {role: "" if text.casefold() in MISSING else text for role, text in cells.items()}
+    cells = {role: "" if is_missing(text) else text for role, text in cells.items()}
     english, other = first_of_list(cells["english_name"]), first_of_list(cells["other_name"])
     name = name or english or other
     problems = [] if name else ["it has no title"]
@@ -349,21 +366,32 @@ def to_number(text: str) -> float | None:
 def split_names(text: str, separator: str) -> list[str]:
     """The names of a cell: set apart by `separator`, or a list of Python or JSON. Raises ValueError for a broken list."""
     names: list[str] = []
-    for name in names_in(parse_list(text)) if text[:1] in ("[", "{") else text.split(separator):
+    for name in names_in(parse_list(text)) if OPENS_LIST.match(text) else text.strip('"').split(separator):
         name = clean_text(name, is_prose=False)
         if names and COMPANY_FORMS.fullmatch(name):
             names[-1] += f", {name}"  # "Foo Co., Ltd." is one company
-        elif name.casefold() not in MISSING:
+        elif not is_missing(name):
             names.append(name)
     return list(dict.fromkeys(names))
 
 
 def parse_list(text: str) -> Any:
-    """A list written as JSON or as Python writes it. Raises ValueError for anything else."""
+    """A list written as JSON, as Python, numpy or Postgres write it, or names without quotes. Raises ValueError for others."""
     try:
         return json.loads(text)
     except ValueError:
         pass
+    text = re.sub(r"^(?:array|list|set|tuple)\((.*?)(?:,\s*dtype=\w+)?\)$", r"\1", text)
+    inside = text[1:-1]
+    if (text[0], text[-1]) == ("{", "}") and ":" not in inside:
+        # A set of Python has no order of its own, and Postgres writes lists so, with quotes where a name needs them.
+        if "'" not in inside:
+            return next(csv.reader([inside], skipinitialspace=True), [])
+        text = f"[{inside}]"
+    if (text[0], text[-1]) == ("[", "]") and not re.search(r"[\[\]{}()\"':]", inside):
+        return inside.split(",")
+    # numpy sets names apart by spaces, which Python would join to one.
+    text = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
     try:
         return ast.literal_eval(re.sub(r"\bnan\b", "None", text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -375,7 +403,7 @@ def names_in(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        inner = next((value[key] for key in ("name", "nodes", "edges", "node", "title") if key in value), None)
+        inner = next((value[key] for key in ("name", "nodes", "edges", "node", "title", "genre") if key in value), None)
         if inner is None and value:
             raise ValueError(f"{value!r:.60} has no name")
         yield from names_in(inner)

@@ -55,15 +55,29 @@ NAMED = re.compile(
     re.IGNORECASE,
 )
 # What else looks like a mark for a picture, and would be taught as words.
+_words = r"(?:image|img|picture|photo|이미지|사진|그림|画像|图片|图像)"
 UNKNOWN_MARK = re.compile(
-    r"<[^<>\n='\"]{0,40}(?:image|img|picture|photo|vision_|pixel|im_patch|im_start|im_end)[^<>\n]{0,200}>"
-    r"|\[/?(?:image|img|picture|photo)(?:[ _:-][^\]\n]*|\d+)?\]"
-    r"|\{\{?\s*(?:image|img|picture|photo)\w*\s*\}?\}",
+    rf"<[^<>\n='\"]{{0,40}}(?:{_words}|vision_|pixel|im_patch|im_start|im_end)[^<>\n]{{0,200}}>"
+    r"|<\|?_*(?:media|frame|visual)s?(?:[ _-]?(?:pad|placeholder|token|start|end|input))?(?:[ _-]?\d+)?_*\s*/?\|?>(?![\s\S]*</)"
+    rf"|\[/?{_words}(?:[ _:-][^\]\n]*|\d+)?\]"
+    rf"|\{{\{{?\s*{_words}\w*\s*\}}?\}}"
+    rf"|[＜《【［｛]\s*{_words}[ _-]?\w*\s*[＞》】］｝]"  # full width
+    rf"|&lt;\|?/?\s*{_words}[^&\n]{{0,40}}&gt;"  # escaped for a web page
+    rf"|%{_words}\w*%|\$\{{?{_words}s?\b\}}?|\b_*(?:DEFAULT_)?IMAGE_(?:TOKEN|PLACEHOLDER|HERE)_*\b"
+    rf"|(?:^|(?<=\n))\s*\({_words}s?\)",
+    re.IGNORECASE,
+)
+SIGNS_OF_MARKS = re.compile(r"[<\[{＜《【［｛%$(]|&lt;|image_", re.IGNORECASE)
+# What chat templates put around turns. Most are control tokens to a tokenizer, wherever they stand.
+CONTROL_TOKEN = re.compile(
+    r"</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<\|(?:im_(?:start|end)|eot_id|eom_id|end_of_text"
+    r"|begin_of_text|endoftext|endofchunk|endofprompt|(?:start|end)_header_id|system|user|assistant|end|return|message|channel)\|>"
+    r"|<\|?reserved_special_token_\d+\|?>|<｜[^<>\n]{1,40}｜>",
     re.IGNORECASE,
 )
 MEDIA_MARK = re.compile(
-    r"<[|/]?(?:video|vid|audio|speech|sound|music|voice)(?:[ _-]?(?:here|pad|placeholder|token|bos|eos|start|end))?"
-    r"(?:[ _-]?\d+)?\s*/?\|?>|<(?:video|audio)\b[^<>]*>|\[(?:video|audio)(?:[ _-]?\d+)?\]",
+    r"<[|/]?(?:video|vid|audio|speech|sound|music|voice|point_?cloud)(?:[ _-]?(?:here|pad|placeholder|token|bos|eos|start|end))?"
+    r"(?:[ _-]?\d+)?\s*/?\|?>|<(?:movie|clip|point|pcd)>(?![\s\S]*</)|<(?:video|audio)\b[^<>]*>|\[(?:video|audio)(?:[ _-]?\d+)?\]",
     re.IGNORECASE,
 )
 
@@ -71,13 +85,21 @@ MEDIA_MARK = re.compile(
 LEARNT_KEY = re.compile(
     r"(?:sample|example|record|turn|token|answer|response|assistant|message)?(?:weight|lossweight|lossmask)(?:es|s)?"
     r"|\w*loss(?:es)?|(?:do|is|to)?(?:train|trainable|trained|training|supervised?|supervision|learn|learnable|learnt|learned)"
-    r"|train(?:able)?(?:on)?(?:this)?(?:turn|message|answer|mask)?"
+    r"|train(?:able)?(?:on)?(?:this)?(?:turn|message|answer|mask)?s?"
+    r"|(?:is|use|used|usable|include|included|in|keep|kept)?(?:for|in)?(?:the)?train(?:ing)?"
+    r"|(?:is|do|use|used)?(?:for)?fine?tun(?:e|ed|ing|able)|lossscales?|backprop(?:agate)?|(?:requires?|with|has)?grad(?:ient)?s?"
 )
 SKIPPED_KEY = re.compile(
     r"(?:is|to)?(?:masked|ignored?|skip(?:ped)?|excluded?)|(?:dont|not?)train"
     r"|(?:no|skip|ignored?|without|mask(?:ed)?|excluded?|notin)(?:from|in)?(?:the)?(?:loss|train(?:ing)?)"
+    r"|(?:is)?(?:context|prompt|input|history|eval(?:uation)?|inference)only"
 )
-UNCLEAR_KEY = re.compile(r"(?:\w*mask|mask\w*|trainon\w+|\w*lossweight\w*|supervis\w+)s?")
+UNCLEAR_KEY = re.compile(
+    r"(?:\w*mask\w*|train(?:able)?(?:on|only|last|first|final|turn|message|answer)\w*|\w*lossweight\w*|loss(?:on|for|scope)\w*"
+    r"|supervis\w+|only(?:the)?(?:last|final|first)\w*|(?:last|final|first)(?:turn|answer|message|response|round)?only)s?"
+)
+# These mean so of a turn or a record where they are a truth value, and something else where they are text or numbers.
+LEARNT_FLAG = re.compile(r"(?:is)?target|keep|kept")
 TOOL_KEYS = ("toolcalls", "toolcall", "functioncall", "functioncalls", "tools", "functions")
 
 
@@ -240,8 +262,11 @@ def kind_of_part(part: Any) -> tuple[str, Any]:
 def read_text_of_part(text: str) -> tuple[str, list[str | bytes | None]]:
     """(text without marks, in NFC; what each mark names, or None). Raises ValueError(reason, detail)."""
     text = unicodedata.normalize("NFC", text)
-    if not any(sign in text for sign in "<[{"):
+    if not SIGNS_OF_MARKS.search(text):
         return text.strip(), []
+    if found := CONTROL_TOKEN.search(text):
+        detail = f"{found[0]} belongs to a chat template: leave it out, that of the model adds its own"
+        raise ValueError("control_token", detail)
     if found := MEDIA_MARK.search(text):
         raise ValueError("video_or_audio", f"{found[0]} stands in the text: pictures and text are learnt only")
     pictures: list[str | bytes | None] = []
@@ -288,8 +313,11 @@ def read_mask(key: Any, value: Any) -> bool | None:
     """
     name = plain_key(key)
     learnt, skipped = LEARNT_KEY.fullmatch(name), SKIPPED_KEY.fullmatch(name)
-    if is_empty(value) or not (learnt or skipped or UNCLEAR_KEY.fullmatch(name)) or looks_like_picture(value):
+    known = learnt or skipped or UNCLEAR_KEY.fullmatch(name) or LEARNT_FLAG.fullmatch(name)
+    if is_empty(value) or not known or looks_like_picture(value):
         return None
+    if LEARNT_FLAG.fullmatch(name):
+        return {"true": True, "false": False}.get(str(value).strip().lower())
     words = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
     told = words.get(str(value).strip().lower())
     if told is not None and skipped:

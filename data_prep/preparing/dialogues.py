@@ -27,6 +27,7 @@ OTHER_SPEAKERS = {
     "a": "assistant", "answer": "assistant", "response": "assistant", "completion": "assistant", "output": "assistant",
     "답변": "assistant", "답": "assistant", "응답": "assistant", "대답": "assistant", "챗봇": "assistant", "봇": "assistant",
 }  # fmt: skip
+SHOWN_JSON = re.compile(r"\{\s*[\"'][^\"'{}]+[\"']\s*:")
 IMAGE_LINES = ("image", "이미지")
 _speakers = "|".join(sorted([*OWN_SPEAKERS, *OTHER_SPEAKERS, *IMAGE_LINES], key=len, reverse=True))
 # USER: ..., **USER:** ..., **User**: ..., ### Human: ...
@@ -44,6 +45,18 @@ NUMBER_WORDS = (
 )  # fmt: skip
 BLANK = re.compile(
     r"_{2,}|(?<![\w'])[NX](?=\s?(?:people|persons?|명)\b)|\b[xX]{2,}\b|[○◯□]{2,}|(?<!\w)%\(?[a-z_]*\)?[ds](?!\w)"
+)
+
+
+# An answer that is nothing but such a word or mark, or holds it between marks, states no number.
+_placeholders = "|".join(sorted(map(re.escape, NUMBER_WORDS), key=len, reverse=True))
+UNFILLED_ANSWER = re.compile(
+    rf"^\W*(?:(?:there (?:are|is)|i see|i count|answer|total)\b\W*)?(?:(?:count|number|num|total|value|수|인원|인원수|숫자)|0{{2,}}|[#*?.…_~]{{2,}}|#)"
+    r"(?:\s*(?:people|persons?|heads?|명))?\W*$"
+    rf"|\(\s*(?:{_placeholders})\s*\)|#(?:{_placeholders})#|@(?:{_placeholders})\b|[｛［＜]\s*(?:{_placeholders})\s*[｝］＞]"
+    rf"|[\"'](?:{_placeholders})[\"']\s*:\s*[\"']?(?:[NX]|int(?:eger)?|number|\?+|_+|\.{{3}}|#+)[\"']?\s*[,}}]"
+    rf"|<%=?\s*(?:{_placeholders})\s*%>|(?<![#*\w])#{{2,}}\s*(?:people|persons?|명)",
+    re.IGNORECASE,
 )
 
 
@@ -146,11 +159,17 @@ def check_templates(dialogues: list[Dialogue], columns: list[str], count_names: 
             continue
         problems = []
         for message in dialogue.messages:
-            names, of_message = check_template(message["content"], columns)
-            if of_message and (escaped := escape_json(message["content"], columns)) != message["content"]:
+            asked = message["role"] != "assistant"
+            names, of_message = check_template(message["content"], columns, asked=asked)
+            escaped = escape_json(message["content"], columns, like_json=asked)
+            if of_message and escaped != message["content"]:
                 message["content"] = escaped
-                names, of_message = check_template(escaped, columns)
+                names, of_message = check_template(escaped, columns, asked=asked)
             problems += of_message
+            if not asked and not names and (unfilled := UNFILLED_ANSWER.search(message["content"])):
+                problems.append(
+                    f"the answer {unfilled[0].strip()!r:.40} states no number: write {{count}} to fill it in"
+                )
             # The count by whichever name: a column `people` that counts is the count.
             dialogue.fields.append(names | {"count"} if names & count_names else names)
         if problems:
@@ -162,8 +181,8 @@ def check_templates(dialogues: list[Dialogue], columns: list[str], count_names: 
         first_lines.setdefault(content, dialogue.line)
 
 
-def check_template(template: str, columns: list[str]) -> tuple[set[str], list[str]]:
-    """(columns that the template fills in, what is wrong with it)."""
+def check_template(template: str, columns: list[str], *, asked: bool = False) -> tuple[set[str], list[str]]:
+    """(columns that the template fills in, what is wrong with it); `asked`: a question may show the form of its answer."""
     names: set[str] = set()
     problems = []
     text = ""  # without what is filled in
@@ -180,9 +199,13 @@ def check_template(template: str, columns: list[str]) -> tuple[set[str], list[st
                 written = (
                     f"{{{name}{'!' + conversion if conversion else ''}{':' + format_spec if format_spec else ''}}}"
                 )
-                problems.append(f"{written} is no column in braces, expected one of {', '.join(columns)}")
+                twice = " (a brace that is meant is written twice)" if re.search("[\"'\\\\]", written) else ""
+                problems.append(f"{written} is no column in braces, expected one of {', '.join(columns)}{twice}")
     except ValueError as error:
         return set(), [f"{template!r:.60}: {error} (a brace that is meant is written twice)"]
+    if re.search(r"(?<![\w}])\{\0\}", text):
+        problems.append("{{{...}}} would keep one pair of braces: write {count}, or another column in braces")
+    text = re.sub(r"\{\s*[\"'][^{}]*\}", "", text) if asked else text
     known = {name.casefold() for name in columns}
     for word in re.findall(r"\{\s*([^{}]*?)\s*\}", text):
         if word.casefold() in known:
@@ -196,8 +219,11 @@ def check_template(template: str, columns: list[str]) -> tuple[set[str], list[st
     return names, problems
 
 
-def escape_json(template: str, columns: Iterable[str]) -> str:
-    """The template with doubled braces around JSON, in which {columns} stand for numbers or inside quotes."""
+def escape_json(template: str, columns: Iterable[str], *, like_json: bool = False) -> str:
+    """The template with doubled braces around JSON, in which {columns} stand for numbers or inside quotes.
+
+    `like_json`: also around what only looks so, as a question shows the form of its answer: {"count": N}, {"count": <int>}.
+    """
     placeholder = re.compile("|".join(re.escape(f"{{{name}}}") for name in columns))
     written = ""
     position = 0
@@ -208,7 +234,7 @@ def escape_json(template: str, columns: Iterable[str]) -> str:
             continue
         end = closing_brace(template, position) if template[position] == "{" else 0
         region = template[position:end]
-        if '"' in region and is_json(placeholder.sub("0", region)):
+        if ('"' in region and is_json(placeholder.sub("0", region))) or (like_json and SHOWN_JSON.match(region)):
             literals = placeholder.split(region)
             filled = [*placeholder.findall(region), ""]
             for literal, name in zip(literals, filled, strict=True):

@@ -22,8 +22,10 @@ HASHES = (
     re.compile(rf"(?P<stem>.+?)[._-]{_hash}{{8,}}"),
     re.compile(rf"{_hash}{{8}}-(?P<stem>.+)"),  # Label Studio's uploads: 1f2e3d4c-seq_1
 )
-# Days as names write them: 20251129, 2025-11-29, 29.11.2025, 251129_100000, seconds or milliseconds since 1970.
+# Days as names write them: 20251129, 2025-11-29, 29.11.2025, 251129_100000, 29Nov2025, 2025년11월29일, seconds or milliseconds
+# since 1970.
 _year, _month, _day = r"(?:19|20)\d\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
+_month_name = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 _time = r"(?:[01]\d|2[0-3])[0-5]\d[0-5]\d"
 DAYS = (
     re.compile(
@@ -31,6 +33,9 @@ DAYS = (
     ),
     re.compile(rf"(?<!\d)(?P<day>{_day}(?P<mark>[-_.]){_month}(?P=mark){_year})(?!\d)"),
     re.compile(rf"(?<!\d)(?P<day>\d\d{_month}{_day})(?=[-_t]{_time}(?!\d))"),
+    re.compile(rf"(?<!\d)(?P<day>{_year}(?:년[-_ ]?\d\d?월[-_ ]?\d\d?일|年\d\d?月\d\d?日))"),
+    re.compile(rf"(?<!\d)(?P<day>\d\d?[-_. ]?{_month_name}[-_. ]?{_year})(?!\d)"),
+    re.compile(rf"(?P<day>(?<![a-z]){_month_name}[-_. ]?\d\d?[-_., ]{{1,2}}{_year})(?!\d)"),
 )
 LONGEST_NAME = 200  # a longer one may be more than the file system can be asked for
 SECONDS = re.compile(r"(?<!\d)(?P<seconds>1[4-9]\d{8})(?:\d{3})?(?!\d)")
@@ -45,13 +50,15 @@ def natural_order(name: str) -> list[Any]:
 
 def original_stem(stem: str) -> str:
     """The stem without the hash that a tool added; `stem` is lower case. The stem itself where no hash is known."""
+    if re.fullmatch(_uuid, stem):
+        return stem
     found = next((match for pattern in HASHES if (match := pattern.fullmatch(stem))), None)
     return found["stem"] if found else stem
 
 
 def split_number(stem: str) -> tuple[str, int | None]:
     """("seq_", 7) of "seq_000007"; None for a number where the stem ends in none."""
-    digits = re.search(r"[0-9]+$", stem)
+    digits = None if re.fullmatch(_uuid, stem) else re.search(r"[0-9]+$", stem)
     return (stem[: digits.start()], int(digits[0])) if digits else (stem, None)
 
 

@@ -154,7 +154,7 @@ def find_count_column(path: Path, header: list[str], wanted: str | None) -> int:
     ]
     if len(found) == 1:
         return header.index(found[0])
-    if all(number_named(name) is not None for name in header):
+    if all(number_named(name) is not None or name.lower().endswith(SUFFIXES) for name in header):
         raise ValueError(
             f"{path} opens with the columns {', '.join(header)}: expected their names in the first line, one that names the "
             "frame and one column called count; write them there"
@@ -355,7 +355,8 @@ def settle_repeated_labels(labels: Labels, repeated: list[list[Label]], *, may_r
         counts = {label.count for label in usable}
         if len(counts) > 1 or (differing and not regions):
             for label in usable:
-                label.reject("conflicting_labels", f"lines {lines} label the same frame differently")
+                advice = "write one row for each frame, with their sum if each row counts a part of it"
+                label.reject("conflicting_labels", f"lines {lines} label the same frame differently: {advice}")
             continue
         for label in usable[1:]:
             label.reject("duplicate_label", f"lines {lines} say the same of one frame")

@@ -30,10 +30,20 @@ PICTURE_KEY = re.compile(
 )
 FILE_KEY = re.compile(r"(?:file|filename|filepath|path)s?")
 MEDIA_KEY = re.compile(r"(?:input)?(?:video|audio)s?(?:path|filename|filepath|file|url|uri|src|bytes|data|clip)?s?")
-MEDIA_NAME = re.compile(r"\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv|flv|wav|mp3|flac|m4a|ogg|opus|aac)$", re.IGNORECASE)
-SYSTEM_KEY = re.compile(r"sys(?:tem)?(?:prompt|message|msg|instruction|content|text|role)?s?")
+# What a record is about where no picture is named: of a video alone (ActivityNet, MSVD), or a file that is not read here.
+MEDIA_NOTE = re.compile(
+    r"(?:video|vid|clip|youtube|yt|audio|speech)s?(?:id|uid|name|idx|index)s?|mp4|webm|wav|mp3|flac"
+)
+MEDIA_NAME = re.compile(
+    r"\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|wmv|flv|wav|mp3|flac|m4a|ogg|opus|aac|pdf|docx?|pptx?|ply|pcd|las|obj|glb|npy|npz)$",
+    re.IGNORECASE,
+)
+SYSTEM_KEY = re.compile(
+    r"(?:\w*sys(?:tem)?(?:prompt|message|msg|instruction)|(?:default|custom|initial|base|chat|model|instruction)?system"
+    r"|sys(?:tem)?(?:content|text|role)?|preamble|developer(?:prompt|message|msg|instruction))s?"
+)
 # Of keys that begin with `system`, those that say no words.
-SYSTEM_NOTES = re.compile(r"system(?:fingerprint|id|name|version|type|info)")
+SYSTEM_NOTES = re.compile(r"system\w*(?:fingerprint|id|name|version|type|info|hash|length|tokens?)$")
 PREFERENCE_KEY = re.compile(r"(?:chosen|rejected|prefer|dispreferred).*|(?:win|lose)(?:ner|r)?(?:response|answer)")
 # What marks a wrong answer where it is false.
 KTO_KEYS = (
@@ -220,7 +230,8 @@ def name_pictures(raw: Mapping[str, Any], used: set[str]) -> list[str | bytes]:
             weak[key] = read_names(key, names)
     if not (told or weak):
         for key, value in raw.items():
-            if isinstance(value, str) and MEDIA_NAME.search(value.strip()):
+            noted = MEDIA_NOTE.fullmatch(plain_key(key)) and not is_empty(value)
+            if key not in used and (noted or names_media(value)):
                 raise ValueError("video_or_audio", f"{key} is {value!r:.60}: pictures and text are learnt only")
     plain = [key for key in told if key not in {key for _, key in numbered}]
     first = next((key for key in plain if plain_key(key) in ("images", "image")), plain[0] if plain else None)
@@ -238,6 +249,16 @@ def name_pictures(raw: Mapping[str, Any], used: set[str]) -> list[str | bytes]:
     chosen = [key for key in (first, *(key for _, key in sorted(numbered))) if key is not None]
     used.update(chosen)
     return local_pictures(chosen, [name for key in chosen for name in told[key]])
+
+
+def names_media(value: Any) -> bool:
+    """Whether a value names a video, a sound or another file that is no picture, also inside a list or an object."""
+    if isinstance(value, Mapping):
+        return any(map(names_media, value.values()))
+    if isinstance(value, list):
+        return any(map(names_media, value))
+    # A name has no spaces around its dot, and is no prose that ends in one.
+    return isinstance(value, str) and len(value) < 300 and "\n" not in value and bool(MEDIA_NAME.search(value.strip()))
 
 
 def read_names(key: str, value: Any) -> list[str | bytes]:

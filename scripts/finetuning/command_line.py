@@ -33,6 +33,29 @@ DECIDED_ELSEWHERE = {
     "eos_token": "the model's own is used",
     "pad_token": "the model's own is used",
 }
+# What counts things, or measures them: the least that means something, and whether that itself does.
+LEAST = {
+    "lora_r": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "global_batch_size": 1,
+    "gradient_accumulation_steps": 1, "max_length": 1, "image_max_tiles": 1, "logging_steps": 0, "eval_steps": 0, "save_steps": 0,
+    "warmup_steps": 0, "weight_decay": 0, "lora_dropout": 0, "seed": 0,
+}  # fmt: skip
+MORE_THAN = {"learning_rate": 0, "lora_alpha": 0}
+LESS_THAN = {"lora_dropout": 1}
+
+
+def out_of_bounds(settings: argparse.Namespace) -> list[str]:
+    """A sentence for every number that no training can have: rank 0, a batch of no rows, a negative learning rate."""
+    bounds = (
+        (LEAST, lambda value, bound: value >= bound, "at least"),
+        (MORE_THAN, lambda value, bound: value > bound, "more than"),
+        (LESS_THAN, lambda value, bound: value < bound, "less than"),
+    )
+    return [
+        f"{name}: {value} is out of bounds: expected {words} {bound}"
+        for limits, holds, words in bounds
+        for name, bound in limits.items()
+        if isinstance(value := getattr(settings, name, None), int | float) and not holds(value, bound)
+    ]
 
 
 def own_settings() -> set[str]:
@@ -159,6 +182,7 @@ def read_command(
         problems.append(f"hub_token: {NO_SECRETS}")
     if not settings.model_name_or_path:
         problems.append("model_name_or_path is not set: expected a folder, or a model's name on the Hub")
+    problems += out_of_bounds(settings)
     if both_asked_for(argv, written, settings):
         problems.append(
             f"max_steps: {settings.max_steps} and num_train_epochs: {settings.num_train_epochs} say both how long to train, "

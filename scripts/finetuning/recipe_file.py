@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from finetuning.flags import NO_SECRETS, SECRET
 
 # Settings that are text because they take words, and take numbers as well.
 NUMBERS_TOO = ("checkpoint_layers",)
+# YAML reads 010 as 8, and 1:30 as 90.
+OTHER_BASE = re.compile(r"[-+]?0[0-7_]+$|[-+]?\d+:")
 
 
 def refuse_bad_recipe(path: Path, parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,12 @@ def refuse_bad_recipe(path: Path, parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:  # the first of a name: a flag's `--no_...` twin takes no value
         actions.setdefault(action.dest, action)
     problems = [*repeated_keys(path, root)]
-    values = yaml.constructor.SafeConstructor().construct_document(root)
+    try:
+        values = yaml.constructor.SafeConstructor().construct_document(root)
+    except yaml.MarkedYAMLError as error:  # !!python/object and its like
+        raise ValueError(
+            f"{path}:{error.problem_mark.line + 1} is not YAML of plain values: {error.problem}; expected `key: value`"
+        ) from error
     for key_node, value_node in root.value:
         where, key = f"{path}:{key_node.start_mark.line + 1}", str(key_node.value)
         if key == "env":
@@ -92,8 +100,11 @@ def value_problem_of_one(action: argparse.Action, value: Any, node: yaml.Node) -
     expected = (
         "text" if takes_text else "true or false" if is_flag else "a whole number" if action.type is int else "a number"
     )
+    if isinstance(value, int) and not isinstance(value, bool) and OTHER_BASE.match(written):
+        return f"{written} is read as {value}: write the number that is meant without a 0 or a colon"
     if isinstance(value, bool) and takes_text:
-        words = list(map(str, action.choices or [written]))
+        none = ["none"] if action.dest == "report_to" and not value else []  # what its readers call no tracker
+        words = list(map(str, action.choices or none or [written]))
         word = written if written in words else "no" if "no" in words and not value else words[0]
         expected = f"expected one of {', '.join(words)}: " if action.choices else ""
         return f'{written} means {str(value).lower()} in YAML, {expected}write "{word}" in quotes'

@@ -113,6 +113,8 @@ def test_the_command_reads_a_file_and_refuses_what_is_none(tmp_path):
     log.write_text("RuntimeError: CUDA out of memory\n")
     done = run_command("scripts/doctor.py", log)
     assert done.returncode == 0 and "load_in_4bit" in done.stdout
+    log.write_text("RuntimeError: CUDA out of memory\n", encoding="utf-16")  # as PowerShell's > writes it
+    assert "load_in_4bit" in run_command("scripts/doctor.py", log).stdout
     missing = run_command("scripts/doctor.py", tmp_path / "no.log")
     assert missing.returncode == 1 and "no such file" in missing.stderr and "Traceback" not in missing.stderr
 

@@ -191,6 +191,15 @@ def test_a_table_without_a_title_or_a_fact_says_what_is_missing(tmp_path):
         "[nan]",
         "없음",
         "—",
+        "(unknown)",
+        "<none>",
+        "N.A.",
+        "unk",
+        "Not Applicable",
+        "Unknown, Unknown",
+        "Ｎ／Ａ",
+        "해당 없음",
+        "[None found, add some]",
     ],
 )
 def test_marks_of_unknown_never_become_text(tmp_path, unknown):
@@ -202,6 +211,27 @@ def test_marks_of_unknown_never_become_text(tmp_path, unknown):
     titles, _, ledger = read(write(tmp_path / "t.csv", {"anime_id": "1", "Name": "A", "Episodes": "3"} | row))
     assert ledger.rejects == []
     assert titles[0][2:] == ("A", "A", "A", "", "", [], [], [], 3, "", None, None)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "Slice of Life, Action",
+        '["Slice of Life", "Action"]',
+        "['Slice of Life', 'Action']",
+        "('Slice of Life', 'Action')",
+        "{'Slice of Life', 'Action'}",
+        "['Slice of Life' 'Action']",
+        "array(['Slice of Life', 'Action'], dtype=object)",
+        '{"Slice of Life",Action}',
+        "[Slice of Life, Action]",
+        '[{"genre": "Slice of Life"}, {"genre": "Action"}]',
+        "[&quot;Slice of Life&quot;, &quot;Action&quot;]",
+    ],
+)
+def test_lists_of_other_programs_are_names_in_their_order(tmp_path, cell):
+    titles, _, _ = read(write(tmp_path / "t.csv", {"title": "A", "genres": cell}))
+    assert titles[0].genres == ["Slice of Life", "Action"]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +268,8 @@ def test_a_row_without_a_name_is_called_by_another_or_rejected(tmp_path, name):
         ("No synopsis information has been added to this title.", ""),
         ("Synopsis not available.", ""),
         ("There is no description yet.", ""),
+        ("<table><tr><td>One.</td></tr></table><cite>Two.</cite> [list][*]Three.[/list]", "One. Two. Three."),
+        ("<script>alert(1)</script>A tale.", "A tale."),
         ("No storyteller is safe.", "No storyteller is safe."),
     ],
 )

@@ -101,12 +101,39 @@ def test_braces_of_json_are_text(read, template, filled):
         ("{ count } people.", "is no column in braces"),
         ('{"count": {cuont}}', "is no column in braces"),
         ("{count people.", "a brace that is meant is written twice"),
+        ("{'count': {count}}", "a brace that is meant is written twice"),
+        ("{{{count}}} people.", "would keep one pair of braces"),
+        ("(count) people.", "states no number"),
+        ("#count# people.", "states no number"),
+        ("@count people.", "states no number"),
+        ("｛count｝명", "states no number"),
+        ("<%= count %>", "states no number"),
+        ("### people.", "states no number"),
+        ("?? people.", "states no number"),
+        ("... people.", "states no number"),
+        ("00 people.", "states no number"),
+        ("COUNT", "states no number"),
+        ('{{"count": N}}', "states no number"),
     ],
 )
 def test_what_would_be_taught_as_a_placeholder_is_refused(read, template, told):
     [(reason, detail)] = read(f"USER: How many?\nASSISTANT: {template}")
     assert reason == "bad_template"
     assert told in detail
+
+
+@pytest.mark.parametrize(
+    "form", ['{"count": N}', '{"count": <number>}', '{"count": int, "unit": "people"}', "{'n': ...}"]
+)
+def test_a_question_may_show_the_form_of_its_answer(read, form):
+    asked = f"How many? Answer as {form}."
+    assert read(f'USER: {asked}\nASSISTANT: {{"count": {{count}}}}') == [[asked, '{"count": 7}']]
+
+
+@pytest.mark.parametrize("answer", ["0", "0.", "None.", "No one.", "10", "I cannot tell.", r"\boxed{{{count}}}"])
+def test_answers_without_a_placeholder_stay(read, answer):
+    [[_, stated]] = read(f"USER: How many?\nASSISTANT: {answer}")
+    assert stated == answer.replace("{{{count}}}", "{7}")
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,9 @@ def test_digits_of_hashes_name_no_frame(read):
     counts, labels = read(names, table("id,count", "1,10", "2,20", "3,30", "4,40", "77,50"))
     assert counts == {}
     assert {label.problem[0] for label in labels.items} == {"missing_frame"}
+    uuids = [f"550e8400-e29b-41d4-a716-4466554400{number:02}.jpg" for number in (0, 1)]
+    counts, labels = read(uuids, table("id,count", "446655440000,10", "446655440001,20"))
+    assert counts == {}
 
 
 def test_a_name_with_another_hash_is_another_picture(read):
@@ -124,6 +127,7 @@ def test_a_name_with_another_hash_is_another_picture(read):
         (table("id,count", "0,1", "1,2", "2,3", "3,4"), "say --number_offset 1; .* say --number_offset 0"),
         (table("id,count", "2,1", "3,2", "4,3", "5,4"), "say --number_offset -1"),
         (table("id,count", "101,1", "102,2", "103,2"), "say --number_offset -100"),
+        (table("seq_000001.jpg,10", "seq_000002.jpg,20"), "expected their names in the first line"),
         (table("file,region,count", "1,0,1", "2,0,1", "2,1,1"), "--one_row_per person .* --one_row_per region"),
     ],
 )
@@ -165,6 +169,7 @@ def test_rows_of_regions_are_one_label_only_where_all_counts_agree(read):
     counts, labels = read(SEQUENCE, table("file,region,count", "1,0,2", "1,1,2", "2,0,2", "2,1,3", "3,0,7"))
     assert counts == {SEQUENCE[2]: 7}
     assert [label.problem[0] for label in labels.items[:4]] == ["conflicting_labels"] * 4
+    assert "write one row for each frame, with their sum" in labels.items[0].problem[1]
 
 
 def test_a_column_may_name_the_video(read):

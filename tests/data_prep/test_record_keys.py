@@ -97,6 +97,16 @@ REFUSED_PICTURES = [
     ("video_or_audio", {"audios": ["a.wav"]}),
     ("video_or_audio", {"file_name": "a.mp4"}),
     ("video_or_audio", {"clip": "a.webm"}),
+    ("video_or_audio", {"clips": ["a.webm", "b.webm"]}),
+    ("video_or_audio", {"media": [{"type": "video", "path": "a.mp4"}]}),
+    ("video_or_audio", {"video_id": "v_7"}),
+    ("video_or_audio", {"youtube_id": "abc"}),
+    ("video_or_audio", {"mp4": "a"}),
+    ("video_or_audio", {"point_cloud": "scan.ply"}),
+    ("video_or_audio", {"document": "report.pdf"}),
+    ("missing_image", {"image_id": "1"}),
+    ("missing_image", {"frame": 1}),
+    ("missing_image", {"shot": "sub/1"}),
 ]
 
 
@@ -188,13 +198,46 @@ def test_marks_of_other_tools_are_marks(folder, mark):
 
 
 UNKNOWN_MARKS = ["<start_of_image>", "<image_soft_token>", "<|vision_start|>", "[image: hall]", "[image 1]", "{image}"]
-UNKNOWN_MARKS += ["</img>", "<picture of a hall>", "{{ image }}", "[PHOTO_1]"]
+UNKNOWN_MARKS += [
+    "</img>",
+    "<picture of a hall>",
+    "{{ image }}",
+    "[PHOTO_1]",
+    "<__media__>",
+    "<|media_pad|>",
+    "<frame>",
+]
+UNKNOWN_MARKS += [
+    "<이미지>",
+    "[사진]",
+    "＜image＞",
+    "【图片】",
+    "&lt;image&gt;",
+    "%image%",
+    "${image}",
+    "IMAGE_TOKEN",
+    "<visual>",
+]
+CONTROL_TOKENS = [
+    "<s>",
+    "</s>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<bos>",
+    "[INST]",
+    "<|endoftext|>",
+]
+CONTROL_TOKENS += ["<start_of_turn>", "<|assistant|>", "<|start_header_id|>", "<｜end▁of▁sentence｜>", "<<SYS>>"]
 MEDIA_MARKS = ["[VIDEO]", "<video>", "<|video_pad|>", "<audio>", "<|AUDIO|>", "<VideoHere>", "<speech>", "<video_1>"]
+MEDIA_MARKS += ["<movie>", "<point>", "<pointcloud>"]
 
 
-@pytest.mark.parametrize("mark", UNKNOWN_MARKS + MEDIA_MARKS)
+@pytest.mark.parametrize("mark", UNKNOWN_MARKS + MEDIA_MARKS + CONTROL_TOKENS)
 def test_marks_that_are_not_understood_are_never_words(folder, mark):
-    reason = "video_or_audio" if mark in MEDIA_MARKS else "unknown_image_mark"
+    reason = "control_token" if mark in CONTROL_TOKENS else "unknown_image_mark"
+    reason = "video_or_audio" if mark in MEDIA_MARKS else reason
     for record in (asked(f"{mark} How many?"), asked(assistant=f"{mark} 7"), asked(f"{mark} How many?", image="1.jpg")):
         assert read(record, folder).problem[0] == reason
 
@@ -204,6 +247,8 @@ def test_words_that_only_look_like_marks_stay(folder):
     assert read(asked(html), folder).messages[0]["content"] == html
     text = "Is a < b and b > c? See [1], {x}, <b>bold</b>, $x$ and ![not a picture](notes.txt)."
     assert read(asked(text), folder).messages[0]["content"] == text
+    xml = "<movie><title>x</title></movie> 5 % image noise (image by me), $imagery, <point><x>1</x></point>"
+    assert read(asked(xml), folder).messages[0]["content"] == xml
 
 
 def test_several_names_in_one_text_and_empty_system_turns(folder):
@@ -261,7 +306,9 @@ MASKS += [
     {"compute_loss": False},
 ]
 MASKS += [{"include_in_loss": False}, {"do_loss": 0}, {"exclude_from_loss": True}, {"mask_loss": True}]
-MASKS += [{"supervised": False}, {"is_masked": True}, {"train_on_turn": False}]
+MASKS += [{"supervised": False}, {"is_masked": True}, {"train_on_turn": False}, {"use_for_training": False}]
+MASKS += [{"requires_grad": 0}, {"finetune": False}, {"loss_scale": 0}, {"context_only": True}, {"eval_only": True}]
+MASKS += [{"target": False}, {"keep": False}, {"backprop": "false"}]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -295,6 +342,11 @@ UNCLEAR = [
     {"loss": 0.3},
     {"mask": True},
     {"train_on_inputs": True},
+    {"train_last_turn": True},
+    {"last_turn_only": True},
+    {"only_last": True},
+    {"trainable_turns": "3"},
+    {"loss_on": "last"},
     {"sample_weight": 2},
 ]
 
@@ -312,7 +364,21 @@ def test_a_question_that_is_to_be_learnt_is_refused():
 
 
 @pytest.mark.parametrize(
-    "key", ["system", "system_prompt", "systemPrompt", "System", "sys_prompt", "system_message", "system_ko"]
+    "key",
+    [
+        "system",
+        "system_prompt",
+        "systemPrompt",
+        "System",
+        "sys_prompt",
+        "system_message",
+        "system_ko",
+        "default_system",
+        "chat_system_prompt",
+        "systemInstruction",
+        "preamble",
+        "developer_message",
+    ],
 )
 def test_a_system_prompt_is_the_first_turn(key):
     record = read(asked(**{key: " Be brief. "}), None)
@@ -359,7 +425,17 @@ def test_tool_calls_of_a_turn_are_refused():
 
 
 def test_keys_that_say_nothing_of_what_is_learnt_are_named():
-    keys = {"id": "3", "label": "indoor", "source": "coco", "tools": "[]", "system_fingerprint": "x", "score": 2.5}
+    keys = {
+        "operating_system": "linux",
+        "system_prompt_id": 3,
+        "target": "indoor",
+        "id": "3",
+        "label": "indoor",
+        "source": "coco",
+        "tools": "[]",
+        "system_fingerprint": "x",
+        "score": 2.5,
+    }
     record = read(asked(**keys, question="How many?", answer="7 people.", label2=True), None)
     assert record.problem is None
     assert sorted(record.unused) == sorted([*keys, "question", "answer", "label2"])

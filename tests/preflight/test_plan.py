@@ -253,6 +253,14 @@ def test_a_plan_for_people_and_for_programs(cctv_dataset, tiny_llava, monkeypatc
     )
     with pytest.raises(ValueError, match=r"expected 2\.50"):
         plan_in(monkeypatch, capsys, *words, "--price", "cheap")
+    for flags, told in (
+        (["--price", "h100=-1"], "expected a price of 0 or more"),
+        (["--gpu", "h100", "--price", "t4=1"], "--price t4: not among --gpu h100"),
+        (["--gpu", "h100", "--gpus", "2", "--strategy", "single_gpu"], "single_gpu is one process: --gpus 2 needs"),
+        (["--gpu", "h100", "--per_device_train_batch_size", "0"], "per_device_train_batch_size: 0 is out of bounds"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            plan_in(monkeypatch, capsys, *words, *flags)
 
 
 def test_a_plan_imports_no_torch(cctv_dataset, tiny_llava):

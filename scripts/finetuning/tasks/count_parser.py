@@ -121,7 +121,8 @@ def read_number(sentence: str, numeral: Numeral, index: int) -> Mention:
     after = sentence[numeral.end : numeral.end + REACH]
     honorific = patterns.AFTER_HONORIFIC if numeral.korean else patterns.DIGITS_HONORIFIC
     all_of_them = patterns.ALL.search(before) and patterns.OF_THEM.search(after)
-    counted = patterns.AFTER_PEOPLE.search(after) or honorific.search(after) or all_of_them
+    whole_of_some = patterns.OF_WHOM_AFTER.search(after)
+    counted = patterns.AFTER_PEOPLE.search(after) or honorific.search(after) or all_of_them or whole_of_some
     noun = not counted and numeral.korean and patterns.KOREAN_NOUN_AFTER.match(after)
     ends = patterns.PHRASE_END.search(after)
     is_result = bool(patterns.RESULT_BEFORE.search(before))
@@ -136,7 +137,7 @@ def read_number(sentence: str, numeral: Numeral, index: int) -> Mention:
     unclear = (
         patterns.BOUND_BEFORE.search(before)
         or patterns.BOUND_AFTER.search(after)
-        or patterns.GROUPED.search(before)
+        or (patterns.GROUPED.search(before) and not patterns.TOTAL_AFTER.search(after))
         or patterns.RANGE_AFTER.search(after)
         or (noun and numeral.value == 1)  # 한 남자 is "a man"
     )
@@ -150,7 +151,7 @@ def read_number(sentence: str, numeral: Numeral, index: int) -> Mention:
         part=bool(part and not total and not whole),
         aboard=bool(patterns.WITH.search(before) and patterns.WITH_ANYBODY.search(after)),
         placed=bool(patterns.PLACE.search(re.split("[,.:]", before)[-1] + re.split("[,.:]", after)[0])),
-        opens=bool(whole or patterns.OPENS.search(after)),
+        opens=bool(whole or whole_of_some or patterns.OPENS.search(after)),
         is_result=is_result,
     )
 
@@ -176,6 +177,8 @@ def compare_neighbours(sentence: str, numerals: list[Numeral], mentions: list[Me
 
 def is_range(between: str, first: Mention, second: Mention) -> bool:
     """Whether two numbers are the ends of a range, by what stands between them."""
+    if second.total and between.strip() == ",":
+        return False  # "A group of 9 and one of 5, 14 people in total"
     if patterns.DASHED.search(between):  # "35 people - 20 men and 15 women" lists parts; a range goes up
         return not second.total and (None in (first.value, second.value) or second.value > first.value)
     # "3 men and 4 women" are two numbers.
@@ -184,6 +187,10 @@ def is_range(between: str, first: Mention, second: Mention) -> bool:
 
 def mark_uncounted(sentence: str, numerals: list[Numeral], mentions: list[Mention]) -> None:
     """ "A man and 3 children" is not 3: a number joined to people without one states no total."""
+    if counts_its_list(sentence, numerals):
+        for mention in mentions[:-1]:
+            mention.part = True
+        return
     pairs = list(zip(numerals, mentions, strict=True))
     for match in patterns.UNCOUNTED.finditer(sentence):
         before = [pair for pair in pairs if pair[0].end <= match.start()][-1:]
@@ -200,6 +207,14 @@ def mark_uncounted(sentence: str, numerals: list[Numeral], mentions: list[Mentio
             pushed = not is_before and patterns.SUBGROUP_AFTER.match(sentence[numeral.end : numeral.end + REACH])
             if (joined or korean or (pushed and len(between) < 60)) and not mention.total:
                 mention.value = None
+
+
+def counts_its_list(sentence: str, numerals: list[Numeral]) -> bool:
+    """Whether the last number counts those named one by one before it: "A man and 10 others: 11 people"."""
+    last = numerals[-1]
+    listed = len(patterns.ONE_OF_A_LIST.findall(sentence, 0, last.start))
+    said = patterns.SAID_OF_A_LIST.search(sentence[max(0, last.start - REACH) : last.start])
+    return bool(listed and said) and last.value == listed + sum(numeral.value or 0 for numeral in numerals[:-1])
 
 
 def settle(mentions: list[Mention]) -> int | None:
@@ -219,6 +234,9 @@ def settle(mentions: list[Mention]) -> int | None:
         # "One adult with 2 kids": what is not smaller is no part.
         parts = [m.value for m in mentions if m.part and m.kind != "other" and m not in stated]
         return count if count is None or not any(value is not None and value >= count for value in parts) else None
+    values = [mention.value for mention in mentions if mention.kind == "bare"]
+    if len(values) == len(mentions) > 2 and None not in values and values[-1] == sum(values[:-1]):
+        return values[-1]  # "Left: 6. Right: 5. Add: 11."
     plain = all(mention.kind == "bare" and mention.plain and not mention.subgroup for mention in mentions)
     return mentions[0].value if plain and len({mention.value for mention in mentions}) == 1 else None
 

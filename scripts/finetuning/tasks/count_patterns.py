@@ -107,10 +107,33 @@ MONTHS = (
     r"|nov(?:ember)?|dec(?:ember)?)\b\.?"
 )
 NO_COUNTS = [
+    # Who is not told, while the count is: "Sorry, I can't identify people, but ..."
+    r"(?:(?:i'm\s)?sorry,?\s(?:but\s)?|while\s|although\s|though\s)?\bi\s?(?:can't|cannot|can not|won't|'m unable to|am unable to|'m not able to)\s"
+    r"(?:identify|recogni[sz]e|name)\b[^.;\d]{0,60}?(?:,\s?(?:but|however|though|yet)?|\sbut)\s",
+    # What is no person, and is left out: "16 people, excluding the mannequins".
+    r",?\s?\(?\b(?:excluding|not\scounting|not\sincluding|without|except(?:\sfor)?|apart\sfrom|ignoring)\s(?:(?:the|any|all)\s)?(?:\S{1,9}\s)?"
+    r"(?:mannequins?|statues?|dolls?|dumm(?:y|ies)|reflections?|posters?|shadows?|cut-?outs?|billboards?|robots?)\b\)?,?",
+    r"(?:마네킹|동상|인형|포스터|그림자|거울에\s?비친\s?\S+)\s?(?:\S{1,4}\s?(?:개|명))?[을를은는]?\s?(?:제외하[고면]|빼[고면]|뺀)",
+    # Another frame than the one that is asked for.
+    rf"\b\d+(?:\s{PEOPLE})?\s(?:in|at)\s(?:the|a)\s(?:previous|last|prior|earlier|preceding)\s(?:frame|image|photo|picture|shot|one|scene)\b"
+    r"|\b(?:in|at)\s(?:the|a)\s(?:previous|last|prior|earlier|preceding)\s(?:frame|image|photo|picture|shot|one|scene),?\s(?:there\s)?(?:were|was|i\s(?:saw|counted))\s\d+"
+    rf"(?:\s{PEOPLE})?|(?:이전|앞선|직전|지난)\s?(?:프레임|사진|화면|영상|장면)\S{{0,3}}\s?(?:\S{{1,4}}\s)?\d+\s?명(?:이었|이던|인데)?[가-힣]{{0,4}}",
+    rf"\b(?:previous|last|prior|earlier|preceding)\s(?:frame|image|photo|picture|shot|one|scene)\s?\(\s?\d+(?:\s{PEOPLE})?\s?\)"
+    rf"|,?\s?\b(?:up|down)\sfrom\s\d+(?:\s{PEOPLE})?",
+    # "계단에는 아무도 없고 로비에 14명", "Two rows of seven: 14 people": what is counted comes after.
+    r"\S{1,10}에[는도]?\s아무도\s?없(?:고|지만|으나|는데|으며)(?=[^.]{0,60}(?:명|사람|분))",
+    rf"\b\S+\s(?:rows|pairs|groups|lines|columns|tables|teams)\sof\s\S+?(?:\s?[:=]|,?\s(?:so|hence|making|that's|which\smakes))\s(?=\S+\s{PEOPLE})",
+    # Another place is empty: "17 people; the far corridor is empty".
+    r"\b(?:rest\sof\sthe|other|far|left|right|upper|lower|back|opposite|second|next|adjacent|remaining)\s(?:\w+\s)?(?:scene|room|hall|mall|street|frame"
+    r"|image|corridor|hallway|area|lobby|platform|plaza|square|station|place|store|shop|side|floor)\s(?:is|was|appears|looks|seems)(?:\sto\sbe)?"
+    r"(?:\scompletely|\sentirely|\stotally)?\s(?:empty|deserted|vacant)\b",
+    # "그 외에는 아무도 없습니다": what was counted is all.
+    r"(?<=명)\s?(?:외에?는?|말고는?|밖에)\s?(?:다른\s?사람은?\s?)?(?:아무도\s?)?(?:없|보이지\s?않|안\s?보)[가-힣]*",
+    r"(?:그\s?외에?는?|그\s?밖에?는?|이\s?외에?는?|다른|더)\s?(?:사람들?[은이도]?\s?)?(?:더\s?)?(?:아무도\s?)?(?:더\s?)?(?:없[가-힣]*|보이지\s?않[가-힣]*|안\s?보[가-힣]*)",
     # Files.
     rf"(?:\b(?:{NUMBERED}|seq|img|file)\s?)?[\w-]{{1,60}}\.(?:jpe?g|png|bmp|gif|webp|tiff?|mp4|avi|mkv)\b",
     # Changes and densities, and what is emphasised.
-    rf"\b\d+(?:\s{PEOPLE})?\s(?:more|fewer|less)\sthan\s(?:before|earlier|yesterday|last|in\sthe|the)\b[^.,;:]{{0,30}}"
+    rf"\b\d+(?:\s{PEOPLE})?\s(?:more|fewer|less)\sthan\s(?:before|earlier|yesterday|last|in\sthe|the|an?\s(?:minute|moment|second|hour|while))\b[^.,;:]{{0,30}}"
     r"|(?:이전|아까|어제|지난|직전|전)\S{0,6}보다\s?\d+\s?명\s?(?:이\s)?(?:늘|줄|많|적|증가|감소)\S{0,3}",
     r"\d+(?:\.\d+)?\s(?:people|persons)\s?(?:per|/)\s?(?:m2|sqm|square|km)\S{0,10}|\bno more,?(?: and)? no less\b",
     r"\b(?:7|seven)-eleven\b|\S{1,4}\s?(?:명|사람)\s?중에?\s?\S{1,4}\s?(?:명|사람)\s?꼴|\d+\s?명째",
@@ -141,7 +164,7 @@ NO_COUNTS = [
     rf"|of)\s?\d+(?!\d|\s?{COUNTED}))?(?!\d|[.,]\d|\s?{COUNTED}|\s?분)",
     r"(?<!in )(?<!on )\b(?:frame|camera|cam|id|timestamp|index|channel|version|zone|floor|level|step)"
     rf"(?:\s(?:id|number|no|index))?\s?[:=]\s?\d+(?!\d|\s?{COUNTED})",
-    r"\b(?:capacity|limit)\s?[:=]\s?\d+(?:\s(?:people|persons))?",
+    r"\b(?:capacity|limit)\s?[:=]\s?\d+(?:\s(?:people|persons))?|\bspeed\slimit\s(?:is\s|of\s)?\d+",
     rf"#\s?\d+(?!\d|\s?{COUNTED})|\b[a-z]+-\d+\b",
     r"\b(?:person|people|man|woman|individual|human|figure|track|subject|사람|남자|여자|인물)\s?#?\d+(?=\s?[:).=–-](?!\d))",
     r"\b(?:fps|iso|score|confidence|conf|probability|certainty|threshold|iou|temperature|신뢰도|확률)\s?(?:of"
@@ -188,7 +211,7 @@ NOBODY = re.compile(
         rf"(?:\b(?:there(?:\s(?:is|are|were|was)|'s|'re)|i see|i can see|shows?|contains?|has|have"
         rf"|with|see|count|detected|found)\s"
         rf"(?:absolutely\s)?(?:no|zero|not any|not a single|no visible|not one)\s(?:visible\s|other\s)?{GENERAL}|"
-        rf"(?:\b(?:no|zero|without any|not a single)|(?:n't|\bnot)(?: see| detect| find| spot)? (?:any"
+        rf"(?:\b(?:no|zero|without any|not a single)|(?:n't|\bnot)(?: see| detect| find| spot| show| contain| have| include| depict)? (?:any"
         rf"|a single))\s(?:visible\s)?{GENERAL})"
         r"(?!\s(?:(?:is|are|was|were|who|that|with|wearing|on the (?:left|right))\b(?!\s(?:visible"
         r"|here|there|seen|present|in|at all|shown|detected|found))"
@@ -211,6 +234,8 @@ NOBODY = re.compile(
         r"|(?:(?<!MODIFIER\s)|(?<=[에서]는\s)|(?<=보이는\s)|(?<=찍힌\s)|(?<=현재는\s)|(?<=지금은\s))(?<!쪽에는\s)(?<!쪽에\s)(?<!뒤에는\s)(?<!앞에는\s)(?<!측에는\s)(?<!옆에는\s)"
         r"(?:사람|인원|보행자|인물|행인|손님|승객)들?[이가은는도]?\s?(?:전혀\s?|아무도\s?|하나도\s?)?"
         r"(?:없(?!지는?\s?않)|안\s?보이|보이지\s?않|존재하지\s?않|보이질\s?않)"
+        r"|^\s?(?:(?:visible |total )?(?:people|persons|individuals|count|answer|total|number of people)(?: count| visible| in view)?\s?[:=]|(?:사람|인원수?)\s?:)"
+        r"\s?(?:none|nil|nobody|no one|no people|없음|없습니다)\s?[.!]?\s?$"
         r"|^\s?(?:none|nil|empty|zilch|없습니다|없음|없어요|없다|없네요)\s?[.!]?\s?$"
     ).replace("MODIFIER", MODIFIER)
 )
@@ -220,6 +245,16 @@ CORRECTION = re.compile(
     r"|scratch that|i mean,?|make that|make it|correction:?|let me (?:recount|re-count|count again"
     r"|correct)|recounting|on second thought"
     r"|sorry,(?=\s(?:\d|i|there|it|that|make))|or rather,?|strike that|my mistake)"
+    # "14 figures, of which 2 are reflections; the actual number of people is 12", "20 figures, 4 of them dolls, leaving 16".
+    r"|\b(?=(?:the\s)?(?:actual|real|true|correct)\s(?:total\s)?(?:count|total|answer|head\s?count|number(?:\sof\s(?:people|persons|individuals))?)\s(?:is|=|:|should))"
+    r"|(?<=\d)[^.;]{0,60}?(?:,\s|\bwhich\s|\bthat\s|\bso\s)leav(?:es|ing)\s(?:us\swith\s)?(?=\S{1,20}\s(?:actual\s|real\s)?(?:people|persons|individuals)\b)"
+    r"|\b(?:but|so|and)\s(?:there\s(?:are|is)\s)?(?:actually|really|in\sfact|in\sreality)\s(?:there\s(?:are|is)\s)?(?:only\s)?(?=\d+\s?(?:people|persons|individuals)\b)"
+    r"|(?:실제로는?|사실은|정확히는|실제\s?(?:인원|사람)\S{0,2})\s(?=(?:약\s|총\s|모두\s)?(?:\d+|[가-힣]{1,5})\s?(?:명|사람|분)\S)"
+    # "18 at first glance, but one is a poster, so 17", "I said 18 earlier, but it is 17", 18명으로 세었으나 한 명은 포스터라서.
+    r"|\d\s(?:people\s)?at\sfirst\s(?:glance|sight)\b[^.;]{0,40}?\b(?:but|however)\b(?:[^.;]{0,50}?\bso\b)?"
+    r"|\bi\s(?:first\s|initially\s|originally\s)?(?:thought|said|guessed|assumed)\b[^.;\d]{0,20}\d+(?!\d)(?:\s(?:people|persons))?"
+    r"(?:\s(?:earlier|before|at\sfirst))?\s?(?:$|,?\s?but\b)"
+    r"|\d\s?명(?:으로|처럼)\s?(?:세었|셌|세어|보았|봤|보였|보이|생각했)[가-힣]{0,3}(?:으나|지만|는데)(?:[^.]{0,30}?(?:라서|여서|이므로)(?=\s))?"
     # "25, no, 27", "I thought 25, but there are 27", 25명인 줄 알았는데.
     r"|(?<=\d)\s?[,–-]\s?no,?(?=\s\d)"
     r"|\bi\s(?:(?:first\s|initially\s|originally\s)?(?:thought|guessed|assumed)|(?:first|initially|originally)\s"
@@ -229,7 +264,7 @@ CORRECTION = re.compile(
     r"|수정[:합하][가-힣]{0,3})"
 )
 DENIED = re.compile(
-    rf",\s?(?:and\s)?not\s\d+(?!\d)(?:{COUNTED})?(?=\s?(?:[.,!]|$))|\bnot\s\d+(?!\d){COUNTED}?,?\s?(?:but(?:\srather)?\s|(?=\d)|–\s?)|\d+\s?(?:명|인|사람)?(?:이|가)?\s?(?:아니라|아니고|말고)"
+    rf"\bnot\s\d+(?!\d)(?:{COUNTED})?,\s(?=(?:it's|it\sis|there\sare|but|rather)\b)|,\s?(?:and\s)?not\s\d+(?!\d)(?:{COUNTED})?(?=\s?(?:[.,!]|$))|\bnot\s\d+(?!\d){COUNTED}?,?\s?(?:but(?:\srather)?\s|(?=\d)|–\s?)|\d+\s?(?:명|인|사람)?(?:이|가)?\s?(?:아니라|아니고|말고)"
 )
 
 # --- What a number's surroundings make of it ---------------------------------------------------------------------------
@@ -278,9 +313,10 @@ DASHED = re.compile(rf"^{COUNTED}?\s?[/~–-]\s?$")
 PART_BEFORE = re.compile(
     r"(?:including|includes?|of (?:which|whom)|among (?:them|whom|which|these|those)|of (?:these|those"
     r"|them)|with|comprising"
-    r"|consisting of|made up of|i\.e\.,?|namely|그\s?중에?서?|이\s?중에?서?|중에?서?|가운데|중)(?:\s(?:about|only"
+    r"|consisting of|made up of|i\.e\.,?|namely|그\s?중에?서?|이\s?중에?서?|중에?서?|가운데|중|그\s?(?:중에?서?|가운데)\s?\S{1,8}[이가은는도])(?:\s(?:about|only"
     r"|just|at least|probably|는|약))?[,:]?\s?$"
 )
+OF_WHOM_AFTER = re.compile(r"^,?\s\S+(?:\s\S+)?\sof\swhom\b")  # "Seventeen, five of whom are leaving"
 ALL = re.compile(r"\ball\s?$")  # "All 27 of them are walking."
 OF_THEM = re.compile(r"^ of (?:them|these people|those people)\b")
 WHOLE_BEFORE = re.compile(r"(?:\ball|\bof the|out of(?: the)?|among the|of these|of all|\bof)\s?$")
@@ -355,7 +391,7 @@ FILLER = re.compile(
     r"|park|store|shop|area|place|building|crowd|group|visible|shown|present"
     r"|detected|found|identified|spotted|or|so|s|somewhere|neighbou?rhood|region|vicinity|not|aren't|isn't|many|crowded|few|several|busy|quick|yes|yeah|yep|sure|ok|okay|well|hmm|um|uh|oh|right"
     r"|now|currently|all|together|altogether|overall|everyone"
-    r"|think|believe|put|place|looks|look|like|seems|seem|appears|appear|to|probably|maybe|perhaps"
+    r"|think|believe|put|place|looking|again|closely|closer|checking|rechecking|looks|look|like|seems|seem|appears|appear|to|probably|maybe|perhaps"
     r"|possibly|likely|comes|come|makes|making|equals|as|by|carefully"
     rf"|text|mathrm|approx|ca|r|people's|just|single|lone|empty|deserted|hello|hi|thanks|thank|{APPROXIMATELY}|{PEOPLE})(?![a-z])"
     r"|(?:네|예|응|음|사람들?|인원|수|답변?|정답|결과|총|모두|전부|화면|사진|이미지|영상|장면|프레임|합계|보이는|보기에|제가|세어|보니|현재|지금|명|정도|쯤|가량|아마"
@@ -382,6 +418,10 @@ EVEN_AFTER_NFKC = [
 EVEN_LOWER = [
     (r"\d{10,}|(?:\d{1,9}[.,]){6,}\d+", "9999999999"),  # a model that repeats itself; patterns then look no further
     (r"~~[^~\n]{1,80}~~", " "),  # struck out
+    (r"<(think|thinking|reasoning|scratchpad)>[\s\S]{0,20000}?</\1>", " "),  # what a model tells itself
+    (r"\?\s+no,\s", "? "),  # "14 people? No, looking again it's 15."
+    (r"\b(?:go|going|settle|settling|stick|sticking) (?:with|for|on)\b", "say"),
+    (rf"(\b{PEOPLE}) plus (?!(?:the|an?|my|some|several|few|no) )(?=\S+ (?:{ANYBODY}|{SOMEBODY}))", r"\1 and "),
     (r"```[a-z]{0,10}|'''[a-z]{0,10}", " "),
     (r"\\(?:geq?|ge)\b", "≥"),
     (r"\\(?:leq?|le)\b", "≤"),
@@ -455,6 +495,9 @@ BRACKET = re.compile(r"[(\[=]\s?$|^\s?$")
 SUM_AFTER = re.compile(rf"^{COUNTED}?\s?\+\s?\d")  # "Total: 6 + 8 = 14"
 APPOSITION = re.compile(rf"{COUNTED}\s?[,:(–-]\s?")  # "one person, a man"
 SUM_BEFORE = re.compile(r"\d[^=\d]{1,30}\d[^=\d]{0,30}=\s?$")
+# "A man, a woman and a child: three people" counts what it lists.
+ONE_OF_A_LIST = re.compile(rf"\b(?:an?|another)\s+(?:[a-z-]+\s){{0,2}}?{PEOPLE}")
+SAID_OF_A_LIST = re.compile(r"[:=–]\s?(?:so\s|that's\s|that makes\s|making\s)?(?:a total of\s)?$|\s-\s$")
 RESULT_BEFORE = re.compile(r"=\s?$")
 JOINS = re.compile(r"(?:\b(?:and|plus)\b|&|과|와|하고|[,+])[^,.]{0,30}$")
 NEXT_PART = re.compile(r"(?:\band|&|\bplus|와|과|그리고|,)\s?(?:약\s?|about\s)?$")
