@@ -64,6 +64,8 @@ from preparing.images import (
     inspect_images,
     near_duplicates,
     report_leaks,
+    resolved,
+    resolved_folder,
     stack_hashes,
 )
 from preparing.kept_records import KeptRecords, KeptRows
@@ -393,7 +395,7 @@ def find_file(name: str, folder: Path) -> FileImage | tuple[str, str]:
     if isinstance(path, tuple):
         return path
     # Resolved, so that a/../b.jpg and b.jpg are known to be one image.
-    return FileImage(path.resolve().relative_to(folder.resolve()).as_posix(), folder)
+    return FileImage(resolved(path).relative_to(resolved_folder(folder)).as_posix(), folder)
 
 
 def read_image(image: InputImage) -> bytes:

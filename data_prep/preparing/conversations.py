@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import datasets
@@ -124,6 +125,7 @@ class Content(NamedTuple):
     unused: list[str]
 
 
+@lru_cache(maxsize=1024, typed=True)  # records of a file have the same keys
 def plain_key(key: Any) -> str:
     """A key as it is compared: `image_path`, `imagePath` and `Image Path` are one."""
     return re.sub(r"[\W_]", "", str(key).lower())

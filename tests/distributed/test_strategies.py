@@ -126,15 +126,15 @@ def train(words):
 
 @pytest.fixture(scope="module")
 def fork(words, tmp_path_factory):
-    """`fork(strategy, run, **flags)`: as `train`, by forked processes."""
+    """`fork(strategy, run, **flags)`: as `train`, by forked processes; one that is `refused` ends with a code."""
     commands = Commands(tmp_path_factory.mktemp("logs"))
 
-    def launch(strategy: str, run: Path, processes: int = 2, **flags) -> str:
+    def launch(strategy: str, run: Path, processes: int = 2, refused: bool = False, **flags) -> str:
         result = commands.run(
             *("tests/support/forked_launch.py", "--config_file", f"accelerate_configs/{strategy}.yaml"),
             *("--num_processes", processes, "scripts/train_llava.py", "--config", SAMPLE, *words(run, **flags)),
         )
-        assert result.code == 0, result.log
+        assert bool(result.code) == refused, result.log
         return result.log
 
     yield launch
@@ -240,23 +240,28 @@ def test_a_checkpoint_of_replicated_weights_is_not_read_as_one_of_sharded_weight
         refuse_other_sharding(checkpoint, {"zero_optimization": {"stage": 3}})
 
 
-def test_fsdp2_shards_a_4bit_base(fork, train_alone, tmp_path):
+def test_fsdp2_shards_a_4bit_base_and_continues_with_fewer_and_more(fork, train_alone, tmp_path):
     flags = {name: flag for name, flag in LORA.items() if name != "learning_rate_vision_tower"}
     flags |= {"vision_tower": "frozen", "load_in_4bit": "true"}
     flags |= {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
     train_alone(tmp_path / "one", **flags)
     # One row at once: gradients of two are added before they are averaged.
-    fork("fsdp2", tmp_path / "two", **flags, bnb_4bit_quant_storage="float32", per_device_train_batch_size=1)
+    flags |= {"bnb_4bit_quant_storage": "float32", "save_strategy": "steps", "save_steps": 1}
+    fork("fsdp2", tmp_path / "two", **flags, per_device_train_batch_size=1)
+    for processes in (1, 4):
+        again = tmp_path / f"by{processes}"
+        interrupt(tmp_path / "two", again, "checkpoint-2")
+        assert "checkpoint-1" in fork("fsdp2", again, processes=processes, **flags)
+        assert logged(again, "loss") == pytest.approx(logged(tmp_path / "two", "loss"), abs=1e-5)
     assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-5)
     assert_same_weights(tmp_path / "two", tmp_path / "one", "adapter_model.safetensors", tolerance=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "again", "processes"), [("deepspeed_zero3", "fsdp2", 1), ("fsdp2", "deepspeed_zero3", 4)]
+    ("strategy", "again", "processes"),
+    [("ddp", "ddp", 4), ("ddp", "fsdp2", 1), ("deepspeed_zero3", "fsdp2", 1), ("fsdp2", "deepspeed_zero3", 4)],
 )
-def test_sharded_layers_continue_with_fewer_and_more_under_either_name(
-    fork, trained, tmp_path, strategy, again, processes
-):
+def test_lora_continues_with_fewer_and_more_under_any_name(fork, trained, tmp_path, strategy, again, processes):
     """The same rows a step, by `global_batch_size`; a checkpoint holds nothing that is sharded."""
     run = tmp_path / "run"
     interrupt(trained(strategy), run, "checkpoint-4")
@@ -273,6 +278,23 @@ def test_run_of_two_processes_continues_with_one(one, train_alone, trained, tmp_
     assert logged(run, "loss") == pytest.approx(logged(trained(strategy), "loss"), abs=1e-5)
     for name in (".", "checkpoint-4"):
         assert_same_weights(run / name, one / name, "adapter_model.safetensors", tolerance=2e-5)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("strategy", ["deepspeed_zero1", "deepspeed_zero2"])
+def test_zero_1_and_2_refuse_another_number_of_processes_and_change_nothing(
+    fork, trained, tmp_path, strategy, processes
+):
+    run = tmp_path / "run"
+    interrupt(trained(strategy), run, "checkpoint-4")
+    before = contents(run)
+    said = fork(strategy, run, processes=processes, refused=True, **LORA)
+    assert f"written by 2 processes, these are {processes}: DeepSpeed's state is sharded over 2" in said
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])

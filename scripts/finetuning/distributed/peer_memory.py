@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 
 class PeerCopies:
@@ -42,16 +42,20 @@ def open_peers(shards: Tensor, lengths: Sequence[int]) -> PeerCopies | None:
     if shards.device.type != "cuda" or processes == 1:
         return None
     torch.cuda.synchronize()
-    rebuild, own = reduce_tensor(shards)
+    try:
+        own = reduce_tensor(shards)[1]
+    except RuntimeError:  # cudaMallocAsync has no such memory; WSL and parts of a GPU (MIG) share none
+        own = None
     told: list = [None] * processes
     dist.all_gather_object(told, (shards.device.index, own))
     opened: list[Tensor] = []
-    if can_read_peers(shards.device, [index for index, _ in told]):
+    if all(handle for _, handle in told) and can_read_peers(shards.device, [index for index, _ in told]):
         try:
             for process, (_, handle) in enumerate(told):
                 # Opened for this device: for the other's own this process would make a context on it, half a GB.
-                opened.append(shards if process == rank else rebuild(*handle[:6], shards.device.index, *handle[7:]))
-        except RuntimeError:  # a container may forbid it, and the allocator may have no such memory
+                other = (*handle[:6], shards.device.index, *handle[7:])
+                opened.append(shards if process == rank else rebuild_cuda_tensor(*other))
+        except RuntimeError:  # a container may forbid it
             opened = []
     if not all_of_them(len(opened) == processes, shards.device):
         return None
