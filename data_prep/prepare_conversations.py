@@ -604,7 +604,10 @@ def main() -> None:
         images = list(store.images)
         if store.is_accepted.any():
             groups = group_records(store, inspections, args.near_duplicate_bits)
-            splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
+            try:
+                splits = split_groups(groups, args.validation_size, args.test_size, args.seed)
+            except ValueError as error:  # of a few records, most may have been rejected
+                raise ValueError(f"{error}\n{ledger.table()}" if ledger.rejects else str(error)) from error
             seen = {
                 name: [
                     Seen(images[number].name, None, 0, inspections[number].difference_hash)

@@ -317,6 +317,12 @@ def test_groups_too_large_to_split_are_an_error_that_says_so(tmp_path, images, p
         prepare(save_json(tmp_path / "data.json", records), "--images", images)
 
 
+def test_too_few_records_say_why_the_others_were_rejected(tmp_path, images, prepare):
+    videos = [{"video": f"{number}.mp4", **llava_record(1)} for number in range(3)]
+    with pytest.raises(ValueError, match=r"(?s)train and validation would be empty.*video_or_audio x 3"):
+        prepare(save_json(tmp_path / "data.json", [llava_record(1), *videos]), "--images", images)
+
+
 def test_no_record_accepted_leaves_nothing_and_says_why(tmp_path, prepare):
     source = save_json(tmp_path / "data.json", [llava_record(1)])
     with pytest.raises(
