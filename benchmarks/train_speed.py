@@ -42,7 +42,7 @@ from finetuning.data.shared_prefix import SharedPrefixCollator, group_by_image
 from finetuning.families import family_of, is_vision
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
 from finetuning.kernels.int8_base import hold_base_in_int8
-from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora, stack_4bit_weights
 from finetuning.kernels.model_patches import (
     count_image_tokens_once,
     ignore_right_padding,
@@ -294,6 +294,7 @@ def train_here(
         if variant.base == "int8":
             hold_base_in_int8(model)
         fused = fuse_lora(model)
+        stack_4bit_weights(model)
         ignore_right_padding(model)
         vision_tower_without_autocast(model)
         count_image_tokens_once(model)

@@ -158,7 +158,9 @@ def troubleshooting_page(language: str) -> str:
 
 def as_text(expression: str) -> str:
     """A regular expression as a person would write the message: `A (b|c) \\d+` -> `A b N`."""
-    text = re.sub(r"\(([^()|]*)\|[^()]*\)", r"\1", expression)
+    text = re.sub(r"^\^|\\b|\[[^\]]*\]\*|(?<=[\w')\]-])\?", "", expression)
+    text = re.sub(r"\[(\w)\w+\]", r"\1", text)
+    text = re.sub(r"(?<!\\)\(([^()|]*)(\|[^()]*)?\)", r"\1", text)
     text = re.sub(r"\\d\+|\[\\d\.\]\+", "N", text)
     text = re.sub(r"\\[ws]\*|\\s\*", "", text)
     text = re.sub(r"\[[^\]]*\]\+|\\w\+", "...", text)

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file
 
 from finetuning.kernels.dropout import hashed_dropout
-from finetuning.kernels.lora_layers import FusedLoraLinear, fuse_lora
+from finetuning.kernels.lora_layers import FusedLoraLinear, fuse_lora, stack_4bit_weights, stacks_of
 from support.tiny_models import (
     DECODER,
     LANGUAGE_MODEL,
@@ -111,7 +111,10 @@ def test_nf4_gradients_equal_peft(tmp_path):
     with torch.no_grad(), model.disable_adapter():
         expected_base = model(**llava_batch()).logits
     assert fuse_lora(model) == 21
+    stack_4bit_weights(model)
+    stacked = [stack.frozen.stack.data_ptr() for stack in stacks_of(model)]
     assert_same(loss_and_grads(model, llava_batch()), expected)
+    assert [stack.frozen.stack.data_ptr() for stack in stacks_of(model)] == stacked  # and not a second time
     with torch.no_grad(), model.disable_adapter():  # PEFT's and bitsandbytes' own code, on the stacked weights
         torch.testing.assert_close(model(**llava_batch()).logits, expected_base, rtol=0, atol=0)
     model.merge_adapter()

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from finetuning.kernels.frozen_weights import stack_by_way_of_main_memory
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_stacks
 from support.tiny_models import (
     LANGUAGE_MODEL,
@@ -100,3 +101,43 @@ def test_stack_follows_weights_that_are_replaced():
     projections.refresh(None)
     assert torch.equal(projections.weight()[:32], before[0].double())
     assert weights[1].data_ptr() == projections.weight()[32:].data_ptr()
+
+
+def nf4_layers(number: int, width: int, device: str) -> nn.Module:
+    """`number` pairs of NF4 layers with LoRA, which read the same activation two by two."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for _ in range(2 * number):
+        base = bitsandbytes.nn.Linear4bit(width, width, bias=False, compute_dtype=torch.float32)
+        weight = torch.randn(width, width, device=device)
+        base.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
+        model.append(base)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=[str(index) for index in range(2 * number)]))
+
+
+def test_layers_of_one_shape_keep_no_zeros_beside_b():
+    pair = [nf4_layers(1, 128, "cpu").base_model.model[index] for index in (0, 1)]
+    for layer in pair:
+        nn.init.normal_(layer.lora_B["default"].weight)
+    stack = ProjectionStack(pair)
+    refresh_stacks([stack])
+    assert sum(copy.numel() for copy in stack.copies) == stack.b_per_layer.numel() + stack.a.numel()
+    b = torch.block_diag(*(layer.lora_B["default"].weight for layer in pair))
+    joined = stack.frozen.weight_and_b(stack)
+    assert torch.equal(joined, torch.cat([stack.weight(), b], dim=1))
+    x, x_a = torch.randn(3, 256), torch.randn(3, 8)
+    torch.testing.assert_close(stack.add_low_rank(x.clone(), x_a), x + x_a @ b.T)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_stacks_leave_no_holes_in_the_memory_of_a_gpu():
+    model = nf4_layers(40, 4096, "cuda")
+    pairs = [model.base_model.model[index : index + 2] for index in range(0, 80, 2)]
+    stacks = [ProjectionStack(list(pair)) for pair in pairs]
+    expected = stacks[7].layers[0].get_base_layer().weight.data.clone()
+    stack_by_way_of_main_memory([stack.frozen for stack in stacks])
+    assert torch.equal(stacks[7].layers[0].get_base_layer().weight.data, expected)
+    refresh_stacks(stacks)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < 1.1 * torch.cuda.memory_allocated()

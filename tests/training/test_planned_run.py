@@ -69,16 +69,17 @@ def test_a_run_on_a_gpu_is_planned_or_refused(cctv_dataset, tiny_llava, tmp_path
     groups = parse_arguments(RECIPE, folders(tiny_llava, cctv_dataset, tmp_path))
     assert plan_run(*groups) is None  # on a CPU
     groups[1].use_cpu = False
-    properties = SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30)
+    properties = SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30, fraction=1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: properties.fraction)
     plan = plan_run(*groups)
     assert plan.training.precision == "fp16" and "planned: " in capsys.readouterr().out
     note_plan(tmp_path, plan)
     planned = read_progress(tmp_path)["planned"]
     assert planned["samples_per_step"] == 8 and planned["seconds_per_step"] > 0
-    properties.total_memory = 2**26
+    properties.fraction = 2**-8  # of 15 GiB: the process may have 60 MiB
     with pytest.raises(ValueError, match="memory: a step needs about"):
         plan_run(*groups)
     properties.name = "Quadro P400"

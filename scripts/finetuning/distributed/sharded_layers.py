@@ -194,7 +194,7 @@ class BufferedWeights(FrozenWeights):
         if self.joined.dtype != stack.dtype:
             return super().weight_and_b(stack)
         rows = self.joined[: len(self.stack)]
-        rows[:, stack.in_features :] = stack.b
+        stack.write_b(rows[:, stack.in_features :])
         return rows
 
     def weight_and_a(self, stack: ProjectionStack) -> Tensor:
@@ -213,9 +213,6 @@ class BufferedFourBitWeights(FourBitWeights):
         super().__init__(stack.layers)
         super().refresh(stack)  # joins the scales, and packed values for the last time
         self.stack = block
-
-    def reset(self) -> None:
-        """What is in the buffer fits every dtype of products."""
 
     def refresh(self, stack: ProjectionStack) -> None:
         """Nobody moves or replaces what is no parameter."""

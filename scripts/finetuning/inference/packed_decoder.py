@@ -87,7 +87,7 @@ class Linears:
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if self.reads_4bit(len(x)):
             y = torch.cat([layer.get_base_layer()(x) for layer in fused.layers], dim=-1)
-            return y.addmm_(torch.mm(x, fused.a.T), fused.b.T) if fused.is_active else y
+            return fused.add_low_rank(y, torch.mm(x, fused.a.T)) if fused.is_active else y
         if self.is_int8:
             y = fused.frozen.product(fused, x, torch.mm(x, fused.a.T) if fused.is_active else None)
         elif fused.is_active:

@@ -98,7 +98,7 @@ class GraphedModel:
     def passes_for(self, batch: dict[str, Tensor]) -> "GraphedPasses":
         """The graphs for the padded shape of `batch`, recorded at first use."""
         # The graphs read the 16-bit copies of the adapters, which get new memory when their dtype changes.
-        copies = [copy.data_ptr() for stack in self.stacks for copy in (stack.a, stack.b)]
+        copies = [copy.data_ptr() for stack in self.stacks for copy in (stack.a, stack.copies[-1])]
         if copies != self.copies:
             self.copies = copies
             self.passes.clear()

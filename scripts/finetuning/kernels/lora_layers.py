@@ -33,6 +33,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from finetuning import upstream
+from finetuning.kernels.frozen_weights import FourBitWeights, stack_by_way_of_main_memory
 from finetuning.kernels.gated_mlp import gated_activation, gated_activation_backward
 from finetuning.kernels.lora_projections import ProjectionStack, refresh_before_forward, refresh_stacks
 from finetuning.kernels.rms_norm import rms_norm, rms_norm_backward
@@ -400,11 +401,21 @@ def fuse_lora(model: nn.Module, *, sharded: bool = False) -> int:
             module.__class__ = FusedLoraLinear
             fused += 1
     if fused and not sharded:
-        stacks = [
-            value for module in model.modules() for value in vars(module).values() if type(value) is ProjectionStack
-        ]
+        stacks = stacks_of(model)
         base_model_of(model).register_forward_pre_hook(partial(refresh_before_forward, stacks), with_kwargs=True)
     return fused
+
+
+def stacks_of(model: nn.Module) -> list[ProjectionStack]:
+    """Every stack of a fused model."""
+    return [value for module in model.modules() for value in vars(module).values() if type(value) is ProjectionStack]
+
+
+def stack_4bit_weights(model: nn.Module) -> None:
+    """Stack the 4-bit weights of a fused model now, without holes in the GPU's memory; the first pass would do it with."""
+    stack_by_way_of_main_memory(
+        [stack.frozen for stack in stacks_of(model) if isinstance(stack.frozen, FourBitWeights)]
+    )
 
 
 def fuse_decoder_layer(layer: nn.Module, *, sharded: bool) -> bool:

@@ -24,7 +24,8 @@ class ProjectionStack:
     Of DoRA (arXiv 2402.09353) each output is also multiplied by m / |W + s B A|, whose norm counts as a constant.
 
     `frozen` holds W (`frozen_weights.py`). The adapters are stacked as `a` = s A (sum of ranks, in) and as the
-    block-diagonal `b` (sum of out, sum of ranks), in the dtype of the products. `allocate_input` makes x with room for
+    block-diagonal `b` (sum of out, sum of ranks), in the dtype of the products; `b` is None where layers of one shape keep
+    `b_per_layer` (layers, out, rank) alone. `allocate_input` makes x with room for
     the columns s A x, `allocate_grad` does the same for g and g B.
 
     Dropout is drawn once for the stack, because its layers read the same activation; each element is dropped as often
@@ -72,7 +73,10 @@ class ProjectionStack:
             self.scale = torch.cat([torch.full((rank, 1), s) for rank, s in zip(self.ranks, self.scales, strict=True)])
             self.scale = self.scale.to(device)
             self.frozen.reset()
-            self.bind_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=device))
+            if self.is_batch and self.frozen.joins_adapters and not self.is_dora:  # whose norms read B whole
+                self.bind_b_per_layer()
+            else:
+                self.bind_b(torch.zeros(sum(self.sizes), sum(self.ranks), dtype=self.dtype, device=device))
             self.output_scale = torch.empty(sum(self.sizes) if self.is_dora else 0, device=device)
         self.output_scale_is_old = self.is_dora
         self.frozen.refresh(self)
@@ -87,9 +91,32 @@ class ProjectionStack:
         self.b = b
         self.copies = [*self.a.split(self.ranks), *(b[block] for block in self.b_blocks)]
         if self.is_batch:
-            layers = len(self.layers)
-            blocks = b.unflatten(0, (layers, -1)).unflatten(2, (layers, -1))
-            self.b_per_layer = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (layers, out, rank)
+            self.b_per_layer = self.blocks_of(b)
+
+    def bind_b_per_layer(self) -> None:
+        """Keep each B without the zeros beside it."""
+        self.b = None
+        self.b_per_layer = self.a.new_empty(len(self.layers), self.sizes[0], self.ranks[0])
+        self.copies = [*self.a.split(self.ranks), *self.b_per_layer]
+
+    def blocks_of(self, b: Tensor) -> Tensor:
+        """View (layers, out, rank) of the blocks of a block-diagonal `b`, of layers of one shape."""
+        layers = len(self.layers)
+        return b.unflatten(0, (layers, -1)).unflatten(2, (layers, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    def write_b(self, columns: Tensor) -> None:
+        """Write the block-diagonal B into `columns` (sum of out, sum of ranks), of stride (any, 1)."""
+        if self.b is not None:
+            columns.copy_(self.b)
+        else:
+            self.blocks_of(columns.zero_()).copy_(self.b_per_layer)
+
+    def add_low_rank(self, y: Tensor, x_a: Tensor) -> Tensor:
+        """y (tokens, sum of out) += x_a B^T, in place; x_a is (tokens, sum of ranks)."""
+        if self.b is not None:
+            return y.addmm_(x_a, self.b.T)
+        self.split_by_layer(y).baddbmm_(self.split_by_layer(x_a), self.b_per_layer.transpose(1, 2))
+        return y
 
     def row_length(self, width: int) -> int:
         """Stride of a row: `width` and the low-rank columns, padded to 64 elements, where products are fast."""

@@ -37,12 +37,15 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Stack:
-    """Linear layers that read one activation: a `ProjectionStack`. `rank` is the sum of their ranks, `outer` of their outputs."""
+    """Linear layers that read one activation: a `ProjectionStack`. `rank` is the sum of their ranks, `outer` of their outputs.
+
+    `alike` is their number where all have one shape, else 1: each B is then kept without the zeros beside it.
+    """
 
     inner: int
     outer: int
     rank: int
-    largest: int  # numbers of the largest layer of it, for what is not stacked
+    alike: int = 1
 
     def row(self, width: int) -> int:
         """Numbers of a row with room for the low-rank columns, as `ProjectionStack.row_length`."""
@@ -115,10 +118,11 @@ class FusedLayer(Layer):
         super().__init__(training, batch, index)
         rank = training.rank
         qkv = self.query + 2 * self.kv
-        self.qkv = Stack(self.width, qkv, 3 * rank, self.width * self.query)
-        self.o = Stack(self.query, self.width, rank, self.query * self.width)
-        self.gate_up = Stack(self.width, 2 * self.mlp, 2 * rank, self.width * self.mlp)
-        self.down = Stack(self.mlp, self.width, rank, self.mlp * self.width)
+        alike = 3 if self.kv == self.query else 1
+        self.qkv = Stack(self.width, qkv, 3 * rank, alike)
+        self.o = Stack(self.query, self.width, rank)
+        self.gate_up = Stack(self.width, 2 * self.mlp, 2 * rank, 2)
+        self.down = Stack(self.mlp, self.width, rank)
         # After its attention the last layer computes the rows alone that the loss reads.
         self.rows = batch.supervised if self.is_last else self.tokens
         self.drops = training.dropout > 0

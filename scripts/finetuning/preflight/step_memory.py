@@ -140,8 +140,11 @@ def adapter_copies(training: Training) -> float:
     if not training.layers_are_fused:
         return 0.0
     stacks = FusedLayer(training, Batch(1, 1, 1), 0).stacks
-    b_is_apart = not training.joins_weights
-    copies = sum(stack.rank * stack.inner + (stack.outer * stack.rank if b_is_apart else 0) for stack in stacks)
+    copies = sum(stack.rank * stack.inner for stack in stacks)
+    if training.base_precision == "int8":
+        copies += sum(stack.rank * stack.outer for stack in stacks)
+    elif not training.joins_weights:
+        copies += sum(stack.rank * stack.outer // stack.alike for stack in stacks)
     return training.shape.text.layers * copies * training.compute_bytes
 
 

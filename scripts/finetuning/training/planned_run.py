@@ -35,6 +35,8 @@ def plan_run(script_args: ScriptArguments, training_args: TrainingArguments, mod
     shown = PartialState().print
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     gpu = gpu_named(properties.name, properties.total_memory)
+    if gpu is not None:  # a process may have been given a part of it
+        gpu = dataclasses.replace(gpu, memory=gpu.memory * torch.cuda.get_per_process_memory_fraction())
     groups = (script_args, training_args, model_args)
     settings = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
     settings |= {"optim": training_args.optim.value, "eval_strategy": training_args.eval_strategy.value}

@@ -13,7 +13,7 @@ from finetuning.distributed.empty_picture import see_an_empty_picture
 from finetuning.distributed.fsdp2 import set_up_fsdp2
 from finetuning.distributed.layers_only import shard_layers_only
 from finetuning.kernels.fp8_backward import pass_gradients_in_fp8
-from finetuning.kernels.lora_layers import fuse_lora
+from finetuning.kernels.lora_layers import fuse_lora, stack_4bit_weights
 from finetuning.kernels.model_patches import (
     count_image_tokens_once,
     ignore_right_padding,
@@ -48,6 +48,7 @@ def prepare_model(
         number, cost = hold_in_int8(model, Path(training_args.output_dir), rows, processing_class)
         held = f"; {number} base layers in INT8, which {cost}"
     fused = fuse_lora(model, sharded=Strategy.from_environment().shards_weights) if script_args.fused_lora else 0
+    stack_4bit_weights(model)
     in_fp8 = pass_gradients_in_fp8(model) if script_args.base_precision else 0
     ignore_right_padding(model)
     vision_tower_without_autocast(model)
