@@ -74,6 +74,7 @@ class Variant:
     accumulate: int = 1
     graphs: bool = False  # passes as CUDA graphs
     optim: str = "adamw_torch_fused"  # the known recipe: paged_adamw_8bit
+    offloads: bool = False  # activations to main memory, by TRL's `activation_offloading`
     unsloth: bool = False  # by Unsloth, in its own environment
 
 
@@ -94,6 +95,9 @@ LLAVA = {
     "this project, NF4, 8 at once": Variant(ours=True, nf4=True, dropout=0.05, checkpoint_layers="auto"),
     "this project, NF4, 4 at once": replace(SMALL, ours=True, checkpoint_layers="auto", batch_size=4, accumulate=2),
     "this project, NF4, 1 at once": replace(SMALL, ours=True, checkpoint_layers="auto", batch_size=1, accumulate=8),
+    "this project, NF4, 4 at once, offloaded": replace(
+        SMALL, ours=True, batch_size=4, accumulate=2, checkpoint_layers="all", offloads=True
+    ),
     "TRL, NF4, 4 at once": replace(SMALL, batch_size=4, accumulate=2),
     "TRL, NF4, 1 at once": replace(SMALL, batch_size=1, accumulate=8),
     # Dropout, which its fast layers lack, is left out for Unsloth's sake.
@@ -199,6 +203,7 @@ def arguments_of(variant: Variant, options: argparse.Namespace, folder: Path, *,
         "optim": variant.optim,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": variant.checkpoint_layers != "0",
+        "activation_offloading": variant.offloads,
         "assistant_only_loss": not variant.unsloth,
         "packing": bool(variant.packed),
         "padding_free": variant.padding_free,
@@ -305,7 +310,7 @@ def train_here(
         if vision:
             common["data_collator"] = (SharedPrefixCollator if variant.shared else LlavaDataCollator)(processing_class)
         checkpoint_layers = variant.checkpoint_layers
-        if checkpoint_layers != "auto":
+        if checkpoint_layers not in ("auto", "all"):
             checkpoint_layers = str(min(int(checkpoint_layers), len(decoder_layers(model))))
         trainer = FineTuningTrainer(
             model=model,

@@ -207,6 +207,16 @@ def test_fewest_layers_follow_the_room():
     assert sum(process_memory(enough, batch).values()) <= 14 * GIB
 
 
+def test_offloaded_inputs_of_recomputed_layers_take_no_room():
+    training = training_of(LLAVA, "nf4", 64, 32, 0.05, "paged_adamw_8bit")
+    training = dataclasses.replace(training, accumulates=True)
+    needs = [sum(peak_memory(training, Batch(rows, 607, 9 * rows, rows)).values()) for rows in (1, 4)]
+    offloads = dataclasses.replace(training, offloads_inputs=True)
+    offloaded = [sum(peak_memory(offloads, Batch(rows, 607, 9 * rows, rows)).values()) for rows in (1, 4)]
+    inputs = 2 * 607 * LLAVA.text.width * (LLAVA.text.layers - 6)  # bytes a row; of six layers they are on their way
+    assert [a - b for a, b in zip(needs, offloaded, strict=True)] == pytest.approx([inputs, 4 * inputs], rel=0.1)
+
+
 def test_steps_take_what_was_measured():
     gpu, batch = known_gpus()["h200"], Batch(8, 607, 72, 8)
     planned = {

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from finetuning.preflight.planned_step import Batch, Training
 
+STASH = 5  # inputs of layers that TRL's offloading has on the GPU, on their way to main memory
+
 
 class Ledger:
     """Bytes that are live, by part, and what they were at the highest moment."""
@@ -93,10 +95,16 @@ class Layer:
         for sizes in self.working_forward():
             with ledger.during("working memory", *sizes):
                 pass
-        ledger.add("activations", self.output)
+        ledger.add("activations", self.output - self.offloaded)
+
+    @property
+    def offloaded(self) -> float:
+        """Bytes that lie in main memory between the forward pass and the backward pass."""
+        return self.output if self.training.offloads_inputs and self.index >= STASH else 0.0
 
     def backward(self, ledger: Ledger, *, kept: bool) -> None:
         """The backward pass; without `kept` the forward pass again before it."""
+        ledger.add("activations", self.offloaded)
         if not kept:
             ledger.add("activations", self.keep())
             for sizes in self.working_forward():

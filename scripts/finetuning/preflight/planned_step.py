@@ -25,6 +25,7 @@ class Training:
     optimizer: str = "adamw_torch_fused"
     strategy: Strategy = field(default_factory=lambda: Strategy("one process"))
     checkpointed: int = 0  # decoder layers, the first ones
+    offloads_inputs: bool = False  # of recomputed layers, to main memory: `activation_offloading`
     fused: bool = True  # `fused_lora`
     dora: bool = False  # `use_dora`
     shares_prefix: bool = False

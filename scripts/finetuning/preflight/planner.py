@@ -295,6 +295,9 @@ def make_plan(
         rows, accumulation = divide_batch(settings["global_batch_size"], rows, processes)
     training = training_of(workload, strategy, gpu, bits=bits)
     training = replace(training, accumulates=accumulation > 1)
+    recomputes_all = settings["gradient_checkpointing"] and settings["checkpoint_layers"] == "all"
+    # Of layers that are not recomputed all that they keep is offloaded too, which is not planned.
+    training = replace(training, offloads_inputs=settings["activation_offloading"] and recomputes_all)
     largest, mean, rows_a_sequence = batches_of(workload, rows)
     if not workload.shares_prefix:
         largest, mean = replace(largest, prefix=0), replace(mean, prefix=0)
