@@ -214,7 +214,6 @@ def test_the_cause_of_a_log_is_found_above_what_the_launcher_says_of_it(log, wor
         "SyntaxError: invalid syntax\n",
         "IndentationError: unexpected indent\n",
         "UnboundLocalError: local variable 'x' referenced before assignment\n",
-        "StopIteration\n",
         "RuntimeError: shape '[2, 3]' is invalid for input of size 7\n",
         "KeyError: 42\n",
         "ValueError: could not convert string to float: 'abc'\n",

@@ -141,10 +141,9 @@ def adapter_copies(training: Training) -> float:
         return 0.0
     stacks = FusedLayer(training, Batch(1, 1, 1), 0).stacks
     copies = sum(stack.rank * stack.inner for stack in stacks)
-    if training.base_precision == "int8":
-        copies += sum(stack.rank * stack.outer for stack in stacks)
-    elif not training.joins_weights:
-        copies += sum(stack.rank * stack.outer // stack.alike for stack in stacks)
+    if not training.joins_weights:
+        is_whole = training.dora or training.base_precision == "int8"  # with the zeros beside each layer's B
+        copies += sum(stack.rank * stack.outer // (1 if is_whole else stack.alike) for stack in stacks)
     return training.shape.text.layers * copies * training.compute_bytes
 
 
