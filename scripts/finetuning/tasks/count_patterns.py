@@ -139,7 +139,11 @@ NO_COUNTS = [
     r"\b(?:7|seven)-eleven\b|\S{1,4}\s?(?:명|사람)\s?중에?\s?\S{1,4}\s?(?:명|사람)\s?꼴|\d+\s?명째",
     # Counting aloud.
     r"(?<!\d)1, ?2(?:, ?(?:and )?\d+){1,200}(?:\.{2,3})?",
+    r"\bone, two, three(?:, (?:and )?(?:four|five|six|seven|eight|nine|ten|eleven|twelve)){0,9}(?=\s?(?:[.:!…]|$))"
+    r"|하나,?\s?둘,?\s?셋(?:,?\s?(?:넷|다섯|여섯|일곱|여덟|아홉|열)){0,7}(?=\s?[.:!…]\s)",
     # Dates and clock times.
+    rf"\b(?:reads?|says?|dated)\s(?:19|20)\d\d\b(?!\s?{COUNTED})",
+    r"\b(?:19|20)\d\d\s(?:photo(?:graph)?|picture|image|frame|video|footage|shot)\b",
     r"\b\d{2,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:[t\s]\d{1,2}:\d{2}(?::\d{2})?(?:\.\d+)?z?)?\b",
     r"(?:\d{4}|이천\s?[가-힣]{1,6})\s?년(?:\s?\d{1,2}\s?월)?(?:\s?\d{1,2}\s?일)?|\d{1,2}\s?월(?:\s?\d{1,2}\s?일)?"
     r"|\d{1,2}\s?일(?!\S)",
@@ -151,6 +155,7 @@ NO_COUNTS = [
     rf"\b(?:in|since|year|during|of|by|from)\s(?:19|20)\d\d\b(?!\s?{COUNTED})",
     r"\d+\s?(?:초|분\s?(?:전|후|동안|뒤|간))",
     # Shares, money, ages.
+    r"(?:\d+|[삼사오])\s?분의\s?(?:\d+|[일이삼사])",
     r"\d+(?:[.,]\d+)*\s?(?:%|percent\b|per\scent\b|퍼센트|프로\b)|[$€£₩¥]\s?\d+(?:[.,]\d+)*",
     r"\b(?:\d+|[a-z]+(?:-[a-z]+)?)(?:\s?(?:to|or|-)\s?\d+)?[\s-]years?[\s-]olds?\b|\baged?\s\d+(?:\s?(?:-"
     r"|to|and)\s?\d+)?"
@@ -202,7 +207,7 @@ DOUBT_AFTER = re.compile(
     r"|guarantee|count|determine)|(?:might|may|could) be (?:wrong|off|more|fewer|less|higher|lower)"
     r"|is wrong|incorrect"
     r"|not (?:right|true|correct)|if (?:you|we|i) (?:count|include)"
-    r"|수\s?가?\s?없|모르|모릅|불가|죄송|확실하지|확실치|불확실|불분명|아닙니다|아니다|아니에요|아니예요|아닌|틀[렸린]|어렵|라면"
+    r"|수\s?가?\s?없|모르|모릅|불가|죄송|확실하지|확실치|불확실|불분명|아닙니다|아니다|아니에요|아니예요|아닌|틀[렸린]|어렵|라면|더\s(?:많|적)을\s수"
 )
 # A syllable that ends in ㄴ or ㄹ ends an adnominal form: 앉아 있는, 모자를 쓴.
 MODIFIER = f"[{''.join(chr(code) for code in range(0xAC00, 0xD7A4) if (code - 0xAC00) % 28 in (4, 8))}]"
@@ -232,7 +237,7 @@ NOBODY = re.compile(
         r"|(?:텅|완전히)\s?비어\s?있|텅\s?[빈비]"
         # Nor is 앉아 있는 사람이 없습니다, "nobody is sitting".
         r"|(?:(?<!MODIFIER\s)|(?<=[에서]는\s)|(?<=보이는\s)|(?<=찍힌\s)|(?<=현재는\s)|(?<=지금은\s))(?<!쪽에는\s)(?<!쪽에\s)(?<!뒤에는\s)(?<!앞에는\s)(?<!측에는\s)(?<!옆에는\s)"
-        r"(?:사람|인원|보행자|인물|행인|손님|승객)들?[이가은는도]?\s?(?:전혀\s?|아무도\s?|하나도\s?)?"
+        r"(?:사람|인원|보행자|인물|행인|손님|승객)들?(?:의\s?(?:모습|흔적|형체))?[이가은는도]?\s?(?:전혀\s?|아무도\s?|하나도\s?)?"
         r"(?:없(?!지는?\s?않)|안\s?보이|보이지\s?않|존재하지\s?않|보이질\s?않)"
         r"|^\s?(?:(?:visible |total )?(?:people|persons|individuals|count|answer|total|number of people)(?: count| visible| in view)?\s?[:=]|(?:사람|인원수?)\s?:)"
         r"\s?(?:none|nil|nobody|no one|no people|없음|없습니다)\s?[.!]?\s?$"
@@ -249,22 +254,30 @@ CORRECTION = re.compile(
     r"|\b(?=(?:the\s)?(?:actual|real|true|correct)\s(?:total\s)?(?:count|total|answer|head\s?count|number(?:\sof\s(?:people|persons|individuals))?)\s(?:is|=|:|should))"
     r"|(?<=\d)[^.;]{0,60}?(?:,\s|\bwhich\s|\bthat\s|\bso\s)leav(?:es|ing)\s(?:us\swith\s)?(?=\S{1,20}\s(?:actual\s|real\s)?(?:people|persons|individuals)\b)"
     r"|\b(?:but|so|and)\s(?:there\s(?:are|is)\s)?(?:actually|really|in\sfact|in\sreality)\s(?:there\s(?:are|is)\s)?(?:only\s)?(?=\d+\s?(?:people|persons|individuals)\b)"
-    r"|(?:실제로는?|사실은|정확히는|실제\s?(?:인원|사람)\S{0,2})\s(?=(?:약\s|총\s|모두\s)?(?:\d+|[가-힣]{1,5})\s?(?:명|사람|분)\S)"
+    # "12 figures, but one is a statue, so 11 people".
+    r"|,?\s(?:but|though)\s(?:\d+|[a-z]{3,6})\s(?:of\s(?:them|those|these)\s)?(?:is|are)\s(?:an?\s|the\s|just\s)?"
+    r"(?:statue|mannequin|reflection|poster|doll|cut-?out|shadow|robot)s?,?\s(?:so|making|leaving)\b(?=\s\S)"
+    r"|^\s?actually\s(?=[a-z\d-]{1,20}\s(?:people|persons|individuals)\s?[.!]?\s?$)"
+    r"|(?:실제로는?|사실은|정확히는|정확한\s?(?:인원\s?)?(?:수|숫자|인원)[는은]|실제\s?(?:인원|사람)\S{0,2})\s(?=(?:약\s|총\s|모두\s)?(?:\d+|[가-힣]{1,5})\s?(?:명|사람|분)\S)"
+    # "16; on a second pass I get 18": what follows is one number and no more.
+    r"|\b(?:on|after|upon)\s(?:(?:a|my|the)\s)?(?:second|closer|another|further|more\scareful|careful)\s"
+    r"(?:pass|look|count|inspection|examination|review|check),?\s"
+    r"(?=(?:i\s(?:now\s)?(?:get|count|find|see|have)|there\sare|it's|it\sis)\s[a-z\d-]{1,20}(?:\s(?:people|persons|individuals))?\s?[.!]?\s?$)"
     # "18 at first glance, but one is a poster, so 17", "I said 18 earlier, but it is 17", 18명으로 세었으나 한 명은 포스터라서.
     r"|\d\s(?:people\s)?at\sfirst\s(?:glance|sight)\b[^.;]{0,40}?\b(?:but|however)\b(?:[^.;]{0,50}?\bso\b)?"
     r"|\bi\s(?:first\s|initially\s|originally\s)?(?:thought|said|guessed|assumed)\b[^.;\d]{0,20}\d+(?!\d)(?:\s(?:people|persons))?"
     r"(?:\s(?:earlier|before|at\sfirst))?\s?(?:$|,?\s?but\b)"
-    r"|\d\s?명(?:으로|처럼)\s?(?:세었|셌|세어|보았|봤|보였|보이|생각했)[가-힣]{0,3}(?:으나|지만|는데)(?:[^.]{0,30}?(?:라서|여서|이므로)(?=\s))?"
+    r"|\d\s?명(?:으로|처럼)\s?(?:세었|셌|세어|보았|봤|보였|보이|생각했)[가-힣]{0,3}(?:으나|지만|는데)(?:[^.]{0,30}?(?:라서?|여서|이므로|이니|니까)(?=\s))?"
     # "25, no, 27", "I thought 25, but there are 27", 25명인 줄 알았는데.
     r"|(?<=\d)\s?[,–-]\s?no,?(?=\s\d)"
     r"|\bi\s(?:(?:first\s|initially\s|originally\s)?(?:thought|guessed|assumed)|(?:first|initially|originally)\s"
     r"(?:counted|saw|found|had))\b[^.;]{0,40}?\d[^.;]{0,20}?\bbut\b"
-    r"|\d\s?(?:명|사람)?(?:인|이라고|으로|라고)\s?(?:줄|생각|봤|보았|셌)[가-힣 ]{0,6}(?:는데|지만|으나)"
+    r"|\d\s?(?:명|사람)?(?:인|이라고|으로|라고)\s?(?:줄|생각|봤|보았|셌|했|하였|말했|말씀드렸|답했)[가-힣 ]{0,6}(?:는데|지만|으나)"
     r"|(?:^|[\s,.])(?:아니,|아니(?=\s\d)|아니다[,.]|아뇨,|정정(?:하면|합니다|하겠습니다)?[:,.]?|다시\s?(?:세|보니|확인)[가-힣]{0,4}"
     r"|수정[:합하][가-힣]{0,3})"
 )
 DENIED = re.compile(
-    rf"\bnot\s\d+(?!\d)(?:{COUNTED})?,\s(?=(?:it's|it\sis|there\sare|but|rather)\b)|,\s?(?:and\s)?not\s\d+(?!\d)(?:{COUNTED})?(?=\s?(?:[.,!]|$))|\bnot\s\d+(?!\d){COUNTED}?,?\s?(?:but(?:\srather)?\s|(?=\d)|–\s?)|\d+\s?(?:명|인|사람)?(?:이|가)?\s?(?:아니라|아니고|말고)"
+    rf"(?:\bnot|n't)\s\d+(?!\d)(?:{COUNTED})?,\s(?=(?:it's|it\sis|there\sare|but|rather)\b)|,\s?(?:and\s)?not\s\d+(?!\d)(?:{COUNTED})?(?=\s?(?:[.,!]|$))|(?:\bnot|n't)\s\d+(?!\d){COUNTED}?,?\s?(?:but(?:\srather)?\s|(?=\d)|–\s?)|\d+\s?(?:명|인|사람)?(?:이|가)?\s?(?:아니라|아니고|말고|아닌(?=\s(?:약\s)?\d))"
 )
 
 # --- What a number's surroundings make of it ---------------------------------------------------------------------------
@@ -284,7 +297,7 @@ MORE_OR_LESS = r"(?:more|fewer|less|above|over|higher|greater|better|beyond|unde
 # 이 조금 넘습니다, 도 채 안 됩니다, 보다 훨씬 많습니다, 에 못 미칩니다.
 KOREAN_BOUND = (
     r"(?:이|가|은|는|을|보다|보다는|도|이나|에|에서)?\s?(?:(?:족히|확실히|분명히|충분히|약간|조금|좀|살짝|훨씬|채|훌쩍|더|거뜬히|한참)\s?){0,3}"
-    r"(?:넘|안\s?[되돼됩될됐된]|되지|못|모자|부족|많|적[은습다어]|웃돌|밑돌|육박|가까|근접|이상|이하|미만|초과|남짓|이내|안팎|내외|전후"
+    r"(?:넘|안\s?[되돼됩될됐된]|되지|못|모자|부족|많|적[은습다어지]|웃돌|밑돌|육박|가까|근접|이상|이하|미만|초과|남짓|이내|안팎|내외|전후"
     r"|가까이|더\b|추가|안쪽|언저리|될까|(?:중|초|후)반|까지)"
 )
 BOUND_AFTER = re.compile(
@@ -297,14 +310,14 @@ BOUND_AFTER = re.compile(
     r"|(?:per|each|apiece)\b(?! (?:wear|carry|hold|with a))"
     r"|(?:excluding|not counting|not including|without|except|minus|besides|apart from|in addition)\b"
     rf"|{KOREAN_BOUND}|(?:정도|쯤|가량)\s?(?:이상|이하|넘|에서)|씩|대(?:[의로가쯤,.!]|\s|$|입니다|정도)|짜리|플러스|하고도"
-    r"|(?:또는|혹은|아니면|이나)\s?그\s?이[상하]|[은이]\s?아닙|이?\s?아니[라고에]|(?:이|을)?\s?(?:빼고|제외))"
+    r"|(?:정도|쯤|가량)?\s?(?:또는|혹은|아니면|이나)\s?그\s?이[상하]|[은이]\s?아닙|이?\s?아니[라고에]|(?:이|을)?\s?(?:빼고|제외))"
     r"|(?:[a-z]+\s)?(?:couples|families|pairs)\s(?:and|plus)\b)"
 )
 RANGE_AFTER = re.compile(r"^[^.;\d]{0,40}?(?:사이|between\s(?:about\s|roughly\s)?\S+\s(?:and|to|or)\b|로\s?추산되나)")
 # Between two numbers that differ: neither is stated.
 HEDGE = r"(?:or|to|maybe|perhaps|possibly|probably|likely|and|versus|vs|nor|이나|나|에서|부터|또는|혹은|아니면|내지|아마도?|이거나|어쩌면|~)"
 BETWEEN_TWO = re.compile(
-    rf"^(?:\s?[,/~–-]?\s?|\s?(?:and|&)\s?|{COUNTED}?[\s,(]*(?:{HEDGE}[\s,]*)+(?:{APPROXIMATELY}\s?"
+    rf"^(?:\s?[,/~–-]?\s?|\s?(?:and|&)\s?|{COUNTED}?(?:\sor\sso\b|\s?(?:정도|쯤|가량))?[\s,(]*(?:{HEDGE}[\s,]*)+(?:{APPROXIMATELY}\s?"
     rf"|even\s|as many as\s|up to\s|at most\s)*)$"
 )
 JOINED = re.compile(rf"^\s?(?:and|&)\s?$|^{COUNTED}[\s,(]*and\s?$")
