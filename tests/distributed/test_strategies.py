@@ -306,9 +306,17 @@ def test_full_fine_tune_is_saved_as_one_model_and_continues(fork, train_alone, t
     train_alone(one, **flags)
     fork(strategy, two, **flags)
     interrupt(two, again, "checkpoint-2")
-    # FSDP2's shards are laid out anew for twice as many processes.
+    fewer = shutil.copytree(again, tmp_path / "fewer")
+    if strategy == "fsdp2":  # its shards are laid out anew
+        assert "checkpoint-1" in fork(strategy, fewer, processes=1, **flags)
+    else:
+        before = contents(fewer)
+        for processes in (1, 4):
+            said = fork(strategy, fewer, processes=processes, refused=True, **flags)
+            assert f"written by 2 processes, these are {processes}: DeepSpeed's state is sharded over 2" in said
+        assert contents(fewer) == before
     assert "checkpoint-1" in fork(strategy, again, processes=4 if strategy == "fsdp2" else 2, **flags)
-    for run in (two, again):
+    for run in (two, again, fewer) if strategy == "fsdp2" else (two, again):
         # After the second step the model is what one process made of it; the run ends with the weights of the first.
         assert logged(run, "eval_loss") == pytest.approx(logged(one, "eval_loss"), abs=1e-5)
         assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["kept_step"] == 1
