@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DIAGNOSES = Path(__file__).with_name("diagnoses.yaml")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (looked at, not written to)
 # A line that ends a trace: `ValueError: ...`, `[rank1]: torch.OutOfMemoryError: ...`.
-ERROR = re.compile(r"^(?:\[?rank\d+\]?:\s*|\d+:\s*)?(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?::|$)")
+# Also `kafka.errors.NoBrokersAvailable: ...`: a class of a module, whatever its name.
+RANK = r"^(?:\[?rank\d+\]?:\s*|\d+:\s*)?"
+ERROR = re.compile(RANK + r"(?:(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?::|$)|(?:[a-z_]\w*\.)+[A-Z]\w+: )")
 LONGEST = 400  # characters of a log line that are looked at and shown; progress bars have many thousands
 MESSAGE = 5  # lines that the message of one error may have
 WORDS = {
@@ -107,7 +109,7 @@ def read_log(text: str) -> list[Finding]:
         diagnosis = next((one for one in known if one.finds(line)), None)
         if diagnosis is None and ERROR.search(line):
             findings.append(Finding(number, line, None))
-        elif diagnosis is not None and findings and is_rest_of(findings[-1], number, line):
+        elif diagnosis is not None and findings and is_rest_of(findings[-1], number, line, diagnosis):
             findings[-1] = Finding(number, line, diagnosis)
         elif diagnosis is not None and diagnosis not in seen:
             seen.append(diagnosis)
@@ -115,9 +117,13 @@ def read_log(text: str) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.diagnosis is not None and finding.diagnosis.follows)
 
 
-def is_rest_of(error: Finding, number: int, line: str) -> bool:
-    """Whether a line goes on with the message of an error that is not known by its first line."""
-    return error.diagnosis is None and number - error.number <= MESSAGE and not ERROR.search(line)
+def is_rest_of(error: Finding, number: int, line: str, diagnosis: Diagnosis) -> bool:
+    """Whether a line that is known goes on with the message of an error that is not known by its first line.
+
+    What the launcher says right behind an unknown error does not make it known.
+    """
+    near = number - error.number <= MESSAGE
+    return error.diagnosis is None and near and not diagnosis.follows and not ERROR.search(line)
 
 
 def describe_log(text: str, language: str) -> tuple[str, bool]:
@@ -158,7 +164,7 @@ def troubleshooting_page(language: str) -> str:
 
 def as_text(expression: str) -> str:
     """A regular expression as a person would write the message: `A (b|c) \\d+` -> `A b N`."""
-    text = re.sub(r"^\^|\\b|\[[^\]]*\]\*|(?<=[\w')\]-])\?", "", expression)
+    text = re.sub(r"^\^|\$$|\\b|\[[^\]]*\]\*|(?<=[\w')\]-])\?", "", expression)
     text = re.sub(r"\[(\w)\w+\]", r"\1", text)
     text = re.sub(r"(?<!\\)\(([^()|]*)(\|[^()]*)?\)", r"\1", text)
     text = re.sub(r"\\d\+|\[\\d\.\]\+", "N", text)

@@ -8,6 +8,7 @@ import yaml
 from conftest import ROOT, run_command
 
 LAUNCHER = """\
+W1130 12:00:08.921000 4242 torch/distributed/elastic/multiprocessing/api.py:900] Sending process 4243 closing signal SIGTERM
 E1130 12:00:09.123000 4242 torch/distributed/elastic/multiprocessing/api.py:874] failed (exitcode: 1) local_rank: 0
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 subprocess.CalledProcessError: Command '['accelerate']' returned non-zero exit status 1.
@@ -185,6 +186,18 @@ LOGS = [
     ("ValueError: Tokenizer class GemmaTokenizer does not exist or is not currently imported.\n", "tokeni"),
     ("ImportError: requires the protobuf library but it was not found in your environment\n", "environment"),
     ("ImportError: cannot instantiate this tokenizer from a slow version. If it's based on sentencepiece, make sure you have sentencepiece installed.\n", "incomplete"),
+    ("Killed\n", "main memory"),
+    ("train.sh: line 12: 48213 Killed                  ./train.sh\n", "main memory"),
+    ("Loading checkpoint shards:  33%|###  | 1/3 [00:31<01:02, 31.2s/it]Killed\n", "main memory"),
+    ("{\"loss\": NaN, \"grad_norm\": NaN, \"learning_rate\": 0.0002}\n", "not finite"),
+    ("/var/spool/slurmd/job812/slurm_script: line 31: accelerate: command not found\n", "environment is not active"),
+    ("zsh: command not found: accelerate\n", "environment is not active"),
+    ("'accelerate' is not recognized as an internal or external command,\n", "environment is not active"),
+    ("ERROR: Could not find a version that satisfies the requirement torch==2.13.0 (from versions: 1.13.1)\n", "pip"),
+    ("error: externally-managed-environment\n", "managed by its distribution"),
+    ("RuntimeError: expected mat1 and mat2 to have the same dtype, but got: c10::BFloat16 != c10::Half\n", "dtype"),
+    ("RuntimeError: Error(s) in loading state_dict for PeftModel:\n\tsize mismatch for lm_head.weight: copying a param with shape torch.Size([0])\n", "ZeRO-3"),
+    ("ValueError: Packing is not supported for vision-language models.\n", "packs no rows"),
 ]  # fmt: skip
 
 
@@ -227,6 +240,8 @@ def test_the_cause_of_a_log_is_found_above_what_the_launcher_says_of_it(log, wor
         "ImportError: attempted relative import with no known parent package\n",
         "RuntimeError: dictionary changed size during iteration\n",
         "LookupError: unknown encoding: klingon\n",
+        "kafka.errors.NoBrokersAvailable: NoBrokersAvailable\n",
+        "django.core.exceptions.ImproperlyConfigured: The SECRET_KEY setting must not be empty.\n",
     ],
 )
 def test_an_unknown_error_is_called_unknown_also_where_the_launcher_speaks_of_it(log):
