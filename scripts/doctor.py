@@ -168,7 +168,7 @@ def as_text(expression: str) -> str:
     text = re.sub(r"\[(\w)\w+\]", r"\1", text)
     text = re.sub(r"(?<!\\)\(([^()|]*)(\|[^()]*)?\)", r"\1", text)
     text = re.sub(r"\\d\+|\[\\d\.\]\+", "N", text)
-    text = re.sub(r"\\[ws]\*|\\s\*", "", text)
+    text = re.sub(r"\\[ws]\*|\\s\*", "", text.replace(r"\s+", " "))
     text = re.sub(r"\[[^\]]*\]\+|\\w\+", "...", text)
     return re.sub(r"\\(.)", r"\1", text.replace(".*", "...").replace(".?", "")).replace("|", "/")
 
